@@ -1,0 +1,50 @@
+SHELL := bash
+# make demo   the whole main job on this machine, from images to a model in the registry
+# make test   tests, linter, type checker
+# Each makes .venv from requirements.lock if it is not there.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: demo test test-fast lint bench lock clean
+
+demo: $(READY)
+	$(BIN)/python pipeline/demo.py
+
+test: $(READY) lint
+	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m slow
+
+test-fast: $(READY)
+	$(BIN)/python -m pytest -m "not slow"
+
+lint: $(READY)
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+bench: $(READY)
+	$(BIN)/python tests/bench_loading.py
+	$(BIN)/python tests/bench_writing.py
+	$(BIN)/python tests/bench_training.py
+
+$(READY): requirements.lock
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "Python 3.11 or newer is needed; say which with: make PYTHON=python3.12"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet -r requirements.lock
+	@touch $@
+
+# Pins everything anew from pyproject.toml. torch stays at 2.13.0.
+lock:
+	$(PYTHON) -m venv --clear .venv-lock
+	.venv-lock/bin/python -m pip install --quiet torch==2.13.0 -r <(.venv-lock/bin/python -c \
+		'import tomllib; p = tomllib.load(open("pyproject.toml", "rb"))["project"]; print("\n".join(p["dependencies"] + p["optional-dependencies"]["dev"]))')
+	.venv-lock/bin/python -m pip freeze --exclude-editable | sed 's/+cpu//; s/ @ file:.*//' > requirements.lock
+	rm -rf .venv-lock
+
+clean:
+	rm -rf $(VENV) demo-output .mypy_cache .ruff_cache .pytest_cache

@@ -1,0 +1,120 @@
+"""What every command has around it: readable errors, exit codes, logging, paths, progress."""
+
+import logging
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import NoReturn
+
+log = logging.getLogger("vitforge")
+
+USER_ERROR = 2
+"""Exit status for what the user can put right; anything unforeseen leaves with 1 and a stack trace."""
+
+
+def set_up_logging(level: int = logging.INFO) -> None:
+    """Send the project's log to standard error, one line an event, with the time of day."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", datefmt="%H:%M:%S"))
+    log.handlers[:] = [handler]
+    log.setLevel(level)
+    log.propagate = False
+
+
+def run_command(main: Callable[[], None]) -> NoReturn:
+    """Run an entry point: a ValueError is the user's to put right and is shown as one message, exit status 2.
+
+    With VITFORGE_TRACEBACK=1 the stack trace is shown too.
+    """
+    set_up_logging()
+    try:
+        main()
+    except ValueError as error:
+        if os.environ.get("VITFORGE_TRACEBACK") == "1":
+            traceback.print_exc()
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        sys.exit(USER_ERROR)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr, flush=True)
+        sys.exit(130)
+    sys.exit(0)
+
+
+def in_unpacked_job() -> bool:
+    """Whether this process runs in the temporary folder that `ray job submit --working-dir` unpacks into."""
+    return "working_dir_files" in Path.cwd().parts
+
+
+def absolute_path(path: str, key: str) -> str:
+    """`path` made absolute (`~` expanded; a URI stays as it is).
+
+    Raises:
+        ValueError: a relative path inside a submitted Ray job, whose folder is deleted with the job.
+    """
+    if "://" in path:
+        return path
+    expanded = Path(path).expanduser()
+    if not expanded.is_absolute() and in_unpacked_job():
+        raise ValueError(
+            f"{key} = {path!r} is relative, but this job runs in a temporary copy of the working folder that is "
+            "deleted afterwards: give an absolute path that every node of the cluster sees"
+        )
+    return str(Path(os.path.abspath(expanded)))
+
+
+class Progress:
+    """A log line now and then for long work: share done, rate, time left.
+
+    Args:
+        total: how many units there are.
+        unit: what is counted, in the plural ("images").
+        label: what is being done ("sharding").
+        every: seconds between lines.
+    """
+
+    def __init__(self, total: int, unit: str, label: str, every: float = 5.0) -> None:
+        self.total, self.unit, self.label, self.every = total, unit, label, every
+        self.done = 0
+        self.counted = 0
+        self.started = time.monotonic()
+        self._last = self.started
+
+    @property
+    def rate(self) -> float:
+        """Units a second since the start, without those that were skipped."""
+        return self.counted / max(time.monotonic() - self.started, 1e-9)
+
+    def skip(self, count: int) -> None:
+        """Count units that were finished by an earlier run: they are done but say nothing of the rate."""
+        self.done += count
+
+    def update(self, count: int, note: str = "") -> None:
+        """Count `count` more units; log a line if one is due. `note` is appended to it."""
+        self.done += count
+        self.counted += count
+        now = time.monotonic()
+        if now - self._last >= self.every:
+            self._last = now
+            log.info("%s", self.line(note))
+
+    def line(self, note: str = "") -> str:
+        """The progress line as it stands."""
+        left = (self.total - self.done) / self.rate if self.counted else float("nan")
+        share = 100 * self.done / max(self.total, 1)
+        text = f"{self.label} {self.done:,}/{self.total:,} {self.unit} ({share:.0f} %), {self.rate:,.0f}/s"
+        if self.done < self.total and left == left:
+            text += f", {duration(left)} left"
+        return f"{text}, {note}" if note else text
+
+
+def duration(seconds: float) -> str:
+    """Seconds as people read them: `42 s`, `3 min 20 s`, `5 h 07 min`."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"

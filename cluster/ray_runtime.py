@@ -1,0 +1,93 @@
+"""Attach to a Ray cluster, or start one for as long as this process needs it.
+
+Import this module before `ray` (or anything that imports it): Ray reads how to authenticate, and what to warn
+about, from the environment at the moment it is imported.
+"""
+
+import logging
+import os
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from cluster.command import in_unpacked_job, log
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+# Ray warns on every start that it will one day stop hiding GPUs from tasks that ask for none; we want it so.
+os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+if "RAY_ADDRESS" not in os.environ and "RAY_AUTH_MODE" not in os.environ:
+    # A private cluster gets a token of its own that is never written to disk. (Left to itself, Ray 2.60 runs
+    # without any, and writes a token file that changes how later clusters of this user start.)
+    os.environ["RAY_AUTH_MODE"] = "token"
+    os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+
+
+def quiet_worker() -> None:
+    """Runs first in every Ray process of a private cluster, which has no dashboard.
+
+    Ray Train's clean-up actor asks the dashboard once a second whether its controller is alive, and warns that
+    it got no answer. Its work is to free a cluster that outlives the job; a private one ends with the job.
+    """
+    logging.getLogger("ray.train.v2._internal.execution.controller.placement_group_cleaner").setLevel(logging.ERROR)
+
+
+@contextmanager
+def ray_session(min_cpus: int = 1) -> Iterator[None]:
+    """Ray for the length of a `with` block.
+
+    With RAY_ADDRESS set (`ray job submit` sets it) the running cluster is used, and left running. Otherwise a
+    private one starts on this machine and ends with the block: it listens on the loopback interface only,
+    without a job interface, and only holders of its token can run code in it. It offers `min_cpus` logical
+    CPUs even where the machine has fewer.
+
+    Raises:
+        ValueError: RAY_ADDRESS names a cluster that does not answer.
+    """
+    import ray
+
+    if ray.is_initialized():
+        yield
+        return
+    path = os.pathsep.join([str(REPOSITORY), *filter(None, [os.environ.get("PYTHONPATH")])])
+    # A submitted job's working folder is on every worker's path already, at a place that differs by node.
+    common: dict[str, Any] = {
+        "runtime_env": {} if in_unpacked_job() else {"env_vars": {"PYTHONPATH": path}},
+        "log_to_driver": True,
+        "logging_level": logging.WARNING,
+    }
+    address = os.environ.get("RAY_ADDRESS")
+    try:
+        if address:
+            try:
+                ray.init(address=address, **common)
+            except ConnectionError as error:
+                raise ValueError(
+                    f"no Ray cluster answers at RAY_ADDRESS={address} ({str(error).splitlines()[0]}): start "
+                    "one with `ray start --head`, or unset RAY_ADDRESS to run on this machine alone"
+                ) from error
+        else:
+            cpus = max(min_cpus, os.cpu_count() or 1)
+            common["runtime_env"]["worker_process_setup_hook"] = "cluster.ray_runtime.quiet_worker"
+            ray.init(
+                address="local",
+                num_cpus=cpus,
+                include_dashboard=False,
+                _node_ip_address="127.0.0.1",
+                **common,
+            )
+        resources = ray.cluster_resources()
+        log.info(
+            "Ray runs on %s: %d node(s), %d CPUs, %d GPUs",
+            f"the cluster at {address}" if address else "this machine",
+            len(ray.nodes()),
+            resources.get("CPU", 0),
+            resources.get("GPU", 0),
+        )
+        yield
+    finally:
+        ray.shutdown()

@@ -1,0 +1,279 @@
+"""One settings system for every command: typed, nested, strict.
+
+A command's settings are a `Settings` class (pydantic). Their values come from, in this order, the defaults of
+the class, a recipe (a YAML file) and `key.sub=value` words on the command line. Anything that is not a known
+key with a value of the right type is refused before any work starts, with the name of the key, the value that
+was given, where it was given, and what would do.
+"""
+
+import difflib
+import json
+import re
+import sys
+import textwrap
+import types
+import typing
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pydantic
+import yaml
+from pydantic.fields import FieldInfo
+
+
+class SettingsError(ValueError):
+    """A key, a value or a combination of values that cannot be used; the message says what would do."""
+
+
+class Settings(pydantic.BaseModel):
+    """Base of all settings. The docstring under a field is its help text."""
+
+    model_config = pydantic.ConfigDict(
+        strict=True, frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=()
+    )
+
+
+S = TypeVar("S", bound=Settings)
+
+
+class _RecipeLoader(yaml.SafeLoader):
+    """YAML as people write it: 1e-3 is a number (YAML 1.1 wants 1.0e-3) and a key may not stand twice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key_node, _ in node.value:
+            key = str(key_node.value)
+            if key in seen:
+                raise SettingsError(f"key {key!r} stands twice (line {key_node.start_mark.line + 1})")
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+_RecipeLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\d[\d_]*\.?[\d_]*|\.\d+)([eE][-+]?\d+)$"),
+    list("-+.0123456789"),
+)
+
+
+def load_recipe(path: Path) -> dict[str, Any]:
+    """Read a recipe file into nested dictionaries.
+
+    Raises:
+        SettingsError: the file is missing, is not YAML or is not a mapping.
+    """
+    try:
+        loaded = yaml.load(path.read_text(), _RecipeLoader)
+    except OSError as error:
+        raise SettingsError(f"recipe {path} cannot be read: {error.strerror}") from error
+    except (yaml.YAMLError, SettingsError) as error:
+        raise SettingsError(f"recipe {path} is not valid YAML: {error}") from error
+    if loaded is None:
+        return {}
+    if not isinstance(loaded, dict):
+        raise SettingsError(f"recipe {path} must be a mapping of keys to values, not a {type(loaded).__name__}")
+    return loaded
+
+
+def find_recipe(name: str, folder: Path) -> Path:
+    """The recipe file for a path, or for the bare name of a recipe in `folder`.
+
+    Raises:
+        SettingsError: neither exists; the message lists the recipes that do.
+    """
+    as_path = Path(name)
+    if as_path.is_file():
+        return as_path
+    shipped = folder / f"{name}.yaml"
+    if shipped.is_file():
+        return shipped
+    known = sorted(path.stem for path in folder.glob("*.yaml"))
+    near = difflib.get_close_matches(name, known, n=1)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    raise SettingsError(f"no recipe {name!r}{hint} Shipped recipes: {', '.join(known)}; or give a file's path")
+
+
+def parse_override(word: str) -> tuple[list[str], Any]:
+    """Split `key.sub=value` into its dotted path and its value, read as YAML (numbers, lists, true, null).
+
+    Raises:
+        SettingsError: the word is not of that form.
+    """
+    key, separator, text = word.partition("=")
+    path = key.split(".")
+    if not separator or not all(re.fullmatch(r"[A-Za-z_]\w*", part) for part in path):
+        raise SettingsError(f"{word!r} is not of the form key.sub=value (see --help for the keys)")
+    try:
+        return path, yaml.load(text, _RecipeLoader)
+    except yaml.YAMLError as error:
+        raise SettingsError(f"the value in {word!r} cannot be read: {error}") from error
+
+
+def resolve(
+    settings_type: type[S],
+    values: Mapping[str, Any],
+    overrides: Sequence[str] = (),
+    origin: str = "the recipe",
+) -> S:
+    """Build settings from nested values and `key.sub=value` overrides.
+
+    Raises:
+        SettingsError: with one line for each wrong key or value.
+    """
+    merged: dict[str, Any] = json.loads(json.dumps(values))
+    from_command_line: set[tuple[str, ...]] = set()
+    for word in overrides:
+        path, value = parse_override(word)
+        section = merged
+        for part in path[:-1]:
+            inner = section.setdefault(part, {})
+            if not isinstance(inner, dict):
+                inner = section[part] = {}
+            section = inner
+        section[path[-1]] = value
+        from_command_line.add(tuple(path))
+    try:
+        # Validated as JSON: there strictness still lets a list stand for a tuple.
+        return settings_type.model_validate_json(json.dumps(merged))
+    except pydantic.ValidationError as error:
+        lines = [_explain(settings_type, dict(problem), from_command_line, origin) for problem in error.errors()]
+        raise SettingsError("\n".join(dict.fromkeys(lines))) from None
+
+
+def _explain(
+    settings_type: type[Settings],
+    problem: dict[str, Any],
+    from_command_line: set[tuple[str, ...]],
+    origin: str,
+) -> str:
+    location = tuple(str(part) for part in problem["loc"])
+    named = [path for path in from_command_line if path[: len(location)] == location or location[: len(path)] == path]
+    where = "on the command line" if named else f"in {origin}"
+    key = ".".join(location)
+    if problem["type"] == "extra_forbidden":
+        section = _section(settings_type, location[:-1])
+        known = sorted(section.model_fields) if section else []
+        everywhere = [name for name, _ in iterate_keys(settings_type)]
+        near = difflib.get_close_matches(location[-1], known, n=1, cutoff=0.5)
+        moved = [name for name in everywhere if name.split(".")[-1] == location[-1]]
+        suggestion = [".".join((*location[:-1], near[0]))] if near else moved[:1]
+        hint = f"; did you mean {suggestion[0]!r}?" if suggestion else ""
+        inside = f"of {'.'.join(location[:-1])!r}" if len(location) > 1 else "at the top level"
+        return f"unknown key {key!r} {where}{hint} Keys {inside}: {', '.join(known)}"
+    if problem["type"] == "missing":
+        return f"{key!r} must be set: it has no default (give it {where} or as {key}=VALUE)"
+    message = problem["msg"].removeprefix("Value error, ")
+    if problem["type"] in ("value_error", "assertion_error"):
+        return f"{key}: {message}" if key else message
+    value = problem["input"]
+    quoting = f" (as text, write {key}=\"'{value}'\")" if problem["type"] == "string_type" and named else ""
+    return f"{key} = {value!r} {where}: {message[0].lower() + message[1:]}{quoting}"
+
+
+def _settings_in(annotation: Any) -> type[Settings] | None:
+    for candidate in (annotation, *typing.get_args(annotation)):
+        if isinstance(candidate, type) and issubclass(candidate, Settings):
+            return candidate
+    return None
+
+
+def _section(settings_type: type[Settings], path: Sequence[str]) -> type[Settings] | None:
+    current: type[Settings] | None = settings_type
+    for part in path:
+        if current is None or part not in current.model_fields:
+            return None
+        current = _settings_in(current.model_fields[part].annotation)
+    return current
+
+
+def iterate_keys(settings_type: type[Settings], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
+    """Every dotted key of a settings class with its field."""
+    for name, field in settings_type.model_fields.items():
+        inner = _settings_in(field.annotation)
+        if inner is None:
+            yield prefix + name, field
+        else:
+            yield from iterate_keys(inner, f"{prefix}{name}.")
+
+
+def _type_name(annotation: Any) -> str:
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is typing.Literal:
+        return "|".join(str(argument) for argument in arguments)
+    if origin in (typing.Union, types.UnionType):
+        names = ("null" if argument is type(None) else _type_name(argument) for argument in arguments)
+        return "|".join(names)
+    if origin in (tuple, list):
+        return f"list of {_type_name(arguments[0])}" if arguments else "list"
+    if origin is typing.Annotated:
+        return _type_name(arguments[0])
+    return {"str": "text", "int": "integer", "float": "number", "bool": "true|false"}.get(
+        getattr(annotation, "__name__", str(annotation)), getattr(annotation, "__name__", str(annotation))
+    )
+
+
+def help_text(
+    settings_type: type[Settings],
+    usage: str,
+    description: str,
+    positionals: Sequence[str],
+    recipes: Path | None,
+) -> str:
+    """The text of --help: what the command does, its recipes, and every key with type, default and meaning."""
+    lines = [f"usage: {usage}", "", textwrap.dedent(description).strip(), ""]
+    if recipes is not None:
+        lines.append("recipes (a name from this list, or the path of your own file):")
+        for path in sorted(recipes.glob("*.yaml")):
+            lines.append(f"  {path.stem:<28} {path.read_text().splitlines()[0].lstrip('# ')}")
+        lines.append("")
+    lines.append("settings (give any of them as KEY=VALUE, for example log.every=10):")
+    for key, field in iterate_keys(settings_type):
+        if key in positionals:
+            continue
+        if field.is_required():
+            default = "must be set"
+        else:
+            value = field.get_default(call_default_factory=True)
+            default = f"default {json.dumps(value) if not isinstance(value, str) else value}"
+        lines.append(f"  {key}  <{_type_name(field.annotation)}>  {default}")
+        lines.extend(textwrap.wrap(field.description or "", 100, initial_indent=" " * 6, subsequent_indent=" " * 6))
+    return "\n".join(lines)
+
+
+def parse_command(
+    settings_type: type[S],
+    *,
+    prog: str,
+    description: str,
+    positionals: Sequence[str] = (),
+    recipes: Path | None = None,
+    argv: Sequence[str] | None = None,
+) -> S:
+    """Read a command line into settings: `prog [RECIPE] POSITIONALS... [KEY=VALUE...]`.
+
+    `positionals` name top-level keys that are given as plain words, in that order; with `recipes` (the folder
+    of the shipped ones) the first word is a recipe. `--help` prints every key and leaves.
+
+    Raises:
+        SettingsError: anything about the words or the values that cannot be used.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    expected = (["recipe"] if recipes is not None else []) + list(positionals)
+    usage = " ".join([f"python {prog}", *(name.upper() for name in expected), "[KEY=VALUE ...]"])
+    if "--help" in words or "-h" in words:
+        print(help_text(settings_type, usage, description, positionals, recipes))
+        raise SystemExit(0)
+    for word in words:
+        if word.startswith("-"):
+            raise SettingsError(f"unknown option {word!r}: settings are given as KEY=VALUE\nusage: {usage}")
+    if len(words) < len(expected) or any(re.match(r"^[A-Za-z_][\w.]*=", word) for word in words[: len(expected)]):
+        raise SettingsError(f"{' and '.join(name.upper() for name in expected)} must be given\nusage: {usage}")
+    plain, overrides = words[: len(expected)], words[len(expected) :]
+    values: dict[str, Any] = {}
+    origin = "the defaults"
+    if recipes is not None:
+        path = find_recipe(plain.pop(0), recipes)
+        values, origin = load_recipe(path), str(path)
+    values.update(zip(positionals, plain, strict=True))
+    return resolve(settings_type, values, overrides, origin)

@@ -1,0 +1,140 @@
+"""Files as every stage writes and reads them: complete under their name, or not there at all.
+
+All paths go through this module, so that object stores (`s3://`) can be added here and nowhere else. This version
+serves paths that are mounted on every node (local disk, NFS, Lustre) and refuses URLs with one message.
+"""
+
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import xxhash
+
+_TEMPORARY = ".writing-"
+"""In the name of every file that is not finished; nothing reads such a file, and a rerun removes it."""
+
+
+class StorageError(ValueError):
+    """A path that cannot be used, or a file that is not what it should be; the message says what would do."""
+
+
+def local_path(path: str, key: str) -> Path:
+    """`path` as a path of this file system.
+
+    Args:
+        path: as the user gave it.
+        key: the setting it came from, for the message.
+
+    Raises:
+        StorageError: it is a URL.
+    """
+    if "://" in path:
+        scheme = path.split("://")[0]
+        raise StorageError(
+            f"{key} = {path!r}: {scheme}:// is not supported yet, only paths of a file system that every node "
+            f"mounts; copy or mount the data and give that path"
+        )
+    return Path(path)
+
+
+@contextmanager
+def atomic_file(path: Path) -> Iterator[BinaryIO]:
+    """An unbuffered file that appears under `path`, whole and on disk, when the block ends without an exception.
+
+    It is written under a temporary name beside it, synced, renamed, and the folder synced. After an exception
+    nothing is left, and what stood under `path` stays.
+    """
+    temporary = path.with_name(f".{path.name}{_TEMPORARY}{uuid.uuid4().hex[:12]}")
+    try:
+        with temporary.open("xb", buffering=0) as file:
+            yield file
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    sync_folder(path.parent)
+
+
+def write_bytes(path: Path, content: bytes | memoryview) -> None:
+    """Write a file atomically."""
+    with atomic_file(path) as file:
+        view = memoryview(content).cast("B") if len(content) else memoryview(b"")
+        while view:
+            view = view[file.write(view) :]
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a value as readable JSON, atomically; equal values give equal bytes."""
+    write_bytes(path, (json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False) + "\n").encode())
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file.
+
+    Raises:
+        StorageError: it is missing or is not whole JSON.
+    """
+    try:
+        return json.loads(path.read_bytes())
+    except OSError as error:
+        raise StorageError(f"{path} cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise StorageError(f"{path} is damaged: it is not JSON ({error})") from error
+
+
+def hash_file(path: Path) -> str:
+    """xxh3_128 of a file's content, in hexadecimal."""
+    digest = xxhash.xxh3_128()
+    buffer = memoryview(bytearray(4 << 20))
+    with path.open("rb", buffering=0) as file:
+        while count := file.readinto(buffer):
+            digest.update(buffer[:count])
+    return digest.hexdigest()
+
+
+def file_size(path: Path) -> int | None:
+    """Bytes of a regular file, or None where there is none."""
+    try:
+        return path.stat().st_size if path.is_file() else None
+    except FileNotFoundError:
+        return None
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames and removals in a folder durable."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Remove what killed writers left in a folder under temporary names."""
+    for path in folder.glob(f".*{_TEMPORARY}*"):
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def is_unfinished(name: str) -> bool:
+    """Whether a file name is a temporary one of this module."""
+    return name.startswith(".") and _TEMPORARY in name
+
+
+def sync_tree(folder: Path) -> None:
+    """Make everything inside a folder durable, files and folders."""
+    for path in folder.rglob("*"):
+        if path.is_dir():
+            sync_folder(path)
+        else:
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+    sync_folder(folder)

@@ -1,0 +1,1 @@
+"""From raw images to a sharded corpus, and the corpus as training reads it."""

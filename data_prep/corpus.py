@@ -1,0 +1,310 @@
+"""The corpus: sharded images with an index, as training reads it.
+
+A corpus is a folder (format version 1):
+
+    manifest.json             what the corpus is; committed last; `corpus_hash` is its identity
+    plan.json                 what was asked for; written first, so that a rerun knows its own unfinished work
+    index.bin                 SAMPLE_DTYPE [N]; the row number is the sample id
+    labels.bin, labels.ptr    many labels only: LABEL_DTYPE [K] and uint64 [N + 1], sample i has labels ptr[i]:ptr[i+1]
+    shard-000000.tar          plain USTAR: KEY.jpg (or png, webp, ...) and KEY.cls, or KEY.json with many labels
+    shard-000000.idx          index of the tar for DALI's own reader
+    shard-000000.origins      where each sample came from, one line a sample
+    shard-000000.rows.npz     the shard's part of the index, from which a rerun of sharding builds it again
+    shard-000000.record.json  committed last of a shard's files; a rerun of sharding skips shards that have it
+    quarantine.jsonl          images left out: {"origin", "reason"} a line
+
+The tars and .idx files are what the webdataset package and DALI's own reader expect.
+"""
+
+import hashlib
+import json
+import os
+import threading
+from collections import OrderedDict
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import xxhash
+from numpy.typing import ArrayLike, NDArray
+
+from cluster import storage
+from data_prep.columns import LABEL_DTYPE, ragged_take
+
+FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
+PLAN = "plan.json"
+INDEX = "index.bin"
+LABELS = "labels.bin"
+LABEL_POINTERS = "labels.ptr"
+QUARANTINE = "quarantine.jsonl"
+
+SAMPLE_DTYPE = np.dtype(
+    [
+        ("offset", "<u8"),  # of the encoded image inside its tar, bytes
+        ("length", "<u4"),  # of the encoded image, bytes
+        ("shard", "<u4"),  # place of the tar in the manifest's list
+        ("label", "<i4"),  # the class; with many labels the heaviest; -1 without any
+        ("check", "<u4"),  # low 32 bits of xxh3_64 of the encoded image
+        ("width", "<u2"),  # pixels, after EXIF orientation
+        ("height", "<u2"),
+    ]
+)
+"""A row of the index, 28 bytes."""
+
+_MAX_OPEN_SHARDS = 256
+
+_REPAIR = "Running the same shard command again writes what is missing or cut short"
+_REPAIR_MANIFEST = f"Remove {MANIFEST} and run the same shard command again: it is built anew from the finished shards"
+
+
+class CorpusError(storage.StorageError):
+    """A corpus that is missing, unfinished or damaged; the message names the file and says what would do."""
+
+
+def image_check(data: Any) -> int:
+    """The checksum kept for a sample: low 32 bits of xxh3_64 of the encoded image."""
+    return xxhash.xxh3_64_intdigest(data) & 0xFFFFFFFF
+
+
+def manifest_hash(manifest: dict[str, Any]) -> str:
+    """The identity of a corpus: sha256 of the manifest's canonical JSON.
+
+    `created_by` (tools, place of the source) is left out: it does not change what the corpus holds.
+    """
+    content = {key: value for key, value in manifest.items() if key not in ("corpus_hash", "created_by")}
+    canonical = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+    return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+class _OpenShard:
+    """A read-only file that closes when nobody holds it any more, so that a cache may drop it during a read."""
+
+    def __init__(self, path: Path) -> None:
+        self.descriptor = os.open(path, os.O_RDONLY)
+
+    def __del__(self) -> None:
+        if hasattr(self, "descriptor"):
+            os.close(self.descriptor)
+
+
+class Corpus:
+    """A corpus opened for reading; safe to use from several threads; a pickled one opens again where it arrives.
+
+    Attributes:
+        path: of its folder.
+        manifest: the content of manifest.json.
+        index: SAMPLE_DTYPE [N], memory-mapped.
+    """
+
+    def __init__(self, path: Path, manifest: dict[str, Any]) -> None:
+        """Use `Corpus.open`."""
+        self.path = path
+        self.manifest = manifest
+        self.index: NDArray[np.void] = np.memmap(path / INDEX, SAMPLE_DTYPE, "r")
+        if self.label_kind == "multi":
+            self._label_pointers = np.memmap(path / LABEL_POINTERS, "<u8", "r")
+            # numpy maps no empty file, and a corpus may be without a single label
+            has_labels = storage.file_size(path / LABELS)
+            self._labels = np.memmap(path / LABELS, LABEL_DTYPE, "r") if has_labels else np.empty(0, LABEL_DTYPE)
+        self._open_shards: OrderedDict[int, _OpenShard] = OrderedDict()
+        self._origins: OrderedDict[int, list[str]] = OrderedDict()
+        self._lock = threading.Lock()
+
+    @classmethod
+    def open(cls, path: str) -> "Corpus":
+        """Open a corpus after checking its manifest, its index and the presence and size of every shard.
+
+        The content of the shards is checked sample by sample as it is read (and whole by data_prep/verify.py).
+
+        Raises:
+            CorpusError: missing, unfinished, of another format version, cut short or altered.
+        """
+        folder = storage.local_path(path, "corpus")
+        manifest = _read_manifest(folder)
+        for name, facts in manifest["files"].items():
+            _check_size(folder / name, facts["bytes"])
+            if storage.hash_file(folder / name) != facts["xxh3_128"]:
+                raise CorpusError(f"{folder / name} is damaged: its checksum is not the manifest's. {_REPAIR}")
+        for shard in manifest["shards"]:
+            _check_size(folder / shard["name"], shard["bytes"])
+        return cls(folder, manifest)
+
+    def __reduce__(self) -> tuple[Any, tuple[str]]:
+        return Corpus.open, (str(self.path),)
+
+    def __len__(self) -> int:
+        return self.num_samples
+
+    @property
+    def num_samples(self) -> int:
+        """N, the number of images."""
+        return int(self.manifest["num_samples"])
+
+    @property
+    def classes(self) -> list[str]:
+        """Names of the classes, in the order of their numbers."""
+        return list(self.manifest["classes"])
+
+    @property
+    def class_descriptions(self) -> list[str] | None:
+        """What people call the classes (from a words file), in the same order, or None."""
+        descriptions = self.manifest["class_descriptions"]
+        return None if descriptions is None else list(descriptions)
+
+    @property
+    def class_counts(self) -> list[int]:
+        """Images of each class (with many labels, images that carry it)."""
+        return list(self.manifest["class_counts"])
+
+    @property
+    def label_kind(self) -> Literal["single", "multi"]:
+        """Whether a sample has one class or many weighted labels."""
+        return "multi" if self.manifest["label_kind"] == "multi" else "single"
+
+    @property
+    def corpus_hash(self) -> str:
+        """The identity of the corpus: two corpora with the same one hold the same bytes in the same order."""
+        return str(self.manifest["corpus_hash"])
+
+    @property
+    def shard_sizes(self) -> list[int]:
+        """Samples of each shard; the ids of a shard are consecutive."""
+        return [shard["samples"] for shard in self.manifest["shards"]]
+
+    @cached_property
+    def _first_ids(self) -> NDArray[np.int64]:
+        return np.concatenate([[0], np.cumsum(self.shard_sizes, dtype=np.int64)])
+
+    def labels_of(self, ids: ArrayLike) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float32]]:
+        """The labels of samples (int64 [B]), as a sparse matrix [B, classes].
+
+        Returns:
+            (rows int64 [K], classes int64 [K], weights float32 [K]): sample ids[rows[k]] has class classes[k].
+            With one class a sample, K = B and every weight is 1.
+        """
+        which = self._checked_ids(ids)
+        if self.label_kind == "single":
+            classes = self.index["label"][which].astype(np.int64)
+            return np.arange(len(which)), classes, np.ones(len(which), np.float32)
+        starts = self._label_pointers[which].astype(np.int64)
+        counts = self._label_pointers[which + 1].astype(np.int64) - starts
+        labels = self._labels[ragged_take(starts, counts)]
+        return np.repeat(np.arange(len(which)), counts), labels["class"].astype(np.int64), labels["weight"].copy()
+
+    def read(self, ids: ArrayLike) -> list[NDArray[np.uint8]]:
+        """The encoded images of samples (int64 [B]), each a fresh uint8 array, in the order asked for.
+
+        Raises:
+            CorpusError: the bytes are not those that were written; names the shard, the sample and its key.
+        """
+        which = self._checked_ids(ids)
+        rows = self.index[which]
+        images = []
+        columns = (rows["offset"].tolist(), rows["length"].tolist(), rows["shard"].tolist(), rows["check"].tolist())
+        for place, (offset, length, shard, check) in enumerate(zip(*columns, strict=True)):
+            image = np.empty(length, np.uint8)
+            opened = self._shard(shard)
+            count = os.preadv(opened.descriptor, [image.data], offset)
+            if count != length or image_check(image) != check:
+                self._report_damage(int(which[place]), opened)
+            images.append(image)
+        return images
+
+    def origin(self, sample: int) -> str:
+        """Where a sample came from: the path of its image inside the source.
+
+        Raises:
+            CorpusError: the shard's .origins file is missing or cut short.
+        """
+        row = self.index[int(self._checked_ids([sample])[0])]
+        shard = int(row["shard"])
+        with self._lock:
+            lines = self._origins.get(shard)
+        if lines is None:
+            path = (self.path / self.manifest["shards"][shard]["name"]).with_suffix(".origins")
+            try:
+                lines = path.read_text(encoding="utf-8").split("\n")[:-1]
+            except OSError as error:
+                raise CorpusError(f"{path} cannot be read: {error.strerror}. {_REPAIR}") from error
+            if len(lines) != self.shard_sizes[shard]:
+                raise CorpusError(f"{path} has {len(lines)} lines for {self.shard_sizes[shard]} samples. {_REPAIR}")
+            with self._lock:
+                self._origins[shard] = lines
+                while len(self._origins) > 8:
+                    self._origins.popitem(last=False)
+        return lines[sample - int(self._first_ids[shard])]
+
+    def _checked_ids(self, ids: ArrayLike) -> NDArray[np.int64]:
+        which = np.asarray(ids, dtype=np.int64).reshape(-1)
+        if which.size and not (which.min() >= 0 and which.max() < self.num_samples):
+            raise CorpusError(
+                f"sample ids must lie in 0..{self.num_samples - 1}, got {which.min()}..{which.max()} ({self.path})"
+            )
+        return which
+
+    def _shard(self, shard: int) -> _OpenShard:
+        with self._lock:
+            opened = self._open_shards.get(shard)
+            if opened is None:
+                path = self.path / self.manifest["shards"][shard]["name"]
+                try:
+                    opened = self._open_shards[shard] = _OpenShard(path)
+                except OSError as error:
+                    raise CorpusError(f"{path} cannot be opened: {error.strerror}. {_REPAIR}") from error
+                if len(self._open_shards) > _MAX_OPEN_SHARDS:
+                    self._open_shards.popitem(last=False)
+            else:
+                self._open_shards.move_to_end(shard)
+            return opened
+
+    def _report_damage(self, sample: int, opened: _OpenShard) -> None:
+        row = self.index[sample]
+        name = self.manifest["shards"][int(row["shard"])]["name"]
+        # the 512 bytes before an image are its tar header, which begins with the member's name
+        header = os.pread(opened.descriptor, 100, max(int(row["offset"]) - 512, 0))
+        member = header.split(b"\0")[0].decode("ascii", "backslashreplace")
+        raise CorpusError(
+            f"{self.path / name} is damaged: sample {sample} (member {member!r}, {int(row['length'])} bytes at offset "
+            f"{int(row['offset'])}) is not what was written. To write this shard again, remove "
+            f"{Path(name).stem}.record.json and run the same shard command"
+        )
+
+
+def _check_size(path: Path, expected: int) -> None:
+    size = storage.file_size(path)
+    if size is None:
+        raise CorpusError(f"{path} is missing. {_REPAIR}")
+    if size != expected:
+        raise CorpusError(
+            f"{path} has {size} bytes where the manifest says {expected}: cut short or altered. {_REPAIR}"
+        )
+
+
+def _read_manifest(folder: Path) -> dict[str, Any]:
+    if not folder.is_dir():
+        raise CorpusError(f"no corpus at {folder}: there is no such folder")
+    path = folder / MANIFEST
+    if not path.is_file():
+        unfinished = (folder / PLAN).is_file()
+        advice = (
+            "its sharding has not finished; run the same shard command again to go on"
+            if unfinished
+            else "make one with `python data_prep/shard.py SOURCE DESTINATION`"
+        )
+        raise CorpusError(f"no corpus at {folder}: {MANIFEST} is missing; {advice}")
+    try:
+        manifest = storage.read_json(path)
+    except storage.StorageError as error:
+        raise CorpusError(f"{error}. {_REPAIR_MANIFEST}") from error
+    if not isinstance(manifest, dict) or "format_version" not in manifest:
+        raise CorpusError(f"{path} is not the manifest of a corpus. {_REPAIR_MANIFEST}")
+    if manifest["format_version"] != FORMAT_VERSION:
+        raise CorpusError(
+            f"{path} has format version {manifest['format_version']}, this code reads {FORMAT_VERSION}: read it "
+            "with the code that wrote it, or shard the images again"
+        )
+    if manifest.get("corpus_hash") != manifest_hash(manifest):
+        raise CorpusError(f"{path} was altered: it does not match its own corpus_hash. {_REPAIR_MANIFEST}")
+    return manifest

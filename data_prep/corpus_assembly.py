@@ -1,0 +1,124 @@
+"""Makes one corpus of finished shards: the index, the labels, the quarantine list, and last the manifest."""
+
+import json
+import platform
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xxhash
+
+from cluster import storage
+from data_prep.columns import Labels
+from data_prep.corpus import (
+    FORMAT_VERSION,
+    INDEX,
+    LABEL_POINTERS,
+    LABELS,
+    MANIFEST,
+    QUARANTINE,
+    manifest_hash,
+)
+from data_prep.shard_plan import Plan
+from data_prep.shard_task import read_rows, remove_shard
+
+
+class _HashedFile:
+    """A file that is written in order and hashed on the way."""
+
+    def __init__(self, path: Path) -> None:
+        self._context = storage.atomic_file(path)
+        self._file = self._context.__enter__()
+        self._digest = xxhash.xxh3_128()
+        self.size = 0
+
+    def write(self, content: bytes) -> None:
+        view = memoryview(content)
+        self._digest.update(view)
+        self.size += len(view)
+        while view:
+            view = view[self._file.write(view) :]
+
+    def close(self) -> dict[str, Any]:
+        """Commit the file; returns what the manifest says of it."""
+        self._context.__exit__(None, None, None)
+        return {"bytes": self.size, "xxh3_128": self._digest.hexdigest()}
+
+
+def assemble(folder: Path, plan: Plan, records: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Write what belongs to the corpus as a whole, the manifest last; returns the manifest.
+
+    Args:
+        folder: of the corpus, with all shards finished.
+        plan: what was sharded.
+        records: of all shards, in their order.
+    """
+    filled = [record for record in records if record["samples"]]
+    classes = plan.listing.classes
+    counts = np.zeros(len(classes), np.int64)
+    labels_so_far = 0
+    files: dict[str, Any] = {}
+    many = plan.label_kind == "multi"
+    index = _HashedFile(folder / INDEX)
+    label_rows = _HashedFile(folder / LABELS) if many else None
+    pointers = _HashedFile(folder / LABEL_POINTERS) if many else None
+    if pointers is not None:
+        pointers.write(np.zeros(1, "<u8").tobytes())
+    for number, record in enumerate(filled):
+        rows, labels = read_rows(folder, record["name"])
+        rows["shard"] = number
+        index.write(rows.tobytes())
+        if isinstance(labels, Labels) and label_rows is not None and pointers is not None:
+            label_rows.write(labels.rows.tobytes())
+            pointers.write((labels.pointers[1:] + labels_so_far).astype("<u8").tobytes())
+            labels_so_far += len(labels.rows)
+            counts += np.bincount(labels.rows["class"], minlength=len(classes))
+        else:
+            counts += np.bincount(rows["label"], minlength=len(classes))
+    files[INDEX] = index.close()
+    if label_rows is not None and pointers is not None:
+        files[LABELS], files[LABEL_POINTERS] = label_rows.close(), pointers.close()
+
+    quarantined = [
+        *({"origin": origin, "reason": reason} for origin, reason in plan.listing.left_out),
+        *(entry for record in records for entry in record["quarantined"]),
+    ]
+    quarantine = _HashedFile(folder / QUARANTINE)
+    for entry in quarantined:
+        quarantine.write((json.dumps(entry, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace"))
+    files[QUARANTINE] = quarantine.close()
+
+    manifest: dict[str, Any] = {
+        "format_version": FORMAT_VERSION,
+        "label_kind": plan.label_kind,
+        "classes": classes,
+        "class_descriptions": plan.class_descriptions,
+        "class_counts": counts.tolist(),
+        "num_samples": sum(record["samples"] for record in filled),
+        "num_bytes": sum(record["sizes"][".tar"] for record in filled),
+        "quarantined": len(quarantined),
+        "shards": [
+            {
+                "name": record["name"],
+                "samples": record["samples"],
+                "bytes": record["sizes"][".tar"],
+                "xxh3_128": record["xxh3_128"],
+            }
+            for record in filled
+        ],
+        "files": files,
+        **{key: value for key, value in plan.describe().items() if key in ("plan_hash", "settings", "source")},
+        "created_by": {
+            "source": str(plan.listing.root),
+            "python": platform.python_version(),
+            **{name: version(name) for name in ("numpy", "pillow", "simplejpeg")},
+        },
+    }
+    manifest["corpus_hash"] = manifest_hash(manifest)
+    storage.write_json(folder / MANIFEST, manifest)
+    for record in records:
+        if not record["samples"]:  # every image was quarantined; a tar without samples is one that readers stumble over
+            remove_shard(folder, record["name"])
+    return manifest

@@ -1,0 +1,168 @@
+"""Whether an image decodes from its first byte to its last, judged by its content and not by its name.
+
+Every image passes here once, when it is sharded, so that training never meets one that cannot be decoded. JPEGs go
+through libjpeg-turbo with its warnings as errors: damage in the middle of a scan is only a warning to libjpeg, which
+invents the missing pixels, and Pillow does not report it at all.
+"""
+
+import io
+import re
+import struct
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import simplejpeg
+from PIL import Image, ImageFile
+
+MAX_SIDE = 65535
+"""Pixels that a side may have: what the index can hold, and JPEG's own limit."""
+
+_SIGNATURES = (
+    (b"\xff\xd8\xff", "jpg"),
+    (b"\x89PNG\r\n\x1a\n", "png"),
+    (b"BM", "bmp"),
+    (b"II*\0", "tif"),
+    (b"MM\0*", "tif"),
+)
+_PILLOW_FORMATS = {"png": "PNG", "webp": "WEBP", "bmp": "BMP", "tif": "TIFF"}
+_ORIENTATION = 0x0112
+_START_OF_SCAN = 0xDA
+
+
+class UnusableImage(ValueError):  # noqa: N818 - it says what the image is
+    """An image that training could not decode; the message is the reason, for the quarantine list."""
+
+
+@dataclass(frozen=True, slots=True)
+class ImageFacts:
+    """What is known of an image that decodes: its format as a file extension, and its size as it is seen."""
+
+    extension: str
+    width: int
+    """Pixels, after EXIF orientation."""
+    height: int
+
+
+def check_image(data: bytes) -> ImageFacts:
+    """Decode an encoded image completely.
+
+    Raises:
+        UnusableImage: empty, not an image, of a format that training does not decode, cut short, or damaged.
+    """
+    extension = _format_of(data)
+    width, height = _check_jpeg(data) if extension == "jpg" else _check_by_pillow(data, extension)
+    if max(width, height) > MAX_SIDE:
+        raise UnusableImage(f"{width}x{height} pixels: a side may have at most {MAX_SIDE}")
+    return ImageFacts(extension, width, height)
+
+
+def _format_of(data: bytes) -> str:
+    for signature, extension in _SIGNATURES:
+        if data.startswith(signature):
+            return extension
+    if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
+        return "webp"
+    if not data:
+        raise UnusableImage("empty file")
+    if data[:4] == b"GIF8":
+        raise UnusableImage("GIF images are not supported: convert to PNG")
+    if data[4:8] in (b"ftyp", b"jP  "):
+        raise UnusableImage("AVIF, HEIC and JPEG 2000 images are not supported: convert to JPEG or PNG")
+    if not any(data[:512]):
+        raise UnusableImage("no image: begins with zeros")
+    beginning = data[:24].decode("ascii", "replace").replace("\ufffd", "?")
+    raise UnusableImage(f"no JPEG, PNG, WebP, BMP or TIFF: begins with {beginning!r}")
+
+
+def _check_jpeg(data: bytes) -> tuple[int, int]:
+    try:
+        height, width = _decode_jpeg(data)
+    except ValueError as error:
+        tidy = _without_harmless_oddities(data)
+        if tidy == data:
+            raise UnusableImage(f"damaged JPEG: {_readable(error)}") from error
+        try:
+            height, width = _decode_jpeg(tidy)
+        except ValueError as still:
+            raise UnusableImage(f"damaged JPEG: {_readable(still)}") from still
+    for marker, start, end in _segments(data):
+        if marker == 0xE1 and data[start : start + 6] == b"Exif\0\0":
+            return (height, width) if _turns(data[start:end]) else (width, height)
+    return width, height
+
+
+def _decode_jpeg(data: bytes) -> tuple[int, int]:
+    """Decode every bit of the entropy-coded data. Pixels at an eighth of the size, without colour, find the same
+    damage as whole ones (that shows in the bit stream) in 60 % of the time."""
+    height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
+    target = "CMYK" if colours in ("CMYK", "YCCK") else "GRAY"
+    simplejpeg.decode_jpeg(data, target, min_factor=8, min_height=1, min_width=1)
+    return height, width
+
+
+def _readable(error: ValueError) -> str:
+    text = re.sub(r"^(Corrupt JPEG data|Warning|Error|tj\w+\(\)): ", "", str(error))
+    return text[:1].lower() + text[1:]
+
+
+def _segments(data: bytes) -> Iterator[tuple[int, int, int]]:
+    """The marker segments up to the first scan: (marker, start of the content, end)."""
+    at = 2
+    while at + 4 <= len(data) and data[at] == 0xFF:
+        marker = data[at + 1]
+        if marker == 0xFF:  # a fill byte
+            at += 1
+            continue
+        end = at + 2 + int.from_bytes(data[at + 2 : at + 4], "big")
+        yield marker, at + 4, end
+        if marker == _START_OF_SCAN:
+            return
+        at = end
+
+
+def _without_harmless_oddities(data: bytes) -> bytes:
+    """A copy without what libjpeg warns of though every pixel is there: an unknown JFIF version, progressive
+    parameters in the scan header of a sequential image, zeros as padding before the end marker."""
+    tidy = bytearray(data)
+    sequential = False
+    for marker, start, end in _segments(data):
+        if marker == 0xE0 and data[start : start + 5] == b"JFIF\0":
+            tidy[start + 5 : start + 7] = b"\x01\x01"
+        elif marker in (0xC0, 0xC1):
+            sequential = True
+        elif marker == _START_OF_SCAN and sequential:
+            tidy[end - 3 : end] = b"\x00\x3f\x00"
+    last = tidy.rfind(b"\xff\xd9")
+    if last > 0:
+        tidy[:last] = tidy[:last].rstrip(b"\0")
+    return bytes(tidy)
+
+
+def _check_by_pillow(data: bytes, extension: str) -> tuple[int, int]:
+    assert not ImageFile.LOAD_TRUNCATED_IMAGES
+    name = _PILLOW_FORMATS[extension]
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of metadata; pixels that cannot be decoded raise
+            with Image.open(io.BytesIO(data), formats=[name]) as image:
+                image.load()  # a TIFF is turned upright by this
+                width, height = image.size
+                exif = image.info.get("exif") if extension in ("png", "webp") else None
+                return (height, width) if exif and _turns(exif) else (width, height)
+    except Image.DecompressionBombError as error:
+        raise UnusableImage(f"too large: {error}") from error
+    except Exception as error:  # Pillow's plugins raise whatever their parsing runs into
+        raise UnusableImage(f"damaged {name}: {str(error) or type(error).__name__}") from error
+
+
+def _turns(exif: bytes) -> bool:
+    """Whether an EXIF block asks for a turn by 90 degrees; one that cannot be read asks for nothing."""
+    block = Image.Exif()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            block.load(exif)
+            return block.get(_ORIENTATION) in (5, 6, 7, 8)
+    except (ValueError, SyntaxError, OSError, struct.error, KeyError, IndexError, TypeError):
+        return False

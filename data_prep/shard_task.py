@@ -1,0 +1,141 @@
+"""Writes one shard: the work of one Ray task. Done twice, it gives the same bytes."""
+
+import io
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cluster import storage
+from data_prep.columns import Labels
+from data_prep.corpus import SAMPLE_DTYPE, image_check
+from data_prep.image_check import UnusableImage, check_image
+from data_prep.shard_plan import ShardTask
+from data_prep.sources import SourceError, read_images
+from data_prep.tar_headers import MAX_MEMBER_SIZE
+from data_prep.tar_shards import ShardWriter
+
+SHARD_FILES = (".tar", ".idx", ".origins", ".rows.npz")
+"""Suffixes of a shard's files beside its record."""
+
+
+def record_path(folder: Path, name: str) -> Path:
+    """The record of the shard whose tar has this name."""
+    return (folder / name).with_suffix(".record.json")
+
+
+def shard_file(folder: Path, name: str, suffix: str) -> Path:
+    """A file of the shard whose tar has this name."""
+    return (folder / name).with_suffix(suffix)
+
+
+def remove_shard(folder: Path, name: str) -> None:
+    """Remove a shard's files, the record first, so that no record is ever without its files."""
+    for path in (record_path(folder, name), *(shard_file(folder, name, suffix) for suffix in SHARD_FILES)):
+        path.unlink(missing_ok=True)
+
+
+def finished_record(folder: Path, name: str, plan_hash: str) -> dict[str, Any] | None:
+    """The record of a shard that an earlier run finished under the same plan, or None where it must be written."""
+    try:
+        record: dict[str, Any] = storage.read_json(record_path(folder, name))
+        sizes: dict[str, int] = record["sizes"]
+        intact = all(storage.file_size(shard_file(folder, name, suffix)) == sizes[suffix] for suffix in SHARD_FILES)
+        return record if record["plan_hash"] == plan_hash and intact else None
+    except (storage.StorageError, KeyError, TypeError):
+        return None
+
+
+def write_shard(task: ShardTask) -> dict[str, Any]:
+    """Read, check and write the images of a shard, its other files, and last its record, which is returned.
+
+    Images that do not decode are left out and listed in the record with the reason.
+
+    Raises:
+        SourceError: an image is gone or has changed since it was listed, or the source is not there.
+        OSError: the file system fails; worth another try.
+    """
+    columns: list[tuple[int, int, int, int, int, int, int]] = []
+    kept: list[int] = []
+    origins: list[str] = []
+    quarantined: list[tuple[str, str]] = []
+    if not task.root.exists():
+        raise SourceError(
+            f"source {task.root} is not there on node {os.uname().nodename}: it must be mounted at the same path on "
+            f"every node of the cluster"
+        )
+    with storage.atomic_file(task.folder / task.name) as file:
+        writer = ShardWriter(file, "json" if isinstance(task.labels, Labels) else "cls")
+        images = read_images(task.root, task.names, task.sizes, task.offsets)
+        for place, image in enumerate(images):
+            origin = _one_line(task.names[place])
+            try:
+                facts = check_image(image)
+                if len(image) > min(MAX_MEMBER_SIZE, 2**32 - 1):
+                    raise UnusableImage(f"{len(image)} bytes: an image may have at most 4 GiB")
+            except UnusableImage as reason:
+                quarantined.append((origin, str(reason)))
+                continue
+            label, heaviest = _label(task, place)
+            offset = writer.add(f"{task.first_position + place:09d}", facts.extension, image, label)
+            columns.append((offset, len(image), 0, heaviest, image_check(image), facts.width, facts.height))
+            kept.append(place)
+            origins.append(origin)
+        writer.finish()
+    rows = np.array(columns, SAMPLE_DTYPE)
+    labels = task.labels.take(np.array(kept, np.int64)) if isinstance(task.labels, Labels) else None
+    contents = {
+        ".idx": writer.dali_index,
+        ".origins": "".join(f"{origin}\n" for origin in origins).encode(),
+        ".rows.npz": _rows_file(rows, labels),
+    }
+    for suffix, content in contents.items():
+        storage.write_bytes(shard_file(task.folder, task.name, suffix), content)
+    record = {
+        "name": task.name,
+        "plan_hash": task.plan_hash,
+        "samples": len(rows),
+        "xxh3_128": writer.checksum,
+        "sizes": {".tar": writer.size, **{suffix: len(content) for suffix, content in contents.items()}},
+        "quarantined": [{"origin": origin, "reason": reason} for origin, reason in quarantined],
+    }
+    storage.write_json(record_path(task.folder, task.name), record)
+    return record
+
+
+def read_rows(folder: Path, name: str) -> tuple[NDArray[np.void], Labels | None]:
+    """A finished shard's part of the index (its column `shard` is not set) and, with many labels, its labels."""
+    with np.load(shard_file(folder, name, ".rows.npz"), allow_pickle=False) as arrays:
+        if "labels" not in arrays:
+            return arrays["rows"], None
+        return arrays["rows"], Labels(arrays["labels"], arrays["pointers"])
+
+
+def _rows_file(rows: NDArray[np.void], labels: Labels | None) -> bytes:
+    buffer = io.BytesIO()
+    if labels is None:
+        np.savez(buffer, rows=rows)
+    else:
+        np.savez(buffer, rows=rows, labels=labels.rows, pointers=labels.pointers)
+    return buffer.getvalue()
+
+
+def _label(task: ShardTask, place: int) -> tuple[bytes, int]:
+    """What is written beside an image, and its (heaviest) class."""
+    if not isinstance(task.labels, Labels):
+        number = int(task.labels[place])
+        return b"%d" % number, number
+    labels = task.labels[place]
+    weights = [float(str(weight)) for weight in labels["weight"]]  # 0.4 and not 0.4000000059604645
+    content = {"labels": labels["class"].tolist(), "weights": weights}
+    heaviest = int(labels["class"][np.argmax(labels["weight"])]) if len(labels) else -1
+    return json.dumps(content).encode(), heaviest
+
+
+def _one_line(name: bytes) -> str:
+    """A file's name as one line of text, whatever bytes it has."""
+    text = name.decode("utf-8", "backslashreplace")
+    return text.replace("\n", "\\n").replace("\r", "\\r")

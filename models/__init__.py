@@ -1,0 +1,1 @@
+"""The Vision Transformer: architecture, sizes, losses, weights, inference preprocessing."""

@@ -1,0 +1,1 @@
+"""The stages a person starts (pretrain, finetune, evaluate) and the training machinery behind them."""

@@ -1,0 +1,333 @@
+"""The settings of the training stages. A recipe is a YAML file of these keys; see `pipeline/recipes/`.
+
+Every section is checked by itself when it is read, and sections against each other by `TrainSettings`; what
+needs the corpus (epochs to steps) or the cluster (ranks) is checked by the stage before it starts a worker.
+"""
+
+import re
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, Field, PositiveInt, model_validator
+
+from cluster.settings import Settings, SettingsError
+
+_UNITS = ("steps", "epochs", "images")
+
+
+def _check_duration(text: str) -> str:
+    _split_duration(text)
+    return text
+
+
+def _split_duration(text: str) -> tuple[float, str]:
+    match = re.fullmatch(r"\s*(\d[\d_,]*\.?\d*|\.\d+)\s*([kKMG]?)\s*(\w+)\s*", text)
+    unit = match and (match[3] if match[3].endswith("s") else match[3] + "s")
+    if not match or unit not in _UNITS:
+        raise ValueError(f'{text!r} is not a duration: write "90 epochs", "10k steps" or "300M images"')
+    scale = {"": 1, "k": 1e3, "K": 1e3, "M": 1e6, "G": 1e9}[match[2]]
+    return float(re.sub("[_,]", "", match[1])) * scale, str(unit)
+
+
+Duration = Annotated[str, AfterValidator(_check_duration)]
+"""A length of training in steps, epochs or images: "10k steps", "90 epochs", "300M images"."""
+
+
+def duration_in_steps(text: str, global_batch: int, num_samples: int) -> int:
+    """A duration as optimizer steps, rounded to the nearest (at least 1 where the duration is not 0).
+
+    Args:
+        text: a `Duration`.
+        global_batch: images an optimizer step.
+        num_samples: images an epoch.
+    """
+    value, unit = _split_duration(text)
+    steps = {
+        "steps": value,
+        "images": value / global_batch,
+        "epochs": value * num_samples / global_batch,
+    }[unit]
+    return max(round(steps), 1 if value > 0 else 0)
+
+
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Triple = tuple[float, float, float]
+
+
+class ModelSettings(Settings):
+    """The architecture. A name such as S/16 gives all of it; single values can be set beside it."""
+
+    name: str = "S/16"
+    """Size and patch of the paper and its descendants: Ti, S, B, L, H, g or G, a slash, the patch in pixels."""
+    width: PositiveInt | None = None
+    """Width of the tokens, instead of the size's own."""
+    depth: PositiveInt | None = None
+    """Number of blocks, instead of the size's own."""
+    mlp_dim: PositiveInt | None = None
+    """Hidden width of the MLPs, instead of the size's own."""
+    heads: PositiveInt | None = None
+    """Number of attention heads, instead of the size's own."""
+    pool: Literal["cls", "gap"] = "cls"
+    """What the head reads: a class token, or the global average of the patch tokens."""
+    representation: bool = True
+    """Pre-training head with a hidden tanh layer of the model's width. Fine-tuning always drops it."""
+    dropout: Fraction = 0.0
+    """Dropout after every dense layer except qkv, and after adding the position embedding."""
+    drop_path: Fraction = 0.0
+    """Stochastic depth: chance of skipping the last block, growing linearly from 0 at the first."""
+    head_bias: float | None = None
+    """Initial bias of the head. Null: 0 with softmax, -10 with sigmoid, as ImageNet-21k wants."""
+
+
+class DataSettings(Settings):
+    """What is read, in which order, and what is done to the images."""
+
+    corpus: str
+    """Folder of a corpus made by data_prep/shard.py."""
+    heldout: str | None = None
+    """Corpus that is scored during and after training; it must have the same classes."""
+    image_size: PositiveInt = 224
+    """Resolution in pixels (square). Must be a multiple of the patch size."""
+    crop: Literal["inception", "squash", "center"] = "inception"
+    """Training crop: a random area and aspect ratio (inception), the whole image squashed, or the centre."""
+    crop_area: tuple[float, float] = (0.05, 1.0)
+    """Smallest and largest share of the image's area that an inception crop takes."""
+    crop_aspect: tuple[float, float] = (0.75, 1.3333333333)
+    """Smallest and largest aspect ratio (width over height) of an inception crop."""
+    flip: bool = True
+    """Mirror half of the training images left to right."""
+    randaugment_layers: Annotated[int, Field(ge=0, le=8)] = 0
+    """Operations of RandAugment (arXiv 1909.13719) on each image; 0 is none."""
+    randaugment_magnitude: Annotated[int, Field(ge=0, le=30)] = 10
+    """Strength of RandAugment's operations."""
+    mixup: Annotated[float, Field(ge=0)] = 0.0
+    """Mixup (arXiv 1710.09412): both parameters of the Beta distribution of the mixing weight; 0 is none."""
+    eval_resize: PositiveInt | None = None
+    """Evaluation and consumers: shorter side in pixels before the centre crop; null squashes the whole image."""
+    mean: Triple | None = None
+    """Subtracted from the pixels, scaled to 0 to 1, by channel. Null: the parent's, or 0.5 as in the original code."""
+    std: Triple | None = None
+    """The pixels are then divided by this, by channel. Null: the parent's, or 0.5."""
+    shuffle_window: Annotated[int, Field(ge=0)] = 0
+    """0 shuffles the whole corpus; W shuffles whole shards and then inside windows of W shards."""
+    decode: Literal["auto", "cpu", "gpu"] = "auto"
+    """Where DALI decodes; auto tries the GPU in a subprocess first and falls back to the CPU."""
+    decode_threads: PositiveInt | None = None
+    """DALI's threads a rank; null shares the node's cores among its ranks."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "DataSettings":
+        low, high = self.crop_area
+        if not 0 < low <= high <= 1:
+            raise SettingsError(f"data.crop_area = [{low}, {high}] must be two shares with 0 < least <= most <= 1")
+        low, high = self.crop_aspect
+        if not 0 < low <= high:
+            raise SettingsError(f"data.crop_aspect = [{low}, {high}] must be two ratios with 0 < least <= most")
+        if self.eval_resize is not None and self.eval_resize < self.image_size:
+            raise SettingsError(
+                f"data.eval_resize = {self.eval_resize} is below data.image_size = {self.image_size}: the centre "
+                f"crop would not fit; {round(self.image_size * 8 / 7)} is usual"
+            )
+        if self.std is not None and min(self.std) <= 0:
+            raise SettingsError(f"data.std = {list(self.std)} must be positive")
+        return self
+
+
+class LossSettings(Settings):
+    """The objective."""
+
+    kind: Literal["softmax", "sigmoid"] = "softmax"
+    """softmax: one class an image. sigmoid: many weighted labels, summed over classes, averaged over images."""
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of the target that is spread over all classes (softmax only)."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "LossSettings":
+        if self.kind == "sigmoid" and self.label_smoothing:
+            raise SettingsError(
+                f"loss.label_smoothing = {self.label_smoothing} does nothing with loss.kind = sigmoid: set it to 0"
+            )
+        return self
+
+
+class OptimizerSettings(Settings):
+    """The optimizer and its learning rate over time."""
+
+    kind: Literal["adamw", "sgd"] = "adamw"
+    """AdamW with decoupled weight decay, or SGD with momentum."""
+    learning_rate: Annotated[float, Field(gt=0)] = 1e-3
+    """Peak learning rate, reached at the end of the warm-up."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """AdamW's decay rates of the two moments."""
+    eps: Annotated[float, Field(gt=0)] = 1e-8
+    """AdamW's epsilon."""
+    momentum: Fraction = 0.9
+    """SGD's momentum."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """Decay of the kernels (never of biases, norms, tokens or position embedding), times the learning rate."""
+    schedule: Literal["linear", "cosine", "rsqrt", "constant"] = "cosine"
+    """Course of the learning rate after the warm-up: to final_learning_rate, or rsqrt with a cooldown to it."""
+    warmup: Duration = "0 steps"
+    """Length of the linear rise from 0."""
+    timescale: Duration = "10k steps"
+    """Steps after which the reciprocal square root has fallen by a factor of the square root of 2."""
+    cooldown: Duration = "0 steps"
+    """Length of the linear fall to final_learning_rate at the end of rsqrt or constant."""
+    final_learning_rate: Annotated[float, Field(ge=0)] = 0.0
+    """Learning rate at the end."""
+    gradient_clipping: Annotated[float, Field(ge=0)] = 1.0
+    """Largest global norm of the gradient; 0 turns clipping off."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "OptimizerSettings":
+        if self.final_learning_rate > self.learning_rate:
+            raise SettingsError(
+                f"optimizer.final_learning_rate = {self.final_learning_rate} is above "
+                f"optimizer.learning_rate = {self.learning_rate}, the peak"
+            )
+        return self
+
+
+class TrainingSettings(Settings):
+    """How long, how large, how precise, and how the work is laid out. The layout does not change the result."""
+
+    duration: Duration
+    """How long to train."""
+    global_batch: PositiveInt
+    """Images an optimizer step, over all ranks."""
+    micro_batch: PositiveInt | None = None
+    """Images a forward pass on one rank; null takes the largest that is expected to fit."""
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    """Seed of the order, the augmentation, the initialisation and dropout."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """bf16 keeps fp32 master weights. auto: bf16 on GPUs and on CPUs with bf16 matrix units, fp32 elsewhere."""
+    zero_stage: Annotated[int, Field(ge=0, le=3)] | Literal["auto"] = "auto"
+    """DeepSpeed ZeRO: 0 none, 1 shards optimizer state, 2 gradients too, 3 weights too. auto: the least that fits."""
+    compile: bool | Literal["auto"] = "auto"
+    """torch.compile of each block. auto: on GPUs."""
+    recompute: bool = False
+    """Recompute each block in the backward pass instead of storing its activations."""
+
+
+class CheckpointSettings(Settings):
+    """Saving the state that training resumes from."""
+
+    every: Duration = "1000 steps"
+    """How often; one is always written at the end."""
+    keep: PositiveInt = 2
+    """How many of the newest stay."""
+
+
+class EvaluationSettings(Settings):
+    """Scoring data.heldout."""
+
+    every: Duration | None = None
+    """How often during training; null only at the end."""
+    batch: PositiveInt = 64
+    """Images a forward pass on one rank."""
+
+
+class LogSettings(Settings):
+    """What is written while training."""
+
+    every: PositiveInt = 10
+    """Steps between log lines and metric points."""
+
+
+class RunSettings(Settings):
+    """Where the run lives and what it runs on."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    """Folder of the run under HOME/runs: letters, digits, dot, dash and underscore. The same name resumes."""
+    home: str = ""
+    """Folder of runs, tracking database and artifacts. Empty: $VITFORGE_HOME, else ~/vitforge."""
+    workers: PositiveInt | None = None
+    """Ranks; null takes every GPU of the cluster, or 1 where there is none."""
+    cpus_per_worker: PositiveInt | None = None
+    """Ray's logical CPUs a rank; null shares the cluster's among the ranks."""
+    max_failures: Annotated[int, Field(ge=0)] = 3
+    """How often Ray restarts the workers after a crash; each restart resumes from the newest checkpoint."""
+    collective_timeout_s: PositiveInt = 600
+    """Seconds after which a collective operation that does not finish ends the run."""
+
+
+class RegistrySettings(Settings):
+    """The hand-over to the MLflow model registry."""
+
+    name: str | None = None
+    """Registered model; null does not register."""
+    alias: Annotated[str, Field(pattern=r"^[A-Za-z][A-Za-z0-9_-]*$")] | None = None
+    """Alias that is moved to the new version, such as champion."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "RegistrySettings":
+        if self.alias and not self.name:
+            raise SettingsError(
+                f"registry.alias = {self.alias!r} needs registry.name, the registered model it points at"
+            )
+        if self.name is not None and (not self.name or set(self.name) & set("/:@")):
+            raise SettingsError(f"registry.name = {self.name!r} must be a name without '/', ':' and '@'")
+        return self
+
+
+class StageSettings(Settings):
+    """What pre-training and fine-tuning share."""
+
+    data: DataSettings
+    loss: LossSettings = LossSettings()
+    optimizer: OptimizerSettings
+    training: TrainingSettings
+    checkpoint: CheckpointSettings = CheckpointSettings()
+    evaluation: EvaluationSettings = EvaluationSettings()
+    log: LogSettings = LogSettings()
+    run: RunSettings
+    registry: RegistrySettings = RegistrySettings()
+
+    @model_validator(mode="after")
+    def _check_sections(self) -> "StageSettings":
+        if self.evaluation.every is not None and self.data.heldout is None:
+            raise SettingsError(
+                f"evaluation.every = {self.evaluation.every!r} has nothing to score: set data.heldout to a corpus"
+            )
+        if self.data.mixup and self.training.global_batch % 2:
+            raise SettingsError(
+                f"training.global_batch = {self.training.global_batch} must be even for data.mixup, which mixes pairs"
+            )
+        return self
+
+
+class PretrainSettings(StageSettings):
+    """Settings of `pipeline/pretrain.py`."""
+
+    model: ModelSettings = ModelSettings()
+
+
+class FinetuneSettings(StageSettings):
+    """Settings of `pipeline/finetune.py`. The architecture comes with the model."""
+
+    parent: str
+    """The model to start from: models:/NAME@ALIAS, models:/NAME/VERSION or a package's folder."""
+    dropout: Fraction = 0.0
+    """Dropout while fine-tuning."""
+    drop_path: Fraction = 0.0
+    """Stochastic depth while fine-tuning."""
+
+
+class EvaluateSettings(Settings):
+    """Settings of `pipeline/evaluate.py`."""
+
+    model: str
+    """The model to score: models:/NAME@ALIAS, models:/NAME/VERSION or a package's folder."""
+    corpus: str
+    """Folder of the corpus to score it on."""
+    batch: PositiveInt = 64
+    """Images a forward pass on one rank."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """auto: bf16 on GPUs and on CPUs with bf16 matrix units, fp32 elsewhere."""
+    decode: Literal["auto", "cpu", "gpu"] = "auto"
+    """Where DALI decodes; auto tries the GPU in a subprocess first and falls back to the CPU."""
+    workers: PositiveInt | None = None
+    """Ranks; null takes every GPU of the cluster, or 1 where there is none."""
+    cpus_per_worker: PositiveInt | None = None
+    """Ray's logical CPUs a rank; null shares the cluster's among the ranks."""
+    home: str = ""
+    """Folder of runs, tracking database and artifacts. Empty: $VITFORGE_HOME, else ~/vitforge."""

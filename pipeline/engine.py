@@ -1,0 +1,84 @@
+"""The DeepSpeed engine of a run: parameter groups, optimizer, ZeRO, precision."""
+
+import logging
+import os
+import warnings
+from typing import Any
+
+import torch
+
+from models.vit import VisionTransformer, kernel_parameters
+from pipeline.config import OptimizerSettings
+from pipeline.layout import Layout
+from pipeline.workers import Worker
+
+
+def prepare_deepspeed() -> Any:
+    """Import DeepSpeed quietly and without building what is not used. Call before the first collective."""
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # said here, it needs no warning that no GPU was found
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # DeepSpeed's calls
+    import deepspeed
+
+    deepspeed.utils.logger.setLevel(logging.ERROR)
+    # On CPUs the first collective would compile a shared-memory operator for a minute; gloo does not use it.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    return deepspeed
+
+
+def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """The model's parameters in two groups: kernels, which decay, and everything else, which does not."""
+    kernels = kernel_parameters(model)
+    named = dict(model.named_parameters())
+    missing = kernels - named.keys()
+    assert not missing, missing
+    return [
+        {"name": "kernels", "params": [p for n, p in named.items() if n in kernels], "weight_decay": weight_decay},
+        {"name": "others", "params": [p for n, p in named.items() if n not in kernels], "weight_decay": 0.0},
+    ]
+
+
+def build_optimizer(settings: OptimizerSettings, model: torch.nn.Module, gpu: bool) -> torch.optim.Optimizer:
+    """The optimizer of the settings; the learning rate is set every step by the schedule."""
+    groups = parameter_groups(model, settings.weight_decay)
+    if settings.kind == "sgd":
+        return torch.optim.SGD(groups, lr=settings.learning_rate, momentum=settings.momentum)
+    return torch.optim.AdamW(groups, lr=settings.learning_rate, betas=settings.betas, eps=settings.eps, fused=gpu)
+
+
+def build_engine(
+    model: VisionTransformer, settings: OptimizerSettings, layout: Layout, global_batch: int, worker: Worker
+) -> Any:
+    """A DeepSpeed engine around the model. Every rank must call it (it broadcasts rank 0's weights)."""
+    deepspeed = prepare_deepspeed()
+    model.checkpoint_blocks = layout.recompute
+    if layout.compile:
+        model.compile_blocks()
+    optimizer = build_optimizer(settings, model, worker.gpu)
+    config: dict[str, Any] = {
+        "train_batch_size": global_batch,
+        "train_micro_batch_size_per_gpu": layout.micro_batch,
+        "gradient_accumulation_steps": layout.accumulation,
+        # DeepSpeed clips at 1.0 unless told otherwise.
+        "gradient_clipping": settings.gradient_clipping,
+        "zero_optimization": {"stage": layout.zero_stage, "overlap_comm": worker.gpu, "contiguous_gradients": True},
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": 2**31,
+    }
+    if layout.precision == "bf16":
+        config["bf16"] = {"enabled": True}
+        config["data_types"] = {"grad_accum_dtype": "bf16" if layout.zero_stage == 0 else "fp32"}
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config, dist_init_required=False)
+    return engine
+
+
+def set_learning_rate(engine: Any, rate: float) -> None:
+    """Set the learning rate of every parameter group."""
+    for group in engine.optimizer.param_groups:
+        group["lr"] = rate
+
+
+def gradient_norm(engine: Any) -> float:
+    """Global norm of the gradient that the last `engine.step()` used, before clipping; NaN where unknown."""
+    norm = engine.get_global_grad_norm()
+    return float("nan") if norm is None else float(norm)

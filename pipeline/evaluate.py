@@ -1,0 +1,132 @@
+"""Score a registered model on a corpus: top-1, top-5 and loss over every image, each exactly once.
+
+The images are prepared as the model's package says, as any consumer prepares them. The scores are printed, and
+written to the MLflow run that made the model as metrics named after the corpus.
+
+example:
+  python pipeline/evaluate.py models:/vit-b16@champion /data/imagenet1k-val
+"""
+
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+if __package__ in (None, ""):  # run as a script: the repository root belongs on the path, not this folder
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import os
+import tempfile
+import time
+
+from cluster.command import absolute_path, log, run_command, set_up_logging
+from cluster.settings import SettingsError, parse_command
+from cluster.storage import read_json, write_json
+from data_prep.corpus import Corpus
+from models.vit import VisionTransformer
+from models.weights import load_into
+from pipeline import decoding, packages, tracking, workers
+from pipeline.config import DataSettings, EvaluateSettings
+from pipeline.launch import run_ranks
+from pipeline.layout import Layout, settle_precision
+from pipeline.loader import EvalLoader
+from pipeline.scoring import score
+from pipeline.stage import home_folder
+
+
+@dataclass(frozen=True)
+class Job:
+    """What the ranks are told."""
+
+    settings: EvaluateSettings
+    model: str
+    """The model with its alias resolved."""
+    result: str
+    """File that rank 0 writes the scores to."""
+
+
+def evaluate(job: Job) -> None:
+    """Score the model on this rank's share of the corpus; rank 0 writes the scores of all."""
+    settings = job.settings
+    set_up_logging()
+    worker = workers.join(timeout_s=600)
+    if not worker.leads:
+        log.setLevel("ERROR")
+    corpus = Corpus.open(settings.corpus)
+    tracking.connect(home_folder(settings.home))
+    package = packages.load_package(job.model)
+    precision = settle_precision(settings.precision, worker.gpu)
+    dtype = Layout(precision, 1, 1, 0, compile=False, recompute=False).dtype
+    model = VisionTransformer(package.config)
+    load_into(model, package.state)
+    model.to(worker.device, dtype)
+    data = data_settings(package, settings)
+    backend = decoding.choose_backend(settings.decode, worker.gpu)
+    loader = EvalLoader(corpus, data, worker, settings.batch, backend)
+    log.info("scoring %d images on %d rank(s), decoding on %s", corpus.num_samples, worker.world_size, backend)
+    began = time.perf_counter()
+    scores = score(model, loader, package.activation, dtype)
+    if worker.leads:
+        rate = scores.images / (time.perf_counter() - began)
+        write_json(Path(job.result), {**scores.as_metrics(), "images_per_second": rate})
+
+
+def data_settings(package: packages.Package, settings: EvaluateSettings) -> DataSettings:
+    """The package's preprocessing as settings of the loader."""
+    prepared = package.preprocessing
+    return DataSettings(
+        corpus=settings.corpus,
+        image_size=prepared.size,
+        eval_resize=prepared.resize_to if prepared.resize == "shorter" else None,
+        mean=prepared.mean,
+        std=prepared.std,
+        decode=settings.decode,
+    )
+
+
+def main() -> None:
+    """Read the command line, score, print and record."""
+    settings = parse_command(
+        EvaluateSettings, prog="pipeline/evaluate.py", description=__doc__ or "", positionals=("model", "corpus")
+    )
+    corpus = Corpus.open(absolute_path(settings.corpus, "corpus"))
+    home = home_folder(settings.home)
+    tracking.connect(home)
+    package = packages.load_package(settings.model)
+    names = corpus.class_descriptions or corpus.classes
+    if list(package.classes) != names:
+        raise SettingsError(
+            f"{package.uri} knows {len(package.classes)} classes ({', '.join(package.classes[:3])}, ...), {corpus.path}"
+            f" has {len(names)} ({', '.join(names[:3])}, ...): score it on a corpus with its own classes, or fine-tune "
+            "it on this one"
+        )
+    settings = settings.model_copy(update={"corpus": str(corpus.path)})
+    scratch_root = home / "tmp"  # every node sees it
+    scratch_root.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=scratch_root, prefix="evaluate-") as scratch:
+        job = Job(settings, package.uri, str(Path(scratch) / "scores.json"))
+        run_ranks(
+            evaluate,
+            job,
+            name="evaluate",
+            folder=Path(scratch),
+            workers=settings.workers,
+            cpus_per_worker=settings.cpus_per_worker,
+            max_failures=1,
+            timeout_s=600,
+            check=lambda ranks: None,
+        )
+        if int(os.environ.get("RANK", "0")):
+            return
+        scores = read_json(Path(job.result))
+    made_by = package.tags.get("vitforge.mlflow_run")
+    if made_by:
+        run = tracking.Run("", made_by)
+        key = f"evaluate/{corpus.path.name}"
+        run.metrics_now({f"{key}/{name}": value for name, value in scores.items()})
+        run.finish()
+    print(json.dumps({"model": package.uri, "corpus": str(corpus.path), **scores}, indent=1), flush=True)
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,95 @@
+"""Fine-tune a registered model on another corpus, usually for a few epochs at a higher resolution.
+
+The parent's weights get a new head (zero, one linear layer) for the corpus's classes, and a position embedding
+resized to the new resolution. The result is a new version in the registry. Started again, the same command goes
+on from the newest checkpoint, with the parent it began with.
+
+example:
+  python pipeline/finetune.py vit-paper parent=models:/vit-b16@champion data.corpus=/data/pets registry.name=pets
+"""
+
+import sys
+from pathlib import Path
+
+if __package__ in (None, ""):  # run as a script: the repository root belongs on the path, not this folder
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import dataclasses
+
+from cluster.command import log, run_command
+from cluster.settings import SettingsError, parse_command
+from models.vit import VitConfig
+from models.weights import adapt_for_finetuning
+from pipeline import packages, tracking
+from pipeline.config import FinetuneSettings
+from pipeline.stage import (
+    RECIPES,
+    Start,
+    check_stage,
+    home_folder,
+    open_corpora,
+    print_result,
+    recorded_parent,
+    run_stage,
+)
+
+
+def architecture(settings: FinetuneSettings, parent: VitConfig, num_classes: int) -> VitConfig:
+    """The parent's architecture with a new head and at the new resolution.
+
+    Raises:
+        SettingsError: the resolution does not fit the parent's patches.
+    """
+    try:
+        return dataclasses.replace(
+            parent,
+            image_size=settings.data.image_size,
+            num_classes=num_classes,
+            representation_size=None,
+            head_bias=-10.0 if settings.loss.kind == "sigmoid" else 0.0,
+            dropout=settings.dropout,
+            drop_path=settings.drop_path,
+        )
+    except ValueError as error:
+        raise SettingsError(f"data.image_size = {settings.data.image_size} with the parent's model: {error}") from None
+
+
+def main() -> None:
+    """Read the command line and run the stage."""
+    settings = parse_command(
+        FinetuneSettings, prog="pipeline/finetune.py", description=__doc__ or "", recipes=RECIPES / "finetune"
+    )
+    corpus, heldout = open_corpora(settings.data)
+    check_stage(settings, corpus)
+    tracking.connect(home_folder(settings.run.home))
+    wanted = recorded_parent(settings)
+    parent = packages.load_package(wanted or settings.parent)
+    if wanted:
+        log.info("this run began with %s and goes on with it", wanted)
+    data = settings.data.model_copy(
+        update={
+            "corpus": str(corpus.path),
+            "heldout": str(heldout.path) if heldout else None,
+            "mean": settings.data.mean or parent.preprocessing.mean,
+            "std": settings.data.std or parent.preprocessing.std,
+        }
+    )
+    settings = settings.model_copy(update={"data": data})
+    config = architecture(settings, parent.config, len(corpus.classes))
+    if list(parent.classes) != (corpus.class_descriptions or corpus.classes):
+        log.info("new head: the parent knows %d classes, the corpus has %d", len(parent.classes), len(corpus.classes))
+    log.info(
+        "fine-tuning %s at %d px (its own: %d px, grid %d to %d)",
+        parent.uri,
+        config.image_size,
+        parent.config.image_size,
+        parent.config.grid,
+        config.grid,
+    )
+    weights = adapt_for_finetuning(parent.state, parent.config, config)
+    start = Start(config, weights, parent.uri, parent.tags.get("vitforge.mlflow_run"))
+    print_result(run_stage("finetune", settings, start, corpus))
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,50 @@
+"""The learning rate as a pure function of the step: nothing to save, nothing to restore."""
+
+import math
+
+from pipeline.config import OptimizerSettings, SettingsError, duration_in_steps
+
+
+class Schedule:
+    """Learning rate of every optimizer step of a run.
+
+    Warm-up rises linearly and reaches the peak at its last step. Then, with u the share done of the steps after
+    the warm-up: linear goes to the final rate as 1 - u; cosine as (1 + cos(pi u)) / 2 (both end on it); rsqrt is
+    peak / sqrt(1 + (step - warm-up) / timescale) as in big_vision's ViT-g recipes, and constant stays at the
+    peak, both with a linear fall to the final rate over the cooldown at the end.
+
+    Args:
+        total: optimizer steps of the run.
+        global_batch, num_samples: turn durations into steps.
+
+    Raises:
+        SettingsError: warm-up and cooldown do not fit into the run.
+    """
+
+    def __init__(self, settings: OptimizerSettings, total: int, global_batch: int, num_samples: int) -> None:
+        def steps(text: str) -> int:
+            return duration_in_steps(text, global_batch, num_samples)
+
+        self.settings, self.total = settings, total
+        self.warmup, self.timescale = steps(settings.warmup), steps(settings.timescale)
+        self.cooldown = steps(settings.cooldown) if settings.schedule in ("rsqrt", "constant") else 0
+        if self.warmup + self.cooldown > total:
+            raise SettingsError(
+                f"optimizer.warmup = {settings.warmup!r} ({self.warmup:,} steps) and optimizer.cooldown = "
+                f"{settings.cooldown!r} ({self.cooldown:,} steps) do not fit into training.duration, {total:,} steps "
+                f"of {global_batch} images: shorten them or train longer"
+            )
+
+    def __call__(self, step: int) -> float:
+        """Learning rate of step 0, 1, ..., total - 1."""
+        peak, final, kind = self.settings.learning_rate, self.settings.final_learning_rate, self.settings.schedule
+        if step < self.warmup:
+            return peak * (step + 1) / self.warmup
+        after = step - self.warmup
+        if kind in ("linear", "cosine"):
+            share = after / max(self.total - self.warmup - 1, 1)
+            weight = 1 - share if kind == "linear" else (1 + math.cos(math.pi * share)) / 2
+            return final + (peak - final) * weight
+        rate = peak / math.sqrt(1 + after / max(self.timescale, 1)) if kind == "rsqrt" else peak
+        left = self.total - 1 - step
+        return final + (rate - final) * left / self.cooldown if left < self.cooldown else rate

@@ -1,0 +1,309 @@
+"""What pre-training and fine-tuning share around the loop: checks, the run's folder, tracking, the hand-over."""
+
+import fcntl
+import hashlib
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cluster.command import absolute_path, log
+from cluster.ray_runtime import REPOSITORY
+from cluster.settings import SettingsError
+from cluster.storage import read_json, write_json
+from data_prep.corpus import Corpus
+from models.preprocess import Preprocessing
+from models.vit import VitConfig
+from models.weights import save_safetensors
+from pipeline import checkpoints, layout, packages, tracking
+from pipeline.config import DataSettings, StageSettings, duration_in_steps
+from pipeline.launch import run_ranks
+from pipeline.schedules import Schedule
+from pipeline.train_loop import Job, train
+
+RECIPES = Path(__file__).parent / "recipes"
+
+
+@dataclass(frozen=True)
+class Start:
+    """What a stage begins with."""
+
+    architecture: VitConfig
+    weights: dict[str, torch.Tensor] | None
+    """Initial weights; None draws them from the seed."""
+    parent: str | None = None
+    """The resolved parent, models:/NAME/VERSION."""
+    parent_run: str | None = None
+    """The MLflow run that made the parent."""
+
+
+def home_folder(home: str) -> Path:
+    """The folder of runs, tracking database and artifacts.
+
+    Raises:
+        ValueError: a relative path inside a submitted job, or a URL.
+    """
+    given = home or os.environ.get("VITFORGE_HOME", "") or "~/vitforge"
+    path = absolute_path(given, "run.home")
+    if "://" in path:
+        raise SettingsError(f"run.home = {path!r}: a folder that every node mounts is needed, not a URL")
+    return Path(path)
+
+
+def open_corpora(data: DataSettings) -> tuple[Corpus, Corpus | None]:
+    """The training and held-out corpus of a stage.
+
+    Raises:
+        ValueError: one of them is missing or damaged, or their classes differ.
+    """
+    corpus = Corpus.open(absolute_path(data.corpus, "data.corpus"))
+    heldout = Corpus.open(absolute_path(data.heldout, "data.heldout")) if data.heldout else None
+    if heldout is not None and heldout.classes != corpus.classes:
+        raise SettingsError(
+            f"data.heldout = {data.heldout!r} has other classes than data.corpus "
+            f"({len(heldout.classes)}: {_some(heldout.classes)}; not {len(corpus.classes)}: {_some(corpus.classes)}): "
+            "shard both from the same class names"
+        )
+    return corpus, heldout
+
+
+def check_stage(settings: StageSettings, corpus: Corpus) -> None:
+    """Everything about a stage that can be refused before anything expensive starts.
+
+    Raises:
+        SettingsError: naming the key, the value and what would do.
+    """
+    if settings.loss.kind == "softmax" and corpus.label_kind == "multi":
+        raise SettingsError(f"loss.kind = 'softmax', but {corpus.path} has many labels an image: use loss.kind=sigmoid")
+    total = duration_in_steps(settings.training.duration, settings.training.global_batch, corpus.num_samples)
+    if total < 1:
+        raise SettingsError(f"training.duration = {settings.training.duration!r} is no step at all")
+    Schedule(settings.optimizer, total, settings.training.global_batch, corpus.num_samples)
+    empty = [name for name, count in zip(corpus.classes, corpus.class_counts, strict=True) if count == 0]
+    if empty:
+        log.warning(
+            "%d of the %d classes of %s have no images and cannot be learned: %s",
+            len(empty),
+            len(corpus.classes),
+            corpus.path,
+            _some(empty),
+        )
+    if settings.training.global_batch > corpus.num_samples:
+        log.warning(
+            "training.global_batch = %d is more than the %d images of the corpus: some come twice in a step",
+            settings.training.global_batch,
+            corpus.num_samples,
+        )
+
+
+def run_stage(stage: str, settings: StageSettings, start: "Start", corpus: Corpus) -> dict[str, Any]:
+    """Train on all ranks and hand the model over. A rerun resumes, and repeats nothing that was finished.
+
+    Args:
+        stage: pretrain or finetune.
+        settings: with absolute paths, mean and std filled in.
+
+    Returns:
+        The content of RUN/result.json: the model's URI, held-out scores, images/s.
+    """
+    home = home_folder(settings.run.home)
+    folder = home / "runs" / settings.run.name
+    leads = int(os.environ.get("RANK", "0")) == 0
+    with _run_folder(folder, leads):
+        record = _open_record(folder, stage, start) if leads else {}
+        resumed = checkpoints.newest(folder / "checkpoints")
+        total = duration_in_steps(settings.training.duration, settings.training.global_batch, corpus.num_samples)
+        run = None
+        if leads:
+            uri = tracking.connect(home)
+            values = settings.model_dump(mode="json")
+            tags = _lineage(stage, corpus, start)
+            run = tracking.Run(settings.run.name, record.get("mlflow_run"), values, tags, start.parent_run)
+            if "mlflow_run" not in record:
+                record["mlflow_run"] = run.run_id
+                write_json(folder / "run.json", record)
+                write_json(folder / "settings.json", values)
+                run.artifact(folder / "settings.json")
+            log.info("run %s in %s, tracked at %s", settings.run.name, folder, uri)
+        initial = folder / "initial.safetensors"
+        if start.weights is not None and leads and not initial.exists():
+            save_safetensors(start.weights, initial)
+        job = Job(
+            settings,
+            start.architecture.to_json(),
+            str(folder),
+            str(initial) if start.weights is not None else None,
+            str(home),
+            record.get("mlflow_run", ""),
+        )
+
+        def launch() -> dict[str, Any]:
+            if resumed is not None and resumed.step >= total:
+                log.info("training is finished already (%s)", resumed.folder)
+            else:
+                run_ranks(
+                    train,
+                    job,
+                    name=settings.run.name,
+                    folder=folder / "ray",
+                    workers=settings.run.workers,
+                    cpus_per_worker=settings.run.cpus_per_worker,
+                    max_failures=settings.run.max_failures,
+                    timeout_s=settings.run.collective_timeout_s,
+                    check=lambda ranks: layout.check_batch(
+                        settings.training.global_batch,
+                        settings.training.micro_batch,
+                        ranks,
+                        settings.data.mixup > 0,
+                    ),
+                )
+            return _hand_over(settings, start, corpus, folder, run) if run else {}
+
+        if run is None:
+            return launch()
+        with tracking.closing(run):
+            return launch()
+
+
+def _hand_over(
+    settings: StageSettings, start: Start, corpus: Corpus, folder: Path, run: tracking.Run
+) -> dict[str, Any]:
+    """Publish the newest checkpoint's weights and write down how the run went."""
+    checkpoint = checkpoints.newest(folder / "checkpoints")
+    assert checkpoint is not None
+    rows = tracking.read_metrics(folder / "metrics.jsonl")
+    scores = [row for row in rows if "heldout/top1" in row]
+    rates = [row["images_per_second"] for row in rows if "images_per_second" in row]
+    waits = [row["data_wait"] for row in rows if "data_wait" in row]
+    # The first line of a run holds the warm-up of everything.
+    rates, waits = rates[1:] or rates, waits[1:] or waits
+    result: dict[str, Any] = {
+        "run": settings.run.name,
+        "folder": str(folder),
+        "steps": checkpoint.step,
+        "images_per_second": sorted(rates)[len(rates) // 2] if rates else None,
+        "data_wait": sorted(waits)[len(waits) // 2] if waits else None,
+        "heldout_top1": scores[-1]["heldout/top1"] if scores else None,
+        "model": None,
+    }
+    if settings.registry.name:
+        data = settings.data
+        assert data.mean is not None
+        assert data.std is not None
+        published = packages.publish(
+            settings.registry.name,
+            checkpoints.full_weights(checkpoint),
+            start.architecture,
+            Preprocessing(
+                size=data.image_size,
+                resize="squash" if data.eval_resize is None else "shorter",
+                resize_to=data.eval_resize,
+                mean=data.mean,
+                std=data.std,
+            ),
+            corpus.class_descriptions or corpus.classes,
+            settings.loss.kind,
+            tags={
+                **_lineage("", corpus, start),
+                "vitforge.mlflow_run": run.run_id,
+                "vitforge.run": settings.run.name,
+                "vitforge.steps": str(checkpoint.step),
+            },
+            run_id=run.run_id,
+            alias=settings.registry.alias,
+        )
+        result["model"] = published.uri
+        log.info("registered %s%s", published.uri, f" as @{settings.registry.alias}" if settings.registry.alias else "")
+    write_json(folder / "result.json", result)
+    return result
+
+
+@contextmanager
+def _run_folder(folder: Path, leads: bool) -> Iterator[None]:
+    """The run's folder, made if need be and held against a second job; removed again if nothing came of it."""
+    if not leads:
+        yield
+        return
+    fresh = not folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise SettingsError(f"another job works in {folder}: wait for it, or use another run.name") from error
+        try:
+            yield
+        except ValueError:
+            if fresh and not (folder / "run.json").exists():
+                shutil.rmtree(folder)
+            raise
+
+
+def _open_record(folder: Path, stage: str, start: Start) -> dict[str, Any]:
+    """RUN/run.json: which stage and parent the folder belongs to, its MLflow run."""
+    path = folder / "run.json"
+    if not path.exists():
+        return {"stage": stage, "parent": start.parent}
+    record: dict[str, Any] = read_json(path)
+    if record["stage"] != stage or record["parent"] != start.parent:
+        raise SettingsError(
+            f"{folder} holds a {record['stage']} run from {record['parent'] or 'scratch'}, this is a {stage} run from "
+            f"{start.parent or 'scratch'}: use another run.name"
+        )
+    return record
+
+
+def recorded_parent(settings: StageSettings) -> str | None:
+    """The resolved parent of a run that has begun: an alias may have moved since, the run keeps its parent."""
+    path = home_folder(settings.run.home) / "runs" / settings.run.name / "run.json"
+    return read_json(path).get("parent") if path.exists() else None
+
+
+def _lineage(stage: str, corpus: Corpus, start: Start) -> dict[str, str]:
+    tags = {
+        "vitforge.stage": stage,
+        "vitforge.corpus": corpus.corpus_hash,
+        "vitforge.command": shlex.join(sys.argv),
+        "vitforge.parent": start.parent or "",
+        "vitforge.git_revision": git_revision(),
+        "vitforge.code": code_hash(),
+    }
+    return {key: value for key, value in tags.items() if value}
+
+
+def git_revision() -> str:
+    """The revision of the code, with -dirty where files were changed; unknown outside a git checkout."""
+    command = ["git", "-C", str(REPOSITORY), "describe", "--always", "--dirty", "--abbrev=40", "--match="]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return "unknown"
+    return done.stdout.strip() if done.returncode == 0 else "unknown"
+
+
+def code_hash() -> str:
+    """A hash of our own source files: names the code also where a job runs from a copy without its history."""
+    digest = hashlib.sha256()
+    for room in ("cluster", "data_prep", "models", "pipeline"):
+        for path in sorted((REPOSITORY / room).rglob("*.py")):
+            digest.update(f"{path.relative_to(REPOSITORY)}\0".encode() + path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def print_result(result: dict[str, Any]) -> None:
+    """The last lines of a stage, for people and for programs that read its standard output."""
+    if result:
+        print(json.dumps(result, indent=1), flush=True)
+
+
+def _some(names: list[str], count: int = 5) -> str:
+    return ", ".join(names[:count]) + (", ..." if len(names) > count else "")

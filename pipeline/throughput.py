@@ -1,0 +1,122 @@
+"""Images/s, MFU, time spent waiting for data, time left."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from models.vit import VitConfig
+from pipeline.layout import Layout
+from pipeline.workers import Worker
+
+PEAK_TFLOPS = {
+    "A100": 312,
+    "H100 PCIe": 756,
+    "H100 NVL": 835,
+    "H100": 989,
+    "H200": 989,
+    "GH200": 989,
+    "B200": 2250,
+    "L40S": 362,
+    "L4": 121,
+    "A10": 125,
+    "V100": 125,
+}
+"""Dense bf16 (V100: fp16) tensor-core peak by the vendor's datasheets, for the first name that fits the GPU's."""
+
+
+def peak_flops(worker: Worker) -> float | None:
+    """FLOP/s that one rank's device can do at most, or None where it is not known."""
+    if not worker.gpu:
+        return None
+    name = torch.cuda.get_device_name()
+    known = sorted((key for key in PEAK_TFLOPS if key in name), key=len)
+    return PEAK_TFLOPS[known[-1]] * 1e12 if known else None
+
+
+def attention_backend(config: VitConfig, layout: Layout, device: torch.device) -> str:
+    """Which implementation torch's scaled_dot_product_attention takes for this model here."""
+    if device.type != "cuda":
+        return "torch SDPA"
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    width = config.width // config.heads
+    q = torch.zeros(2, config.heads, config.tokens, width, device=device, dtype=layout.dtype, requires_grad=True)
+    order = torch._C._get_sdp_priority_order()
+    names = {
+        backend.value if isinstance(backend.value, int) else int(backend): backend
+        for backend in SDPBackend.__members__.values()
+    }
+    for choice in order:
+        backend = names.get(int(choice))
+        if backend is None:
+            continue
+        try:
+            with sdpa_kernel([backend]):
+                torch.nn.functional.scaled_dot_product_attention(q, q, q).sum().backward()
+            extra = f" (cuDNN {torch.backends.cudnn.version()})" if backend == SDPBackend.CUDNN_ATTENTION else ""
+            return f"{backend.name.lower()}{extra}"
+        except RuntimeError:
+            continue
+    return "torch SDPA"
+
+
+class Meter:
+    """Measures the training loop between two log lines.
+
+    Args:
+        steps: how many the loop will take.
+        global_batch: images a step.
+        flops: of training on one image.
+    """
+
+    def __init__(self, steps: int, global_batch: int, flops: float, worker: Worker) -> None:
+        self.steps, self.global_batch, self.flops = steps, global_batch, flops
+        self.peak = peak_flops(worker)
+        self.ranks = worker.world_size
+        self.started = self._since = time.perf_counter()
+        self._at = 0
+        self._waited = self._idle = self._idle_total = 0.0
+        self._first_done: tuple[int, float] | None = None
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Time in this block is spent waiting for data."""
+        begin = time.perf_counter()
+        yield
+        self._waited += time.perf_counter() - begin
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Time in this block (saving, scoring) is left out of the training rate."""
+        begin = time.perf_counter()
+        yield
+        spent = time.perf_counter() - begin
+        self._idle += spent
+        self._idle_total += spent
+
+    def measure(self, done: int) -> dict[str, float]:
+        """Rates since the last call, `done` steps after the loop began."""
+        now = time.perf_counter()
+        seconds = max(now - self._since - self._idle, 1e-9)
+        rate = (done - self._at) * self.global_batch / seconds
+        values = {"images_per_second": rate, "data_wait": self._waited / seconds}
+        if self.peak:
+            values["mfu"] = rate * self.flops / (self.peak * self.ranks)
+        self._since, self._at, self._waited, self._idle = now, done, 0.0, 0.0
+        if self._first_done is None:
+            self._first_done = (done, now)
+        return values
+
+    def seconds_left(self, done: int) -> float:
+        """Estimate from the steps since the first measurement, which holds the warm-up of everything."""
+        assert self._first_done is not None
+        first, at = self._first_done
+        if done == first:
+            return (self.steps - done) * self.elapsed() / done
+        return (self.steps - done) * (time.perf_counter() - at) / (done - first)
+
+    def elapsed(self) -> float:
+        """Seconds since the loop began."""
+        return time.perf_counter() - self.started

@@ -1,0 +1,213 @@
+"""MLflow: where it keeps things, one run a stage, metrics in batches, and pictures.
+
+A server is used where MLFLOW_TRACKING_URI names one; otherwise a SQLite file and a folder under HOME.
+"""
+
+import json
+import logging
+import os
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from cluster.command import log
+from cluster.storage import write_bytes
+
+EXPERIMENT = "vitforge"
+FLUSH_SECONDS = 5.0
+MAX_BATCH = 1000
+"""Metric points that MLflow takes in one call."""
+
+
+def connect(home: Path) -> str:
+    """Point MLflow at its store; returns the tracking URI.
+
+    Raises:
+        ValueError: the server of MLFLOW_TRACKING_URI does not answer.
+    """
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    import mlflow
+
+    # The store makes its tables on first use, and says so at length.
+    for chatty in ("alembic", "mlflow"):
+        logging.getLogger(chatty).setLevel(logging.WARNING)
+    named = os.environ.get("MLFLOW_TRACKING_URI")
+    uri = named or f"sqlite:///{home / 'mlflow.db'}"
+    home.mkdir(parents=True, exist_ok=True)
+    mlflow.set_tracking_uri(uri)
+    mlflow.set_registry_uri(os.environ.get("MLFLOW_REGISTRY_URI") or uri)
+    if named is None:
+        # MLflow writes it there itself; what the user said must stay apart from what we chose.
+        os.environ.pop("MLFLOW_TRACKING_URI", None)
+    client = mlflow.MlflowClient()
+    try:
+        if client.get_experiment_by_name(EXPERIMENT) is None:
+            place = (home / "mlartifacts").as_uri() if uri.startswith("sqlite") else None
+            client.create_experiment(EXPERIMENT, artifact_location=place)
+        mlflow.set_experiment(EXPERIMENT)
+    except mlflow.MlflowException as error:
+        first = str(error).splitlines()[0]
+        raise ValueError(
+            f"MLflow at {uri} does not answer as it should ({first}): check MLFLOW_TRACKING_URI"
+        ) from error
+    return uri
+
+
+def open_command(home: Path) -> str:
+    """The command that opens MLflow's pages on what was tracked."""
+    server = os.environ.get("MLFLOW_TRACKING_URI")
+    return server if server else f"mlflow ui --backend-store-uri sqlite:///{home / 'mlflow.db'}"
+
+
+class Run:
+    """One MLflow run, new or continued.
+
+    Args:
+        name: shown in MLflow.
+        run_id: the run to continue; None starts one.
+        settings: logged as parameters by dotted name (of a new run).
+        tags: set on the run.
+        parent: run id of the stage before this one.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        run_id: str | None,
+        settings: Mapping[str, Any] | None = None,
+        tags: Mapping[str, str] | None = None,
+        parent: str | None = None,
+    ) -> None:
+        import mlflow
+        from mlflow.entities import Param
+
+        self.client = mlflow.MlflowClient()
+        if run_id is None:
+            experiment = self.client.get_experiment_by_name(EXPERIMENT)
+            links = {"mlflow.parentRunId": parent} if parent else {}
+            run = self.client.create_run(
+                experiment.experiment_id,
+                run_name=name,
+                tags={**(tags or {}), **links, "mlflow.source.name": "vitforge"},
+            )
+            run_id = run.info.run_id
+            params = [Param(key, str(value)[:6000]) for key, value in flatten(settings or {})]
+            for start in range(0, len(params), 100):
+                self.client.log_batch(run_id, params=params[start : start + 100])
+        else:
+            self.client.update_run(run_id, status="RUNNING")
+        self.run_id: str = run_id
+        self._waiting: list[Any] = []
+        self._flushed = time.monotonic()
+        self._last: int | None = None
+
+    def metrics(self, step: int, values: Mapping[str, float]) -> None:
+        """Record values of a step. Steps that a run before this one recorded already are left as they are."""
+        from mlflow.entities import Metric
+
+        if self._last is None:
+            history = self.client.get_metric_history(self.run_id, "train/loss")
+            self._last = max((point.step for point in history), default=-1)
+        if step <= self._last:
+            return
+        now = int(time.time() * 1000)
+        self._waiting += [Metric(key, value, now, step) for key, value in values.items() if value == value]
+        if time.monotonic() - self._flushed > FLUSH_SECONDS:
+            self.flush()
+
+    def metrics_now(self, values: Mapping[str, float]) -> None:
+        """Record values that belong to the whole run, not to a step."""
+        from mlflow.entities import Metric
+
+        now = int(time.time() * 1000)
+        self._waiting += [Metric(key, value, now, 0) for key, value in values.items()]
+        self.flush()
+
+    def flush(self) -> None:
+        """Send what waits. A server that does not answer costs a warning, not the run: the next flush tries again."""
+        self._flushed = time.monotonic()
+        while self._waiting:
+            batch = self._waiting[:MAX_BATCH]
+            try:
+                self.client.log_batch(self.run_id, metrics=batch)
+            except Exception as error:
+                log.warning("MLflow did not take the metrics (%s); they are kept and sent later", _first_line(error))
+                return
+            del self._waiting[: len(batch)]
+
+    def artifact(self, path: Path, folder: str | None = None) -> None:
+        """Store a file with the run."""
+        try:
+            self.client.log_artifact(self.run_id, str(path), folder)
+        except Exception as error:
+            log.warning("MLflow did not take %s (%s); it stays at its place", path, _first_line(error))
+
+    def tag(self, key: str, value: str) -> None:
+        """Set a tag of the run."""
+        self.client.set_tag(self.run_id, key, value)
+
+    def finish(self, status: str = "FINISHED") -> None:
+        """Send what waits and close the run with FINISHED, FAILED or KILLED."""
+        self.flush()
+        self.client.set_terminated(self.run_id, status)
+
+
+@contextmanager
+def closing(run: Run) -> Iterator[Run]:
+    """Finish a run when the block ends: FAILED with an exception, KILLED with an interrupt, else FINISHED."""
+    try:
+        yield run
+    except Exception:
+        run.finish("FAILED")
+        raise
+    except BaseException:
+        run.finish("KILLED")
+        raise
+    run.finish()
+
+
+class MetricsFile:
+    """The run's own record of its metrics: RUN/metrics.jsonl, a line a step.
+
+    A restart drops what was recorded after its checkpoint, so that every step stands once.
+
+    Args:
+        step: optimizer steps that the restart has behind it.
+    """
+
+    def __init__(self, path: Path, step: int) -> None:
+        kept = [row for row in read_metrics(path) if row["step"] <= step]
+        write_bytes(path, "".join(json.dumps(row) + "\n" for row in kept).encode())
+        self._file = path.open("a")
+
+    def write(self, step: int, values: Mapping[str, Any]) -> None:
+        """Add the values of a step."""
+        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        self._file.flush()
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The rows of a metrics file; a last line that a crash cut short is left out."""
+    rows = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return rows
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Nested settings as dotted names and values."""
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            yield from flatten(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,65 @@
+"""Who this process is among the ranks: read from the environment that Ray Train and torchrun both set."""
+
+import datetime
+import os
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+
+@dataclass(frozen=True)
+class Worker:
+    """One rank."""
+
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+    local_world_size: int = 1
+    gpu: bool = False
+
+    @property
+    def device(self) -> torch.device:
+        """The GPU of this rank, or the CPU."""
+        return torch.device("cuda", torch.cuda.current_device()) if self.gpu else torch.device("cpu")
+
+    @property
+    def leads(self) -> bool:
+        """Whether this is the rank that logs, tracks and commits."""
+        return self.rank == 0
+
+    def dali_device(self, backend: str) -> int | None:
+        """DALI's device number for a decoding backend; None decodes without a GPU."""
+        return None if backend == "cpu" else torch.cuda.current_device()
+
+
+def under_torchrun() -> bool:
+    """Whether torchrun started this process: it is then a rank itself, and Ray is not needed."""
+    return "TORCHELASTIC_RUN_ID" in os.environ
+
+
+def join(timeout_s: int) -> Worker:
+    """Become a rank: choose the device and join the process group that the environment describes.
+
+    Without such an environment (no launcher at all) this is a world of one.
+
+    Args:
+        timeout_s: seconds after which a collective operation that does not finish is an error.
+    """
+    gpu = torch.cuda.is_available()
+    alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+    if "RANK" not in os.environ:
+        # DeepSpeed reads these itself and looks for MPI where they are missing.
+        os.environ.update(alone, MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
+    numbers = [int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")]
+    if gpu:
+        # Ray shows a worker only its own GPUs or all of the node's, depending on its version and settings.
+        torch.cuda.set_device(numbers[2] % torch.cuda.device_count())
+    if not dist.is_initialized():
+        timeout = datetime.timedelta(seconds=timeout_s)
+        backend = "nccl" if gpu else "gloo"
+        if numbers[1] == 1 and os.environ["MASTER_PORT"] == "0":
+            dist.init_process_group(backend, timeout=timeout, store=dist.HashStore(), rank=0, world_size=1)
+        else:
+            dist.init_process_group(backend, timeout=timeout)
+    return Worker(*numbers, gpu=gpu)

@@ -1,0 +1,44 @@
+"""Makes small corpora of real images for the tests, in this process and without Ray."""
+
+import io
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from data_prep.corpus import PLAN, Corpus
+from data_prep.corpus_assembly import assemble
+from data_prep.label_files import list_labelled
+from data_prep.shard_plan import Plan
+from data_prep.shard_task import write_shard
+from data_prep.sources import list_source
+
+
+def encoded(seed: int, size: tuple[int, int] = (40, 30), image_format: str = "JPEG", **options) -> bytes:
+    """A smooth random picture, encoded; `size` is (width, height)."""
+    rng = np.random.default_rng(seed)
+    small = Image.fromarray(rng.integers(0, 256, (5, 6, 3), np.uint8))
+    buffer = io.BytesIO()
+    small.resize(size, Image.Resampling.BICUBIC).save(buffer, image_format, **options)
+    return buffer.getvalue()
+
+
+def image_folder(root: Path, classes: int = 3, images: int = 10) -> Path:
+    """Writes an image folder: classes c0, c1, ..., JPEGs of several sizes."""
+    for number in range(classes):
+        folder = root / f"c{number}"
+        folder.mkdir(parents=True)
+        for place in range(images):
+            content = encoded(100 * number + place, (40 + place, 30))
+            (folder / f"{place:03d}.JPEG").write_bytes(content)
+    return root
+
+
+def make_corpus(source: Path, folder: Path, shard_mb: float = 0.01, labels: Path | None = None) -> Corpus:
+    """Shards a source in this process."""
+    listing = list_source(source) if labels is None else list_labelled(source, labels)
+    plan = Plan(listing, None, round(shard_mb * 1e6), seed=0)
+    folder.mkdir()
+    (folder / PLAN).write_text("{}")
+    assemble(folder, plan, [write_shard(plan.task(shard, folder)) for shard in range(len(plan))])
+    return Corpus.open(str(folder))

@@ -1,0 +1,370 @@
+"""The hand-over: publishing to a real MLflow registry (SQLite), reading back, and a consumer without this project."""
+
+import base64
+import io
+import json
+import os
+import subprocess
+import sys
+import textwrap
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from mlflow.exceptions import MlflowException
+from mlflow.pyfunc import scoring_server
+from PIL import Image
+
+import models.vit
+from models.preprocess import Preprocessing
+from models.vit import VisionTransformer, VitConfig
+from models.weights import WeightsError, load_safetensors, save_safetensors
+from pipeline.packages import PackageError, PublishedVersion, load_package, publish, resolve
+
+CONFIG = VitConfig(image_size=32, patch_size=8, width=48, depth=2, mlp_dim=96, heads=4, num_classes=3)
+PREPROCESSING = Preprocessing(32, mean=(0.4, 0.5, 0.6), std=(0.2, 0.3, 0.25))
+CLASSES = ["cat", "Hündin", "a, b"]
+
+
+@dataclass
+class Registry:
+    """A registry of its own for these tests."""
+
+    folder: Path
+    uri: str
+    experiment: str
+
+    def new_run(self) -> str:
+        return str(mlflow.MlflowClient().create_run(self.experiment).info.run_id)
+
+
+@pytest.fixture(scope="module")
+def registry(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Registry]:
+    folder = tmp_path_factory.mktemp("registry")
+    before = mlflow.get_tracking_uri()
+    uri = f"sqlite:///{folder}/mlflow.db"
+    mlflow.set_tracking_uri(uri)
+    experiment = mlflow.create_experiment("tests", artifact_location=(folder / "artifacts").as_uri())
+    yield Registry(folder, uri, experiment)
+    mlflow.set_tracking_uri(before)
+
+
+def weights(seed: int = 0, config: VitConfig = CONFIG) -> dict[str, torch.Tensor]:
+    torch.manual_seed(seed)
+    model = VisionTransformer(config)
+    torch.nn.init.normal_(model.head.weight)
+    return dict(model.state_dict())
+
+
+def put(name: str, run_id: str, state: dict[str, torch.Tensor] | None = None, **changes: Any) -> PublishedVersion:
+    parts: dict[str, Any] = {"config": CONFIG, "preprocessing": PREPROCESSING, "classes": CLASSES,
+                             "activation": "softmax", "tags": {"corpus": "abc"}} | changes  # fmt: skip
+    return publish(name, weights() if state is None else state, run_id=run_id, **parts)
+
+
+def pictures(count: int = 3) -> list[np.ndarray]:
+    rng = np.random.default_rng(0)
+    return [rng.integers(0, 256, (40 + 9 * n, 50, 3), np.uint8) for n in range(count)]
+
+
+def png(pixels: np.ndarray) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "PNG")
+    return file.getvalue()
+
+
+def logits_of(state: dict[str, torch.Tensor], images: list[np.ndarray]) -> torch.Tensor:
+    model = VisionTransformer(CONFIG).eval()
+    model.load_state_dict(state)
+    with torch.no_grad():
+        return model(PREPROCESSING(images))
+
+
+def as_matrix(answer: pd.DataFrame) -> np.ndarray:
+    """Probabilities in the order of CLASSES."""
+    rows = zip(answer["classes"], answer["probabilities"], strict=True)
+    return np.array([[dict(zip(names, values, strict=True))[c] for c in CLASSES] for names, values in rows])
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Publishing and reading back
+# ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_package_comes_back_as_it_was_published(registry: Registry, dtype: torch.dtype):
+    state = {name: tensor.to(dtype) for name, tensor in weights().items()}
+    version = put(f"round {dtype}".replace("torch.", ""), registry.new_run(), state, alias="champion")
+    for uri in (version.uri, f"models:/{version.name}@champion", f"models:/{version.name}/latest"):
+        package = load_package(uri)
+        assert package.uri == version.uri == f"models:/{version.name}/1"
+        assert package.state.keys() == state.keys()
+        assert all(package.state[n].dtype == dtype and torch.equal(package.state[n], state[n]) for n in state)
+        assert (package.config, package.preprocessing) == (CONFIG, PREPROCESSING)
+        assert (package.classes, package.activation) == (CLASSES, "softmax")
+        assert package.tags["corpus"] == "abc"
+    folder = mlflow.artifacts.download_artifacts(version.uri, dst_path=str(registry.folder / str(dtype)))
+    assert torch.equal(load_package(folder).state["head.bias"], state["head.bias"])
+    assert not list(Path(folder).rglob("*.pkl"))
+
+
+def test_publishing_again_makes_no_second_version(registry: Registry):
+    run = registry.new_run()
+    first = put("idempotent", run, alias="champion")
+    assert put("idempotent", run, alias="champion") == first
+    other_weights = put("idempotent", run, weights(seed=1), alias="champion")
+    other_run = put("idempotent", registry.new_run(), weights(seed=1), alias="champion")
+    assert [v.version for v in (first, other_weights, other_run)] == ["1", "2", "3"]
+    assert put("idempotent", run, alias="champion") == first
+    assert resolve("models:/idempotent@champion").version == "3", "a rerun must not take the alias back"
+    assert put("idempotent", run, alias="first") == first
+    assert resolve("models:/idempotent@first").version == "1"
+    models_logged = mlflow.search_logged_models([registry.experiment], output_format="list")
+    assert sum(model.source_run_id == run for model in models_logged) == 2
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"classes": ["a", "b"]}, "2 class names for a model with 3 outputs"),
+        ({"preprocessing": Preprocessing(64)}, "preprocessing to 64 pixels for a model of 32"),
+        ({"activation": "relu"}, "activation = 'relu'"),
+        ({"config": replace(CONFIG, depth=3)}, r"another architecture: blocks\.2\.norm1\.weight is missing"),
+        ({"state": weights() | {"norm.bias": torch.full((48,), torch.nan)}}, r"not finite: norm\.bias"),
+        ({"name": "a/b"}, "cannot be called 'a/b'"),
+        ({"name": ""}, "cannot be called ''"),
+        ({"run_id": "nowhere"}, "nowhere"),
+    ],
+)
+def test_what_does_not_fit_together_is_not_published(registry: Registry, change: dict[str, Any], message: str):
+    with pytest.raises(ValueError, match=message):
+        put(**{"name": "refused", "run_id": registry.new_run()} | change)
+    with pytest.raises(PackageError, match="no model is called 'refused'"):
+        resolve("models:/refused@champion")
+
+
+def test_unknown_models_aliases_and_versions_are_answered_with_what_there_is(registry: Registry):
+    version = put("known", registry.new_run(), alias="champion")
+    for uri, message in {
+        "models:/unknown@champion": r"no model is called 'unknown' in the registry at sqlite:.*there are .*known",
+        "models:/known@challenger": "model 'known' has no alias 'challenger': there are champion",
+        "models:/known/7": "model 'known' has no version '7': there are 1; aliases: champion",
+        "models:/known": "say which version: there are 1; aliases: champion",
+        "models:/": "is no model",
+        "/nowhere": "no model package at /nowhere",
+        str(registry.folder): r"is no package of this project: it has no artifacts/model\.json",
+    }.items():
+        with pytest.raises(PackageError, match=message):
+            load_package(uri)
+    assert resolve("models:/known@champion") == version
+
+
+def test_a_server_that_is_not_there_is_said_at_once(registry: Registry):
+    mlflow.set_tracking_uri("http://127.0.0.1:9")
+    try:
+        with pytest.raises(PackageError, match=r"MLflow server at http://127\.0\.0\.1:9 does not answer"):
+            resolve("models:/known@champion")
+    finally:
+        mlflow.set_tracking_uri(registry.uri)
+
+
+def stored(registry: Registry, name: str, seed: int) -> tuple[PublishedVersion, Path]:
+    """A published version and its folder in the artifact store."""
+    run = registry.new_run()
+    version = put(name, run, weights(seed))
+    (logged,) = [m for m in mlflow.search_logged_models([registry.experiment], output_format="list")
+                 if m.source_run_id == run]  # fmt: skip
+    return version, Path(logged.artifact_location.removeprefix("file://")) / "artifacts"
+
+
+def test_altered_or_cut_packages_are_refused(registry: Registry):
+    version, folder = stored(registry, "altered", seed=5)
+    path = folder / "weights.safetensors"
+    whole = path.read_bytes()
+    save_safetensors(load_safetensors(path) | {"head.bias": torch.ones(3)}, path)
+    with pytest.raises(PackageError, match="not the ones that were published"):
+        load_package(version.uri)
+    path.write_bytes(whole[:-4])
+    with pytest.raises(WeightsError, match="not a complete safetensors file"):
+        load_package(version.uri)
+    path.write_bytes(whole)
+    description = json.loads((folder / "model.json").read_text())
+    (folder / "model.json").write_text(json.dumps(description | {"format_version": 99}))
+    with pytest.raises(PackageError, match="package format 99, newer than the 1"):
+        load_package(version.uri)
+    with pytest.raises(MlflowException, match="package format 99 is newer"):
+        mlflow.pyfunc.load_model(version.uri)
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Prediction
+# ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def classifier(registry: Registry) -> Any:
+    return mlflow.pyfunc.load_model(put("classifier", registry.new_run()).uri)
+
+
+INPUTS: dict[str, Callable[[list[np.ndarray]], Any]] = {
+    "DataFrame of bytes": lambda images: pd.DataFrame({"image": [png(image) for image in images]}),
+    "DataFrame of arrays": lambda images: pd.DataFrame({"image": images}),
+    "DataFrame of both": lambda images: pd.DataFrame({"image": [png(images[0]), *images[1:]]}),
+    "DataFrame with more columns": lambda images: pd.DataFrame({"id": [1, 2, 3], "image": images}),
+    "dict of lists": lambda images: {"image": [png(image) for image in images]},
+    "list of dicts": lambda images: [{"image": png(image)} for image in images],
+}
+
+
+@pytest.mark.parametrize("kind", INPUTS)
+def test_images_in_probabilities_out(classifier: Any, kind: str):
+    images = pictures()
+    answer = classifier.predict(INPUTS[kind](images))
+    expected = logits_of(weights(), images).softmax(dim=1)
+    np.testing.assert_allclose(as_matrix(answer), expected, atol=1e-5)
+    assert [names[0] for names in answer["classes"]] == [CLASSES[i] for i in expected.argmax(dim=1)]
+    assert all(values == sorted(values, reverse=True) for values in answer["probabilities"])
+
+
+def test_a_batch_of_arrays_in_one(classifier: Any):
+    batch = np.stack([image[:40] for image in pictures()])
+    expected = logits_of(weights(), list(batch)).softmax(dim=1)
+    np.testing.assert_allclose(as_matrix(classifier.predict({"image": batch})), expected, atol=1e-5)
+    np.testing.assert_allclose(as_matrix(classifier.unwrap_python_model().classify(batch)), expected, atol=1e-5)
+
+
+def test_many_images_and_the_index_of_the_frame(classifier: Any):
+    images = pictures(3) * 50  # more than go through the model at once
+    frame = pd.DataFrame({"image": images}, index=range(1000, 1150))
+    answer = classifier.predict(frame, params={"top_k": 1})
+    assert list(answer.index) == list(frame.index)
+    best = logits_of(weights(), images).argmax(dim=1)
+    assert [names for names in answer["classes"]] == [[CLASSES[i]] for i in best]
+
+
+def test_sigmoid_models_give_each_class_its_own_probability(registry: Registry):
+    model = mlflow.pyfunc.load_model(put("sigmoid", registry.new_run(), activation="sigmoid").uri)
+    expected = logits_of(weights(), pictures()).sigmoid()
+    np.testing.assert_allclose(as_matrix(model.predict({"image": pictures()})), expected, atol=1e-5)
+
+
+def test_the_signature_says_what_goes_in_and_out(classifier: Any):
+    signature = classifier.metadata.signature
+    assert signature.inputs.to_dict() == [{"type": "binary", "name": "image", "required": True}]
+    assert signature.outputs.input_names() == ["classes", "probabilities"]
+    assert [(param.name, param.default) for param in signature.params] == [("top_k", 3)]
+
+
+@pytest.mark.parametrize(
+    ("image", "params", "message"),
+    [
+        (b"nonsense", {}, "image 1 of 2: 8 bytes that are no image"),
+        (np.zeros((4, 4, 3)), {}, "image 1 of 2: an array of float64"),
+        (None, {}, "image 1 of 2: bytes .* are wanted, not NoneType"),
+        (png(pictures(1)[0]), {"top_k": 4}, "top_k = 4: the model has 3 classes"),
+        (png(pictures(1)[0]), {"top_k": 0}, "top_k = 0: the model has 3 classes"),
+    ],
+)
+def test_bad_requests_are_answered_with_the_reason(classifier: Any, image: Any, params: dict[str, Any], message: str):
+    with pytest.raises(MlflowException, match=message):
+        classifier.predict(pd.DataFrame({"image": [png(pictures(1)[0]), image]}), params=params)
+
+
+@pytest.mark.parametrize("form", ["dataframe_split", "dataframe_records", "inputs", "instances", "arrays"])
+def test_the_scoring_server_takes_base64(classifier: Any, form: str):
+    images = pictures()
+    texts = [base64.b64encode(png(image)).decode() for image in images]
+    body = {
+        "dataframe_split": {"columns": ["image"], "data": [[text] for text in texts]},
+        "dataframe_records": [{"image": text} for text in texts],
+        "inputs": {"image": texts},
+        "instances": [{"image": text} for text in texts],
+    }.get(form)
+    assert body is not None or form == "arrays"
+    request = {form: body, "params": {"top_k": 2}} if body is not None else {
+        "inputs": {"image": [image.tolist() for image in images]}, "params": {"top_k": 2}
+    }  # fmt: skip
+    if form == "arrays":
+        pytest.skip("MLflow refuses nested lists for a binary column")
+    response = scoring_server.invocations(
+        json.dumps(request), "application/json", classifier, classifier.metadata.get_input_schema()
+    )
+    assert response.status == 200
+    answers = json.loads(response.response)["predictions"]
+    expected = logits_of(weights(), images).softmax(dim=1).topk(2, dim=1)
+    np.testing.assert_allclose([answer["probabilities"] for answer in answers], expected.values, atol=1e-5)
+    assert [answer["classes"] for answer in answers] == [[CLASSES[i] for i in row] for row in expected.indices.tolist()]
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# A consumer: a program of its own, with modules of our names and without our packages
+# ----------------------------------------------------------------------------------------------------------------
+
+CONSUMER = """
+import importlib.abc, json, sys
+
+class Blocked(importlib.abc.MetaPathFinder):
+    names = {"ray", "deepspeed", "nvidia", "webdataset", "s3fs", "fsspec_s3", "safetensors", "pyarrow", "transformers",
+             "simplejpeg", "xxhash", "cluster", "data_prep", "scipy", "sklearn", "matplotlib", "torchvision"}
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in self.names:
+            raise ModuleNotFoundError(f"{name} is not installed here", name=name)
+
+sys.meta_path.insert(0, Blocked())
+import models, pipeline.steps
+import mlflow, numpy as np, pandas as pd
+
+images = list(np.load("images.npz").values())
+predictors = [mlflow.pyfunc.load_model(uri) for uri in sys.argv[1:]]
+answers = [p.predict(pd.DataFrame({"image": images})).to_dict("list") for p in predictors + predictors[:1]]
+import models.prices, pipeline
+assert models.prices.PRICE == 7 and pipeline.steps.STEP == "mine" and pipeline.__file__.startswith(sys.path[0])
+assert not Blocked.names & {name.partition(".")[0] for name in sys.modules}
+print(json.dumps(answers))
+"""
+
+
+def test_a_consumer_with_modules_of_our_names_loads_two_versions_of_the_code(
+    registry: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    ours = put("consumed", registry.new_run())
+    changed = tmp_path / "vit.py"
+    source = Path(models.vit.__file__).read_text()
+    assert source.count("return self.head(features)") == 1
+    changed.write_text(source.replace("return self.head(features)", "return -2 * self.head(features)"))
+    with monkeypatch.context() as patch:
+        patch.setattr(models.vit, "__file__", str(changed))
+        theirs = put("consumed", registry.new_run())
+    assert (ours.version, theirs.version) == ("1", "2")
+
+    project = tmp_path / "consumer"
+    for path, text in {
+        "consume.py": CONSUMER,
+        "models/__init__.py": "",
+        "models/prices.py": "PRICE = 7",
+        "pipeline/__init__.py": "",
+        "pipeline/steps.py": "STEP = 'mine'",
+    }.items():
+        (project / path).parent.mkdir(parents=True, exist_ok=True)
+        (project / path).write_text(textwrap.dedent(text))
+    np.savez(project / "images.npz", *pictures())
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "MLFLOW"))} | {
+        "MLFLOW_TRACKING_URI": registry.uri,
+        "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false",
+    }
+    done = subprocess.run(
+        [sys.executable, "consume.py", ours.uri, theirs.uri],
+        cwd=project, env=environment, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    answers = [as_matrix(pd.DataFrame(answer)) for answer in json.loads(done.stdout.splitlines()[-1])]
+    logits = logits_of(weights(), pictures())
+    np.testing.assert_allclose(answers[0], logits.softmax(dim=1), atol=1e-5)
+    np.testing.assert_allclose(answers[1], (-2 * logits).softmax(dim=1), atol=1e-5)
+    np.testing.assert_array_equal(answers[2], answers[0])  # the first again, after the second was loaded and used

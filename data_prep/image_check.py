@@ -44,38 +44,38 @@ class ImageFacts:
     height: int
 
 
-def check_image(data: bytes) -> ImageFacts:
+def check_image(data: bytes | memoryview) -> ImageFacts:
     """Decode an encoded image completely.
 
     Raises:
         UnusableImage: empty, not an image, of a format that training does not decode, cut short, or damaged.
     """
-    extension = _format_of(data)
+    extension = _format_of(bytes(data[:512]))
     width, height = _check_jpeg(data) if extension == "jpg" else _check_by_pillow(data, extension)
     if max(width, height) > MAX_SIDE:
         raise UnusableImage(f"{width}x{height} pixels: a side may have at most {MAX_SIDE}")
     return ImageFacts(extension, width, height)
 
 
-def _format_of(data: bytes) -> str:
+def _format_of(beginning: bytes) -> str:
     for signature, extension in _SIGNATURES:
-        if data.startswith(signature):
+        if beginning.startswith(signature):
             return extension
-    if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
+    if beginning[:4] == b"RIFF" and beginning[8:12] == b"WEBP":
         return "webp"
-    if not data:
+    if not beginning:
         raise UnusableImage("empty file")
-    if data[:4] == b"GIF8":
+    if beginning[:4] == b"GIF8":
         raise UnusableImage("GIF images are not supported: convert to PNG")
-    if data[4:8] in (b"ftyp", b"jP  "):
+    if beginning[4:8] in (b"ftyp", b"jP  "):
         raise UnusableImage("AVIF, HEIC and JPEG 2000 images are not supported: convert to JPEG or PNG")
-    if not any(data[:512]):
+    if not any(beginning):
         raise UnusableImage("no image: begins with zeros")
-    beginning = data[:24].decode("ascii", "replace").replace("\ufffd", "?")
-    raise UnusableImage(f"no JPEG, PNG, WebP, BMP or TIFF: begins with {beginning!r}")
+    text = beginning[:24].decode("ascii", "replace").replace("\ufffd", "?")
+    raise UnusableImage(f"no JPEG, PNG, WebP, BMP or TIFF: begins with {text!r}")
 
 
-def _check_jpeg(data: bytes) -> tuple[int, int]:
+def _check_jpeg(data: bytes | memoryview) -> tuple[int, int]:
     try:
         height, width = _decode_jpeg(data)
     except ValueError as error:
@@ -88,11 +88,11 @@ def _check_jpeg(data: bytes) -> tuple[int, int]:
             raise UnusableImage(f"damaged JPEG: {_readable(still)}") from still
     for marker, start, end in _segments(data):
         if marker == 0xE1 and data[start : start + 6] == b"Exif\0\0":
-            return (height, width) if _turns(data[start:end]) else (width, height)
+            return (height, width) if _turns(bytes(data[start:end])) else (width, height)
     return width, height
 
 
-def _decode_jpeg(data: bytes) -> tuple[int, int]:
+def _decode_jpeg(data: bytes | memoryview) -> tuple[int, int]:
     """Decode every bit of the entropy-coded data. Pixels at an eighth of the size, without colour, find the same
     damage as whole ones (that shows in the bit stream) in 60 % of the time."""
     height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
@@ -106,7 +106,7 @@ def _readable(error: ValueError) -> str:
     return text[:1].lower() + text[1:]
 
 
-def _segments(data: bytes) -> Iterator[tuple[int, int, int]]:
+def _segments(data: bytes | memoryview) -> Iterator[tuple[int, int, int]]:
     """The marker segments up to the first scan: (marker, start of the content, end)."""
     at = 2
     while at + 4 <= len(data) and data[at] == 0xFF:
@@ -121,7 +121,7 @@ def _segments(data: bytes) -> Iterator[tuple[int, int, int]]:
         at = end
 
 
-def _without_harmless_oddities(data: bytes) -> bytes:
+def _without_harmless_oddities(data: bytes | memoryview) -> bytes:
     """A copy without what libjpeg warns of though every pixel is there: an unknown JFIF version, progressive
     parameters in the scan header of a sequential image, zeros as padding before the end marker."""
     tidy = bytearray(data)
@@ -139,7 +139,7 @@ def _without_harmless_oddities(data: bytes) -> bytes:
     return bytes(tidy)
 
 
-def _check_by_pillow(data: bytes, extension: str) -> tuple[int, int]:
+def _check_by_pillow(data: bytes | memoryview, extension: str) -> tuple[int, int]:
     assert not ImageFile.LOAD_TRUNCATED_IMAGES
     name = _PILLOW_FORMATS[extension]
     try:

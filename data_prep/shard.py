@@ -24,6 +24,9 @@ from data_prep.shard_task import finished_record, remove_shard, write_shard
 from data_prep.sources import SourceError, list_source
 
 _ATTEMPTS = 4
+_GO_ON = "The finished shards stay; run the same command again to go on"
+_INDEX_BYTES = 200
+"""A sample's share of the files beside the tars, for an estimate of the room that is needed."""
 _PATIENCE = 0.25
 """Share of a corpus's images that may fail to decode before a warning stands in the summary."""
 
@@ -90,16 +93,23 @@ def shard_corpus(settings: ShardSettings) -> Corpus:
         log.info("%s is finished already (%s images): nothing to do", folder, f"{finished.num_samples:,}")
         return finished
     _check_room(folder, plan)
-    records = _write_shards(folder, plan, settings.workers)
+    try:
+        corpus, records = _make_corpus(folder, plan, settings.workers)
+    except OSError as error:
+        raise storage.StorageError(f"{folder} cannot be written: {error}. {_GO_ON}") from error
+    _log_summary(corpus, records, plan, time.monotonic() - started)
+    return corpus
+
+
+def _make_corpus(folder: Path, plan: Plan, workers: int) -> tuple[Corpus, list[dict[str, Any]]]:
+    records = _write_shards(folder, plan, workers)
     if not any(record["samples"] for record in records):
         reasons = Counter(entry["reason"] for record in records for entry in record["quarantined"])
         _remove_unfinished_corpus(folder, plan)
-        raise SourceError(f"no image of source {source} can be decoded: {_shown(reasons)}")
+        raise SourceError(f"no image of source {plan.listing.root} can be decoded: {_shown(reasons)}")
     storage.remove_unfinished(folder)
     assemble(folder, plan, records)
-    corpus = Corpus.open(str(folder))
-    _log_summary(corpus, records, plan, time.monotonic() - started)
-    return corpus
+    return Corpus.open(str(folder)), records
 
 
 def _make_plan(settings: ShardSettings, source: Path) -> Plan:
@@ -167,7 +177,7 @@ def _finished_before(folder: Path, plan: Plan) -> Corpus | None:
 
 def _check_room(folder: Path, plan: Plan) -> None:
     missing = [k for k in range(len(plan)) if finished_record(folder, plan.name(k), plan.plan_hash) is None]
-    needed = plan.total_bytes * len(missing) / len(plan)
+    needed = (plan.total_bytes + _INDEX_BYTES * len(plan.listing)) * len(missing) / len(plan)
     free = shutil.disk_usage(next(place for place in (folder, *folder.parents) if place.is_dir())).free
     if needed > free:
         raise CorpusError(
@@ -242,8 +252,7 @@ def _result(ray: Any, reference: Any, name: str, folder: Path) -> dict[str, Any]
             raise SourceError(str(cause)) from error
         if isinstance(cause, OSError):
             raise storage.StorageError(
-                f"{name} in {folder} could not be written in {_ATTEMPTS} attempts: {cause}. The finished shards "
-                f"stay; run the same command again to go on"
+                f"{name} in {folder} could not be written in {_ATTEMPTS} attempts: {cause}. {_GO_ON}"
             ) from error
         raise
 

@@ -16,8 +16,8 @@ from data_prep.order import OF_SOURCE, Permutation
 from data_prep.sources import Listing
 from data_prep.tar_headers import BLOCK
 
-_LABEL_BYTES = 3 * BLOCK
-"""In a tar beside an image's own bytes: two headers and the label's block."""
+_BYTES_BESIDE_IMAGE = 3 * BLOCK + BLOCK // 2
+"""In a tar: two headers, the label's block, and half a block of padding on average."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Plan:
         self.class_descriptions = class_descriptions
         self.settings = {"seed": seed, "shard_bytes": shard_bytes}
         self.order = _shuffled(len(listing), seed)
-        ends = np.cumsum(listing.sizes[self.order] + np.uint64(_LABEL_BYTES + BLOCK // 2))
+        ends = np.cumsum(listing.sizes[self.order] + np.uint64(_BYTES_BESIDE_IMAGE))
         total = int(ends[-1])
         self.total_bytes = total
         """Expected size of all tars."""

@@ -14,12 +14,15 @@ from data_prep.columns import Labels
 from data_prep.corpus import SAMPLE_DTYPE, image_check
 from data_prep.image_check import UnusableImage, check_image
 from data_prep.shard_plan import ShardTask
-from data_prep.sources import SourceError, read_images
-from data_prep.tar_headers import MAX_MEMBER_SIZE
+from data_prep.source_reader import read_groups
+from data_prep.sources import SourceError
 from data_prep.tar_shards import ShardWriter
 
 SHARD_FILES = (".tar", ".idx", ".origins", ".rows.npz")
 """Suffixes of a shard's files beside its record."""
+
+_MAX_IMAGE_BYTES = 2**32 - 1
+"""What the index's column holds; a tar could hold twice as much."""
 
 
 def record_path(folder: Path, name: str) -> Path:
@@ -69,21 +72,24 @@ def write_shard(task: ShardTask) -> dict[str, Any]:
         )
     with storage.atomic_file(task.folder / task.name) as file:
         writer = ShardWriter(file, "json" if isinstance(task.labels, Labels) else "cls")
-        images = read_images(task.root, task.names, task.sizes, task.offsets)
-        for place, image in enumerate(images):
-            origin = _one_line(task.names[place])
-            try:
-                facts = check_image(image)
-                if len(image) > min(MAX_MEMBER_SIZE, 2**32 - 1):
-                    raise UnusableImage(f"{len(image)} bytes: an image may have at most 4 GiB")
-            except UnusableImage as reason:
-                quarantined.append((origin, str(reason)))
-                continue
-            label, heaviest = _label(task, place)
-            offset = writer.add(f"{task.first_position + place:09d}", facts.extension, image, label)
-            columns.append((offset, len(image), 0, heaviest, image_check(image), facts.width, facts.height))
-            kept.append(place)
-            origins.append(origin)
+        done = 0
+        for images in read_groups(task.root, task.names, task.sizes, task.offsets):
+            for place, image in enumerate(images, done):
+                origin = _one_line(task.names[place])
+                try:
+                    facts = check_image(image)
+                    if len(image) > _MAX_IMAGE_BYTES:
+                        raise UnusableImage(f"{len(image)} bytes: an image may have at most {_MAX_IMAGE_BYTES}")
+                except UnusableImage as reason:
+                    quarantined.append((origin, str(reason)))
+                    continue
+                label, heaviest = _label(task, place)
+                offset = writer.add(f"{task.first_position + place:09d}", facts.extension, image, label)
+                columns.append((offset, len(image), 0, heaviest, image_check(image), facts.width, facts.height))
+                kept.append(place)
+                origins.append(origin)
+            writer.flush()  # the memory of this group is used again
+            done += len(images)
         writer.finish()
     rows = np.array(columns, SAMPLE_DTYPE)
     labels = task.labels.take(np.array(kept, np.int64)) if isinstance(task.labels, Labels) else None

@@ -6,7 +6,7 @@ same images give the same corpus whether they lie in folders or in tars.
 
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -27,10 +27,6 @@ _IMAGE_SUFFIXES = frozenset(
 
 _SPLIT_NAMES = {"train", "training", "val", "valid", "validation", "test", "dev", "eval"}
 _COMPRESSED = ((b"\x1f\x8b", "gzip"), (b"BZh", "bzip2"), (b"\xfd7zXZ", "xz"), (b"\x28\xb5\x2f\xfd", "zstd"))
-_GROUP_IMAGES, _GROUP_BYTES = 64, 4 << 20
-"""What one thread reads at a time when a shard is written."""
-_READ_AHEAD = 4
-"""Threads, and groups, that reading is ahead of writing."""
 _LISTING_THREADS = 16
 """Listing waits for the file system most of the time, on network storage nearly all of it."""
 
@@ -284,72 +280,3 @@ def _join(kind: str, root: Path, classes: list[str], parts: list[_ClassListing],
         np.concatenate([part.offsets for part in parts]) if in_tar else None,
         np.repeat(np.arange(len(classes), dtype=np.int32), counts),
     )
-
-
-def read_images(
-    root: Path, names: Strings, sizes: NDArray[np.uint64], offsets: NDArray[np.uint64] | None
-) -> Iterator[bytes]:
-    """The encoded images of (a part of) a listing, in its order, read ahead by a few threads.
-
-    Raises:
-        SourceError: an image is gone or has another size than when it was listed.
-        OSError: the file system fails; worth another try.
-    """
-    descriptor = os.open(root, os.O_RDONLY) if offsets is not None else -1
-    base = os.fsencode(root) + b"/"
-    groups = _groups(sizes)
-
-    def read_group(group: range) -> list[bytes]:
-        images = []
-        for place in group:
-            size = int(sizes[place])
-            if offsets is not None:
-                image = os.pread(descriptor, size, int(offsets[place]))
-            else:
-                image = _read_file(base + names[place], size)
-            if len(image) != size:
-                raise SourceError(
-                    f"{os.fsdecode(names[place])} in {root} changed while it was being sharded: it had {size} bytes "
-                    f"when it was listed, now {len(image)}; run again when nothing writes there"
-                )
-            images.append(image)
-        return images
-
-    pool = ThreadPoolExecutor(_READ_AHEAD)
-    try:
-        waiting = [pool.submit(read_group, group) for group in groups[:_READ_AHEAD]]
-        following = iter(groups[_READ_AHEAD:])
-        while waiting:
-            yield from waiting.pop(0).result()
-            if (group := next(following, None)) is not None:
-                waiting.append(pool.submit(read_group, group))
-    finally:
-        pool.shutdown(cancel_futures=True)
-        if descriptor >= 0:
-            os.close(descriptor)
-
-
-def _groups(sizes: NDArray[np.uint64]) -> list[range]:
-    """Cut places 0..N into runs that one thread reads at a time: few images, few bytes."""
-    groups, start, total = [], 0, 0
-    for place, size in enumerate(sizes.tolist()):
-        total += size
-        if place - start + 1 == _GROUP_IMAGES or total >= _GROUP_BYTES:
-            groups.append(range(start, place + 1))
-            start, total = place + 1, 0
-    return [*groups, range(start, len(sizes))] if start < len(sizes) else groups
-
-
-def _read_file(path: bytes, size: int) -> bytes:
-    """A file's bytes; one more than `size` at most, which is enough to see that it has grown."""
-    try:
-        descriptor = os.open(path, os.O_RDONLY)
-    except FileNotFoundError:
-        raise SourceError(f"{os.fsdecode(path)} is gone: it was there when the source was listed") from None
-    try:
-        content = os.read(descriptor, size + 1)
-        while len(content) < size and (more := os.read(descriptor, size + 1 - len(content))):
-            content += more
-        return content
-    finally:
-        os.close(descriptor)

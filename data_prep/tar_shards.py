@@ -9,13 +9,13 @@ from data_prep.tar_headers import BLOCK, make_header, padding
 
 _MAX_BUFFERS = 1020
 """Of one writev, below Linux's limit of 1024 (IOV_MAX)."""
-_MAX_BYTES = 8 << 20
 
 
 class ShardWriter:
     """Appends samples to a tar: each an image `KEY.EXTENSION` and a label `KEY.cls` or `KEY.json`.
 
-    Writes go out in long runs (writev), and the checksum is taken of the same buffers.
+    Writes go out in long runs (writev), and the checksum is taken of the same buffers. An image that is added must
+    stay as it is until `flush`.
 
     Args:
         file: an unbuffered binary file at position 0.
@@ -26,13 +26,12 @@ class ShardWriter:
         self._descriptor = file.fileno()
         self._label_extension = label_extension
         self._digest = xxhash.xxh3_128()
-        self._pending: list[bytes] = []
-        self._pending_bytes = 0
+        self._pending: list[bytes | memoryview] = []
         self._index_lines: list[str] = []
         self.size = 0
         """Bytes of the tar so far."""
 
-    def add(self, key: str, extension: str, image: bytes, label: bytes) -> int:
+    def add(self, key: str, extension: str, image: bytes | memoryview, label: bytes) -> int:
         """Append one sample; returns the offset of the image's bytes in the tar."""
         image_name, label_name = f"{key}.{extension}", f"{key}.{self._label_extension}"
         offset = self.size + BLOCK
@@ -50,7 +49,7 @@ class ShardWriter:
     def finish(self) -> None:
         """Write what is pending and the two zero blocks that end a tar."""
         self._append(bytes(2 * BLOCK))
-        self._flush()
+        self.flush()
 
     @property
     def checksum(self) -> str:
@@ -66,17 +65,11 @@ class ShardWriter:
         """
         return "".join([f"v1.2 {len(self._index_lines)}\n", *self._index_lines]).encode("ascii")
 
-    def _append(self, content: bytes) -> None:
-        self._pending.append(content)
-        self._pending_bytes += len(content)
-        self.size += len(content)
-        if len(self._pending) >= _MAX_BUFFERS or self._pending_bytes >= _MAX_BYTES:
-            self._flush()
-
-    def _flush(self) -> None:
+    def flush(self) -> None:
+        """Hand what was added to the operating system."""
         for content in self._pending:
             self._digest.update(content)
-        buffers: list[bytes | memoryview] = [content for content in self._pending if content]
+        buffers = [content for content in self._pending if content]
         while buffers:
             written = os.writev(self._descriptor, buffers)
             done = 0
@@ -86,4 +79,10 @@ class ShardWriter:
             del buffers[:done]
             if written:  # a disk may take less than it was given
                 buffers[0] = memoryview(buffers[0])[written:]
-        self._pending, self._pending_bytes = [], 0
+        self._pending = []
+
+    def _append(self, content: bytes | memoryview) -> None:
+        self._pending.append(content)
+        self.size += len(content)
+        if len(self._pending) >= _MAX_BUFFERS:
+            self.flush()

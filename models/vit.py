@@ -135,17 +135,26 @@ def _checked(name: str, kind: Any, value: Any) -> Any:
 # ----------------------------------------------------------------------------------------------------------------
 
 
+# On the meta device there is nothing to draw, and torch would load its compiler for it, which takes seconds.
+
+
+def _xavier_uniform_(weight: Tensor) -> None:
+    if not weight.is_meta:
+        nn.init.xavier_uniform_(weight)
+
+
 def _lecun_normal_(weight: Tensor) -> None:
     """Normal truncated at two standard deviations, variance 1 / fan-in after the truncation (flax's default)."""
-    std = math.sqrt(1 / weight[0].numel()) / 0.87962566103423978
-    nn.init.trunc_normal_(weight, std=std, a=-2 * std, b=2 * std)
+    if not weight.is_meta:
+        std = math.sqrt(1 / weight[0].numel()) / 0.87962566103423978
+        nn.init.trunc_normal_(weight, std=std, a=-2 * std, b=2 * std)
 
 
 class Dense(nn.Linear):
     """Linear layer; Xavier uniform weight, zero bias."""
 
     def reset_parameters(self) -> None:
-        nn.init.xavier_uniform_(self.weight)
+        _xavier_uniform_(self.weight)
         nn.init.zeros_(self.bias)
 
 
@@ -153,9 +162,9 @@ class QueryKeyValue(Dense):
     """The three attention projections as one layer [D -> 3D], each initialised as the DxD matrix that it is."""
 
     def reset_parameters(self) -> None:
-        super().reset_parameters()
         for projection in self.weight.data.chunk(3):
-            nn.init.xavier_uniform_(projection)
+            _xavier_uniform_(projection)
+        nn.init.zeros_(self.bias)
 
 
 class Representation(nn.Linear):
@@ -228,9 +237,13 @@ class Block(nn.Module):
         return x + (mlp if branch_scale is None else mlp * branch_scale[1])
 
     def _attend(self, qkv: Tensor) -> Tensor:
-        """[B, N, 3D] -> [B, N, D]. q, k and v stay views: every SDPA kernel takes strided rows."""
+        """[B, N, 3D] -> [B, N, D].
+
+        q, k and v are views that the attention kernels take as they are; cut along the last dimension, their
+        gradients come together again in a single copy.
+        """
         batch, tokens, width = qkv.shape
-        q, k, v = qkv.view(batch, tokens, 3, self.heads, -1).permute(2, 0, 3, 1, 4).unbind()
+        q, k, v = (part.view(batch, tokens, self.heads, -1).transpose(1, 2) for part in qkv.chunk(3, dim=-1))
         return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(batch, tokens, width // 3)
 
 
@@ -261,7 +274,8 @@ class VisionTransformer(nn.Module):
         """Draw this module's own parameters; every layer below has a `reset_parameters` for its own."""
         if self.cls_token is not None:
             nn.init.zeros_(self.cls_token)
-        nn.init.normal_(self.pos_embed, std=0.02)
+        if not self.pos_embed.is_meta:
+            nn.init.normal_(self.pos_embed, std=0.02)
 
     def forward(self, images: Tensor) -> Tensor:
         features = self.features(images)

@@ -44,7 +44,14 @@ def train_graph(
     suite = rand_augment.get_rand_augment_suite(use_shape=False, max_translate_abs=round(side * 100 / 224))
     assert len(suite) == RANDAUGMENT_OPERATIONS
 
-    @pipeline_def(batch_size=batch, num_threads=threads, device_id=device_id, prefetch_queue_depth=2)
+    # Choosing an operation by sample is conditional execution.
+    @pipeline_def(
+        batch_size=batch,
+        num_threads=threads,
+        device_id=device_id,
+        prefetch_queue_depth=2,
+        enable_conditionals=layers > 0,
+    )
     def graph() -> Any:
         encoded, anchor, shape, mirror, *levels = fn.external_source(
             source=source, num_outputs=4 + 2 * layers, batch=True
@@ -66,7 +73,8 @@ def train_graph(
                 output_type=types.RGB,
             )
             images = fn.resize(images, **resize)
-        for operation, sign in zip(levels[::2], levels[1::2], strict=True):
+        for layer in range(layers):
+            operation, sign = levels[2 * layer], levels[2 * layer + 1]
             # The sign is random where the operation has a direction; both are fed, not drawn by DALI, whose
             # own generators depend on the place in the batch.
             magnitude = core.signed_bin(settings.randaugment_magnitude, random_sign=sign)

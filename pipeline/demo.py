@@ -32,7 +32,7 @@ from cluster.storage import write_bytes
 from pipeline import tracking
 
 NEEDED_ACCURACY = 0.95
-PARTS = {"pretrain": range(0, 5), "finetune": range(5, 8), "heldout": range(8, 10)}
+PARTS = {"pretrain": range(0, 4), "finetune": range(4, 8), "heldout": range(8, 10)}
 """Which digits go where, by their number modulo ten."""
 
 
@@ -44,8 +44,8 @@ class DemoSettings(Settings):
 
 
 def write_digits(folder: Path) -> None:
-    """Write the digits as 32 x 32 JPEG files: folder/PART/DIGIT/NUMBER.jpg."""
-    from PIL import Image
+    """Write the digits, 32 pixels high with a margin of 4, as JPEG files: folder/PART/DIGIT/NUMBER.jpg."""
+    from PIL import Image, ImageOps
     from sklearn.datasets import load_digits
 
     digits = load_digits()
@@ -56,7 +56,8 @@ def write_digits(folder: Path) -> None:
             path.parent.mkdir(parents=True, exist_ok=True)
             gray = Image.fromarray((255 - pixels * 255 / 16).astype(np.uint8)).convert("RGB")
             buffer = io.BytesIO()
-            gray.resize((32, 32), Image.Resampling.BICUBIC).save(buffer, "JPEG", quality=95)
+            drawn = ImageOps.expand(gray.resize((32, 32), Image.Resampling.BICUBIC), border=4, fill="white")
+            drawn.save(buffer, "JPEG", quality=95)
             write_bytes(path, buffer.getvalue())
 
 

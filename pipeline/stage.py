@@ -28,9 +28,10 @@ from pipeline import checkpoints, layout, packages, tracking
 from pipeline.config import DataSettings, StageSettings, duration_in_steps
 from pipeline.launch import run_ranks
 from pipeline.schedules import Schedule
-from pipeline.train_loop import Job, train
+from pipeline.train_loop import METRICS, Job, train
 
 RECIPES = Path(__file__).parent / "recipes"
+INITIAL_WEIGHTS = "initial.safetensors"
 
 
 @dataclass(frozen=True)
@@ -88,6 +89,8 @@ def check_stage(settings: StageSettings, corpus: Corpus) -> None:
     if total < 1:
         raise SettingsError(f"training.duration = {settings.training.duration!r} is no step at all")
     Schedule(settings.optimizer, total, settings.training.global_batch, corpus.num_samples)
+    if settings.run.workers is not None:
+        _check_batch(settings, settings.run.workers)
     empty = [name for name, count in zip(corpus.classes, corpus.class_counts, strict=True) if count == 0]
     if empty:
         log.warning(
@@ -117,61 +120,55 @@ def run_stage(stage: str, settings: StageSettings, start: "Start", corpus: Corpu
     """
     home = home_folder(settings.run.home)
     folder = home / "runs" / settings.run.name
-    leads = int(os.environ.get("RANK", "0")) == 0
-    with _run_folder(folder, leads):
-        record = _open_record(folder, stage, start) if leads else {}
-        resumed = checkpoints.newest(folder / "checkpoints")
-        total = duration_in_steps(settings.training.duration, settings.training.global_batch, corpus.num_samples)
-        run = None
-        if leads:
-            uri = tracking.connect(home)
-            values = settings.model_dump(mode="json")
-            tags = _lineage(stage, corpus, start)
-            run = tracking.Run(settings.run.name, record.get("mlflow_run"), values, tags, start.parent_run)
-            if "mlflow_run" not in record:
-                record["mlflow_run"] = run.run_id
-                write_json(folder / "run.json", record)
-                write_json(folder / "settings.json", values)
-                run.artifact(folder / "settings.json")
-            log.info("run %s in %s, tracked at %s", settings.run.name, folder, uri)
-        initial = folder / "initial.safetensors"
-        if start.weights is not None and leads and not initial.exists():
-            save_safetensors(start.weights, initial)
-        job = Job(
-            settings,
-            start.architecture.to_json(),
-            str(folder),
-            str(initial) if start.weights is not None else None,
-            str(home),
-            record.get("mlflow_run", ""),
-        )
+    if not _leads():
+        # Under torchrun every rank comes through here; rank 0 alone keeps the folder, the tracking and the registry.
+        _train(settings, start, corpus, folder, home, "")
+        return {}
+    with _run_folder(folder):
+        record = _open_record(folder, stage, start)
+        uri = tracking.connect(home)
+        values = settings.model_dump(mode="json")
+        tags = _lineage(stage, corpus, start)
+        run = tracking.Run(settings.run.name, record.get("mlflow_run"), values, tags, start.parent_run)
+        log.info("run %s in %s, tracked at %s", settings.run.name, folder, uri)
+        if "mlflow_run" not in record:
+            write_json(folder / "run.json", {**record, "mlflow_run": run.run_id})
+            write_json(folder / "settings.json", values)
+            run.artifact(folder / "settings.json")
+        if start.weights is not None and not (folder / INITIAL_WEIGHTS).exists():
+            save_safetensors(start.weights, folder / INITIAL_WEIGHTS)
+        with tracking.closing(run, drop=lambda: not (folder / METRICS).exists()):
+            _train(settings, start, corpus, folder, home, run.run_id)
+            return _hand_over(settings, start, corpus, folder, run)
 
-        def launch() -> dict[str, Any]:
-            if resumed is not None and resumed.step >= total:
-                log.info("training is finished already (%s)", resumed.folder)
-            else:
-                run_ranks(
-                    train,
-                    job,
-                    name=settings.run.name,
-                    folder=folder / "ray",
-                    workers=settings.run.workers,
-                    cpus_per_worker=settings.run.cpus_per_worker,
-                    max_failures=settings.run.max_failures,
-                    timeout_s=settings.run.collective_timeout_s,
-                    check=lambda ranks: layout.check_batch(
-                        settings.training.global_batch,
-                        settings.training.micro_batch,
-                        ranks,
-                        settings.data.mixup > 0,
-                    ),
-                )
-            return _hand_over(settings, start, corpus, folder, run) if run else {}
 
-        if run is None:
-            return launch()
-        with tracking.closing(run):
-            return launch()
+def _leads() -> bool:
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def _train(settings: StageSettings, start: Start, corpus: Corpus, folder: Path, home: Path, run_id: str) -> None:
+    total = duration_in_steps(settings.training.duration, settings.training.global_batch, corpus.num_samples)
+    newest = checkpoints.newest(folder / "checkpoints")
+    if newest is not None and newest.step >= total:
+        log.info("training is finished already (%s)", newest.folder)
+        return
+    initial = str(folder / INITIAL_WEIGHTS) if start.weights is not None else None
+    run_ranks(
+        train,
+        Job(settings, start.architecture.to_json(), str(folder), initial, str(home), run_id),
+        name=settings.run.name,
+        folder=folder / "ray",
+        workers=settings.run.workers,
+        cpus_per_worker=settings.run.cpus_per_worker,
+        max_failures=settings.run.max_failures,
+        timeout_s=settings.run.collective_timeout_s,
+        check=lambda ranks: _check_batch(settings, ranks),
+    )
+
+
+def _check_batch(settings: StageSettings, ranks: int) -> None:
+    training = settings.training
+    layout.check_batch(training.global_batch, training.micro_batch, ranks, settings.data.mixup > 0)
 
 
 def _hand_over(
@@ -180,7 +177,7 @@ def _hand_over(
     """Publish the newest checkpoint's weights and write down how the run went."""
     checkpoint = checkpoints.newest(folder / "checkpoints")
     assert checkpoint is not None
-    rows = tracking.read_metrics(folder / "metrics.jsonl")
+    rows = tracking.read_metrics(folder / METRICS)
     scores = [row for row in rows if "heldout/top1" in row]
     rates = [row["images_per_second"] for row in rows if "images_per_second" in row]
     waits = [row["data_wait"] for row in rows if "data_wait" in row]
@@ -228,12 +225,8 @@ def _hand_over(
 
 
 @contextmanager
-def _run_folder(folder: Path, leads: bool) -> Iterator[None]:
-    """The run's folder, made if need be and held against a second job; removed again if nothing came of it."""
-    if not leads:
-        yield
-        return
-    fresh = not folder.exists()
+def _run_folder(folder: Path) -> Iterator[None]:
+    """The run's folder, made if need be, held against a second job, removed again if no step was taken in it."""
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / ".lock").open("w") as lock:
         try:
@@ -243,7 +236,7 @@ def _run_folder(folder: Path, leads: bool) -> Iterator[None]:
         try:
             yield
         except ValueError:
-            if fresh and not (folder / "run.json").exists():
+            if not (folder / METRICS).exists():
                 shutil.rmtree(folder)
             raise
 

@@ -7,7 +7,7 @@ import json
 import logging
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -156,12 +156,18 @@ class Run:
 
 
 @contextmanager
-def closing(run: Run) -> Iterator[Run]:
-    """Finish a run when the block ends: FAILED with an exception, KILLED with an interrupt, else FINISHED."""
+def closing(run: Run, drop: Callable[[], bool]) -> Iterator[Run]:
+    """Finish a run when the block ends: FAILED with an exception, KILLED with an interrupt, else FINISHED.
+
+    Args:
+        drop: asked when a ValueError ends the block; if true nothing was done yet, and the run is deleted.
+    """
     try:
         yield run
-    except Exception:
+    except Exception as error:
         run.finish("FAILED")
+        if isinstance(error, ValueError) and drop():
+            run.client.delete_run(run.run_id)
         raise
     except BaseException:
         run.finish("KILLED")

@@ -28,6 +28,9 @@ from pipeline.loader import Batch, EvalLoader, TrainLoader
 from pipeline.schedules import Schedule
 from pipeline.scoring import score
 
+METRICS = "metrics.jsonl"
+"""The record of a run's metrics, in its folder; it appears when the first step is about to be taken."""
+
 
 @dataclass(frozen=True)
 class Job:
@@ -112,7 +115,7 @@ def train(job: Job) -> None:
     if worker.leads:
         tracking.connect(Path(job.tracking_home))
         run = tracking.Run("", job.mlflow_run)
-        metrics_file = tracking.MetricsFile(folder / "metrics.jsonl", start)
+        metrics_file = tracking.MetricsFile(folder / METRICS, start)
         run.tag("vitforge.decoder", backend)
         run.tag("vitforge.layout", str(plan))
     log.info(
@@ -222,7 +225,7 @@ def train(job: Job) -> None:
     # ---- the end ---------------------------------------------------------------------------------------------
     if run:
         curves = folder / "curves.png"
-        pictures.draw_curves(tracking.read_metrics(folder / "metrics.jsonl"), curves)
+        pictures.draw_curves(tracking.read_metrics(folder / METRICS), curves)
         run.artifact(curves)
         run.flush()
     engine.destroy()

@@ -6,6 +6,7 @@ import pickle
 import struct
 import tarfile
 import threading
+from typing import Any
 
 import numpy as np
 import pytest
@@ -63,7 +64,7 @@ def test_webdataset_iterates_the_shards(corpus):
     import webdataset
 
     shards = [str(corpus.path / shard["name"]) for shard in corpus.manifest["shards"]]
-    seen = list(webdataset.WebDataset(shards, shardshuffle=False, empty_check=False))
+    seen = list(webdataset.WebDataset(shards, shardshuffle=False))
     assert len(seen) == corpus.num_samples
     for sample, (record, image) in enumerate(zip(seen, corpus.read(np.arange(len(seen))), strict=True)):
         (name,) = {"jpg", "png", "webp"} & set(record)
@@ -79,13 +80,12 @@ def test_dali_reads_the_shards_with_their_index(corpus):
 
     @pipeline_def(batch_size=1, num_threads=1, device_id=None, prefetch_queue_depth=1)
     def read():
-        return tuple(
-            fn.readers.webdataset(
-                paths=[str(path) for path in shards],
-                index_paths=[str(path.with_suffix(".idx")) for path in shards],
-                ext=["jpg;png;webp", "cls"],
-            )
+        outputs: Any = fn.readers.webdataset(
+            paths=[str(path) for path in shards],
+            index_paths=[str(path.with_suffix(".idx")) for path in shards],
+            ext=["jpg;png;webp", "cls"],
         )
+        return tuple(outputs)
 
     pipeline = read()
     pipeline.build()
@@ -103,7 +103,7 @@ def test_tarfile_reads_the_shards_and_stores_nothing_of_the_machine(corpus):
 
 
 def test_many_labels(source, tmp_path):
-    entries = [
+    entries: list[dict[str, Any]] = [
         {"path": "c0/000.JPEG", "labels": ["dog", "cat"], "weights": [0.25, 0.9]},
         {"path": "c1/deeper/picture.png", "labels": []},
         {"path": "c2/odd name.jpg", "labels": ["sofa"]},

@@ -1,0 +1,99 @@
+"""Starts stages as users do, in processes of their own, and reads what they leave."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+
+def environment(home: Path, **extra: str) -> dict[str, str]:
+    dropped = ("RAY_", "MLFLOW_", "VITFORGE_", "MASTER_", "TORCHELASTIC_")
+    kept = {key: value for key, value in os.environ.items() if not key.startswith(dropped) and key not in RANK_NAMES}
+    return {**kept, "VITFORGE_HOME": str(home), "OMP_NUM_THREADS": "1", **extra}
+
+
+RANK_NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def torchrun(ranks: int, home: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    """A stage under torchrun, to its end."""
+    return subprocess.run(
+        _torchrun_command(ranks, words),
+        cwd=REPOSITORY,
+        env=environment(home),
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def torchrun_killed(ranks: int, home: Path, metrics: Path, step: int, *words: str) -> int:
+    """A stage under torchrun, killed with SIGKILL (all of its processes) once it has taken `step` steps.
+
+    Returns the last step that it recorded.
+    """
+    process = subprocess.Popen(
+        _torchrun_command(ranks, words),
+        cwd=REPOSITORY,
+        env=environment(home),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    deadline = time.monotonic() + 240
+    while time.monotonic() < deadline and process.poll() is None:
+        if (rows := losses(metrics)) and max(rows) >= step:
+            break
+        time.sleep(0.02)
+    assert process.poll() is None, "the run ended before it could be killed"
+    children = subprocess.run(["ps", "-o", "pid=", "--ppid", str(process.pid)], capture_output=True, text=True).stdout
+    for pid in [str(process.pid), *children.split()]:
+        os.kill(int(pid), signal.SIGKILL)
+    process.wait()
+    return max(losses(metrics))
+
+
+def _torchrun_command(ranks: int, words: tuple[str, ...]) -> list[str]:
+    return [
+        sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks),
+        "--master-addr", "127.0.0.1", "--master-port", str(free_port()), *words,
+    ]  # fmt: skip
+
+
+def script(home: Path, *words: str, timeout: float = 400, **extra: str) -> subprocess.CompletedProcess[str]:
+    """An entry point under Python, to its end."""
+    return subprocess.run(
+        [sys.executable, *words],
+        cwd=REPOSITORY,
+        env=environment(home, **extra),
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )
+
+
+def rows(metrics: Path) -> list[dict[str, Any]]:
+    found = []
+    for line in metrics.read_text().splitlines() if metrics.exists() else []:
+        try:
+            found.append(json.loads(line))
+        except json.JSONDecodeError:
+            break  # the line is being written
+    return found
+
+
+def losses(metrics: Path) -> dict[int, float]:
+    return {row["step"]: row["loss"] for row in rows(metrics) if "loss" in row}

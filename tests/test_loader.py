@@ -1,0 +1,118 @@
+"""Loaders on a real corpus and real DALI: the order, the slices, the pixels, every sample once."""
+
+import numpy as np
+import pytest
+import torch
+
+from data_prep.corpus import Corpus
+from models.preprocess import Preprocessing
+from pipeline.config import DataSettings
+from pipeline.loader import EvalLoader, TrainLoader
+from pipeline.workers import Worker
+from tests.corpora import image_folder, make_corpus
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory) -> Corpus:
+    root = tmp_path_factory.mktemp("loader")
+    return make_corpus(image_folder(root / "images", classes=3, images=15), root / "corpus")
+
+
+def settings(corpus, **values) -> DataSettings:
+    return DataSettings(
+        corpus=str(corpus.path), image_size=16, decode_threads=1, **({"mean": (0.5,) * 3, "std": (0.5,) * 3} | values)
+    )
+
+
+def steps(corpus, ranks, start=0, stop=9, micro=None, **values):
+    """Per step: ids and images of all ranks, in order."""
+    batch = 12
+    size = micro or batch // ranks
+    per_rank = []
+    for rank in range(ranks):
+        worker = Worker(rank, ranks, rank, ranks)
+        loader = TrainLoader(corpus, settings(corpus, **values), 5, worker, batch, size, start, stop, "cpu")
+        batches = list(loader)
+        each = batch // ranks // size
+        grouped = [batches[at : at + each] for at in range(0, len(batches), each)]
+        per_rank.append(grouped)
+    ids = [np.concatenate([b.ids for rank in per_rank for b in rank[step]]) for step in range(stop - start)]
+    images = [torch.cat([b.images for rank in per_rank for b in rank[step]]) for step in range(stop - start)]
+    return ids, images
+
+
+def test_every_world_size_and_micro_batch_sees_the_same_samples_and_pixels(corpus):
+    ids, images = steps(corpus, ranks=1, randaugment_layers=2)
+    for ranks, micro in ((2, None), (4, 1)):
+        other_ids, other_images = steps(corpus, ranks, micro=micro, randaugment_layers=2)
+        for step in range(len(ids)):
+            np.testing.assert_array_equal(ids[step], other_ids[step])
+            assert torch.equal(images[step], other_images[step])
+
+
+def test_an_epoch_holds_every_sample_once_and_the_next_is_in_another_order(corpus):
+    ids = np.concatenate(steps(corpus, ranks=2, stop=8)[0])  # 96 = 2 epochs of 45 and 6 more
+    first, second = ids[:45], ids[45:90]
+    assert sorted(first) == sorted(second) == list(range(45))
+    assert (first != second).any()
+
+
+def test_starting_in_the_middle_equals_never_having_stopped(corpus):
+    ids, images = steps(corpus, ranks=2)
+    late_ids, late_images = steps(corpus, ranks=2, start=4)
+    for step in range(4, 9):
+        np.testing.assert_array_equal(ids[step], late_ids[step - 4])
+        assert torch.equal(images[step], late_images[step - 4])
+
+
+def test_labels_follow_their_images(corpus):
+    loader = TrainLoader(corpus, settings(corpus), 0, Worker(), 9, 9, 0, 2, "cpu")
+    for batch in loader:
+        assert batch.rows.tolist() == list(range(9))
+        np.testing.assert_array_equal(batch.classes, corpus.index["label"][batch.ids])
+        assert batch.images.shape == (9, 3, 16, 16)
+
+
+@pytest.mark.parametrize(("ranks", "batch"), [(1, 7), (2, 8), (4, 16), (7, 3)])
+def test_evaluation_counts_every_sample_once_for_any_number_of_ranks(corpus, ranks, batch):
+    seen, batches = [], set()
+    for rank in range(ranks):
+        loader = EvalLoader(corpus, settings(corpus), Worker(rank, ranks, rank, ranks), batch, "cpu")
+        mine = list(loader)
+        batches.add(len(mine))
+        seen += [b.ids[: b.real] for b in mine]
+        assert all(len(b.images) == batch for b in mine)
+    assert len(batches) == 1  # collectives need as many on each rank
+    assert sorted(np.concatenate(seen).tolist()) == list(range(45))
+
+
+@pytest.mark.parametrize("resize", [None, 20])
+def test_evaluation_prepares_images_as_a_consumer_does(corpus, resize):
+    loader = EvalLoader(corpus, settings(corpus, eval_resize=resize), Worker(), 45, "cpu")
+    (batch,) = list(loader)
+    prepared = Preprocessing(size=16, resize="squash" if resize is None else "shorter", resize_to=resize)
+    expected = prepared([data.tobytes() for data in corpus.read(batch.ids)])
+    difference = (batch.images - expected).abs() * 127.5
+    assert difference.max() <= 2.0  # of 255: rounding between two passes of the filter
+    assert difference.mean() < 0.5
+
+
+def test_a_shard_altered_after_it_was_opened_is_named(tmp_path):
+    corpus = make_corpus(image_folder(tmp_path / "images"), tmp_path / "corpus")
+    tar = sorted(corpus.path.glob("*.tar"))[0]
+    content = bytearray(tar.read_bytes())
+    content[700:720] = bytes(20)
+    tar.write_bytes(bytes(content))
+    loader = TrainLoader(corpus, settings(corpus), 0, Worker(), 10, 10, 0, 3, "cpu")
+    with pytest.raises(ValueError, match=rf"{tar.name} is damaged: sample \d+"):
+        list(loader)
+
+
+def test_leaving_a_loader_early_ends_its_thread(corpus):
+    import threading
+
+    loader = iter(TrainLoader(corpus, settings(corpus), 0, Worker(), 9, 9, 0, 1000, "cpu"))
+    next(loader)
+    assert any(thread.name == "vitforge-loader" for thread in threading.enumerate())
+    loader.close()  # type: ignore[attr-defined]
+    assert not any(thread.name == "vitforge-loader" for thread in threading.enumerate())

@@ -1,0 +1,120 @@
+"""Learning-rate schedules, layout on the ranks, augmentation parameters: pure functions of the settings."""
+
+import math
+from itertools import pairwise
+
+import numpy as np
+import pytest
+
+from cluster.settings import SettingsError
+from models.presets import vit_config
+from pipeline.augment import draw, inception_crop, mixup_weight
+from pipeline.config import DataSettings, OptimizerSettings
+from pipeline.layout import activation_bytes, check_batch, settle, state_bytes
+from pipeline.schedules import Schedule
+from tests.test_settings import demo
+
+
+def rates(total=100, **values):
+    settings = OptimizerSettings(learning_rate=1.0, **values)
+    schedule = Schedule(settings, total, global_batch=10, num_samples=100)
+    return [schedule(step) for step in range(total)]
+
+
+def test_linear_and_cosine_rise_to_the_peak_and_end_on_the_final_rate():
+    for kind in ("linear", "cosine"):
+        values = rates(schedule=kind, warmup="10 steps", final_learning_rate=1e-3)
+        assert values[:10] == pytest.approx([(step + 1) / 10 for step in range(10)])
+        assert values[-1] == pytest.approx(1e-3)
+        assert all(after < before for before, after in pairwise(values[10:]))
+    middle = rates(total=101, schedule="cosine")[50]
+    assert middle == pytest.approx(0.5)
+
+
+def test_reciprocal_square_root_with_cooldown():
+    values = rates(schedule="rsqrt", warmup="1 epochs", timescale="30 steps", cooldown="20 steps")
+    assert values[40] == pytest.approx(1 / math.sqrt(2))  # timescale after the warm-up of 10
+    assert values[-1] == 0
+    assert values[80] == pytest.approx(1 / math.sqrt(1 + 70 / 30) * 19 / 20)
+
+
+def test_a_warmup_longer_than_the_run_is_refused():
+    with pytest.raises(SettingsError, match=r"optimizer\.warmup.*do not fit"):
+        rates(total=10, warmup="11 steps")
+
+
+def test_batches_that_do_not_split_are_refused_with_what_would_do():
+    check_batch(96, 8, 4, pairs=True)
+    with pytest.raises(SettingsError, match=r"96 does not split over 5 ranks.*4, 6"):
+        check_batch(96, None, 5, pairs=False)
+    with pytest.raises(SettingsError, match=r"micro_batch = 7 .* 24 images.*6, 8"):
+        check_batch(96, 7, 4, pairs=False)
+    with pytest.raises(SettingsError, match=r"pairs for data\.mixup"):
+        check_batch(96, 3, 4, pairs=True)
+
+
+def test_auto_takes_the_least_sharding_that_fits():
+    config = vit_config("B/16", num_classes=1000)
+    settings = demo("training.zero_stage=auto", "training.global_batch=64", "training.micro_batch=1")
+    needs = [state_bytes(config, "fp32", stage, 4) for stage in range(4)]
+    assert needs == sorted(needs, reverse=True)
+    images = activation_bytes(config, "fp32", recompute=False)
+    for stage in range(4):
+        memory = int((needs[stage] + images) / 0.85) + 1000
+        assert settle(settings, config, 4, gpu=False, device_memory=memory).zero_stage == stage
+    with pytest.raises(SettingsError, match="at the highest ZeRO stage"):
+        settle(settings, config, 4, gpu=False, device_memory=int(needs[3]))
+    assert settle(settings, config, 4, gpu=False, device_memory=int(needs[0] * 9), stage=2).zero_stage == 2
+
+
+def test_state_bytes_are_those_of_the_zero_paper():
+    config = vit_config("H/14", num_classes=21843)
+    assert state_bytes(config, "bf16", 0, 8) / 658.75e6 == pytest.approx(18, rel=1e-3)
+    assert state_bytes(config, "bf16", 3, 8) / 658.75e6 == pytest.approx(18 / 8, rel=1e-3)
+
+
+def test_crops_lie_inside_the_image_and_follow_their_distribution():
+    generator = np.random.default_rng(0)
+    wide, high = generator.integers(20, 500, 4000), generator.integers(20, 500, 4000)
+    uniforms = generator.random((4000, 40))
+    anchor, shape = inception_crop(uniforms, wide, high, (0.08, 1.0), (3 / 4, 4 / 3))
+    assert (anchor >= 0).all()
+    assert (shape >= 1).all()
+    assert (anchor + shape <= np.stack([high, wide], 1)).all()
+    square = np.full(4000, 1000)
+    anchor, shape = inception_crop(uniforms, square, square, (0.08, 0.5), (3 / 4, 4 / 3))
+    area = shape.prod(1) / 1e6
+    assert 0.079 < area.min() < area.max() < 0.501
+    assert area.mean() == pytest.approx(0.29, abs=0.01)  # uniform in area
+    ratio = np.log(shape[:, 1] / shape[:, 0])
+    assert abs(ratio.mean()) < 0.01
+    assert ratio.max() == pytest.approx(np.log(4 / 3), abs=0.01)
+
+
+def test_an_image_of_extreme_shape_still_gets_a_crop():
+    wide, high = np.array([1000, 3]), np.array([3, 1000])
+    _, shape = inception_crop(np.full((2, 40), 0.99), wide, high, (0.5, 1.0), (3 / 4, 4 / 3))
+    assert shape.tolist() == [[3, 4], [4, 3]]
+
+
+def test_a_sample_gets_the_same_augmentation_in_any_batch():
+    settings = DataSettings(corpus="", randaugment_layers=2)
+    ids = np.arange(50)
+    sizes = np.full(50, 300), np.full(50, 200)
+    whole = draw(settings, 1, np.zeros(50, np.int64), ids, *sizes)
+    some = np.array([40, 3, 17])
+    few = draw(settings, 1, np.zeros(3, np.int64), some, np.full(3, 300), np.full(3, 200))
+    for name in ("anchor", "shape", "mirror", "operations", "signs"):
+        np.testing.assert_array_equal(getattr(whole, name)[some], getattr(few, name))
+    other_epoch = draw(settings, 1, np.ones(50, np.int64), ids, *sizes)
+    assert (other_epoch.anchor != whole.anchor).any(1).mean() > 0.9
+    assert 0.2 < whole.mirror.mean() < 0.8
+    assert set(np.unique(whole.operations)) <= set(range(14))
+
+
+def test_mixing_weights_are_those_of_the_folded_beta_distribution():
+    weights = np.array([mixup_weight(0.2, 0, step) for step in range(3000)])
+    assert ((weights >= 0.5) & (weights <= 1)).all()
+    draws = np.random.default_rng(0).beta(0.2, 0.2, 100_000)
+    assert weights.mean() == pytest.approx(np.maximum(draws, 1 - draws).mean(), abs=0.01)
+    assert mixup_weight(0.2, 0, 7) == mixup_weight(0.2, 0, 7) != mixup_weight(0.2, 1, 7)

@@ -1,0 +1,160 @@
+"""Settings: what is refused, with which message; what recipes and the command line give."""
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cluster.settings import SettingsError, find_recipe, load_recipe, parse_command, resolve
+from pipeline.config import FinetuneSettings, PretrainSettings, duration_in_steps
+from pipeline.stage import RECIPES
+
+PRETRAIN = sorted((RECIPES / "pretrain").glob("*.yaml"))
+FINETUNE = sorted((RECIPES / "finetune").glob("*.yaml"))
+
+
+def demo(*overrides: str) -> PretrainSettings:
+    return resolve(PretrainSettings, load_recipe(RECIPES / "pretrain" / "demo.yaml"), overrides, "demo.yaml")
+
+
+@pytest.mark.parametrize("path", PRETRAIN + FINETUNE, ids=lambda path: f"{path.parent.name}-{path.stem}")
+def test_shipped_recipes_are_valid_and_say_what_they_reproduce(path):
+    kind = PretrainSettings if path.parent.name == "pretrain" else FinetuneSettings
+    settings = resolve(kind, load_recipe(path))
+    assert settings.run.name
+    header = [line for line in path.read_text().splitlines() if line.startswith("#")]
+    for word in ("Reproduces:", "On:", "In:", "Command:"):
+        assert any(word in line for line in header), word
+
+
+def test_recipes_of_the_paper_have_its_numbers():
+    b16 = resolve(PretrainSettings, load_recipe(RECIPES / "pretrain" / "vit-b16-imagenet21k.yaml"))
+    assert (b16.optimizer.learning_rate, b16.optimizer.weight_decay, b16.model.dropout) == (1e-3, 0.03, 0.1)
+    assert (b16.training.global_batch, b16.training.duration, b16.optimizer.schedule) == (4096, "90 epochs", "linear")
+    h14 = resolve(PretrainSettings, load_recipe(RECIPES / "pretrain" / "vit-h14-jft.yaml"))
+    assert (h14.optimizer.learning_rate, h14.optimizer.weight_decay, h14.loss.kind) == (3e-4, 0.1, "sigmoid")
+    tuned = resolve(FinetuneSettings, load_recipe(RECIPES / "finetune" / "vit-paper.yaml"))
+    assert (tuned.optimizer.kind, tuned.optimizer.momentum, tuned.training.global_batch) == ("sgd", 0.9, 512)
+    assert (tuned.data.image_size, tuned.optimizer.warmup, tuned.training.duration) == (384, "500 steps", "20k steps")
+
+
+def test_overrides_reach_nested_keys_with_their_types():
+    settings = demo(
+        "optimizer.learning_rate=1e-4",
+        "data.crop_area=[0.5, 1.0]",
+        "data.heldout=/x",
+        "model.pool=gap",
+        "run.workers=null",
+    )
+    assert settings.optimizer.learning_rate == 1e-4
+    assert settings.data.crop_area == (0.5, 1.0)
+    assert settings.data.heldout == "/x"
+    assert settings.model.pool == "gap"
+    assert settings.run.workers is None
+
+
+@pytest.mark.parametrize(
+    ("override", "parts"),
+    [
+        ("training.global_bach=3", ["'training.global_bach'", "on the command line", "'training.global_batch'"]),
+        ("learning_rate=3", ["'learning_rate'", "'optimizer.learning_rate'"]),
+        ("training.global_batch=big", ["training.global_batch", "'big'", "integer"]),
+        ("training.global_batch=-1", ["training.global_batch", "-1", "greater than 0"]),
+        ("training.duration=soon", ["training.duration", "'soon'", "90 epochs"]),
+        ("model.pool=max", ["model.pool", "'max'", "cls"]),
+        ("run.name=7", ["run.name", "7", "as text"]),
+        ("run.name=../other", ["run.name", "'../other'"]),
+        ("data.crop_area=[0.9, 0.1]", ["data.crop_area", "0.9", "least <= most"]),
+        ("optimizer.final_learning_rate=1", ["optimizer.final_learning_rate", "optimizer.learning_rate"]),
+        ("evaluation.every=1 epochs", ["evaluation.every", "data.heldout"]),
+        ("registry.name=null", []),
+        ("registry.alias=best", []),
+        ("training.zero_stage=4", ["training.zero_stage", "4"]),
+        ("nonsense", ["'nonsense'", "key.sub=value"]),
+    ],
+)
+def test_what_cannot_be_is_refused_by_name_with_what_would_do(override, parts):
+    if not parts:
+        demo(override)
+        return
+    with pytest.raises(SettingsError) as caught:
+        demo(override)
+    for part in parts:
+        assert part in str(caught.value)
+
+
+def test_combinations_are_refused():
+    with pytest.raises(SettingsError, match=r"registry\.alias.*registry\.name"):
+        demo("registry.name=null", "registry.alias=champion")
+    with pytest.raises(SettingsError, match=r"label_smoothing.*sigmoid"):
+        demo("loss.kind=sigmoid", "loss.label_smoothing=0.1")
+    with pytest.raises(SettingsError, match=r"eval_resize = 8.*image_size = 16"):
+        demo("data.eval_resize=8")
+
+
+def test_every_wrong_key_is_named_at_once():
+    with pytest.raises(SettingsError) as caught:
+        demo("model.nam=x", "training.global_batch=x")
+    assert "model.nam" in str(caught.value)
+    assert "training.global_batch" in str(caught.value)
+
+
+def test_recipe_files_that_cannot_be_used(tmp_path):
+    twice = tmp_path / "twice.yaml"
+    twice.write_text("model: {name: S/16}\nmodel: {name: B/16}\n")
+    with pytest.raises(SettingsError, match="'model' stands twice"):
+        load_recipe(twice)
+    broken = tmp_path / "broken.yaml"
+    broken.write_text("model: [")
+    with pytest.raises(SettingsError, match="not valid YAML"):
+        load_recipe(broken)
+    with pytest.raises(SettingsError, match="did you mean 'vit-h14-jft'"):
+        find_recipe("vit-h14-jfd", RECIPES / "pretrain")
+
+
+def test_command_line_help_names_every_key_and_recipe(capsys):
+    with pytest.raises(SystemExit) as left:
+        parse_command(PretrainSettings, prog="x.py", description="d", recipes=RECIPES / "pretrain", argv=["--help"])
+    assert left.value.code == 0
+    text = capsys.readouterr().out
+    for word in (
+        "vit-s16-imagenet1k",
+        "training.global_batch",
+        "optimizer.learning_rate",
+        "must be set",
+        "default 0.001",
+    ):
+        assert word in text
+
+
+def test_a_command_without_its_words_says_what_is_missing():
+    with pytest.raises(SettingsError, match="RECIPE must be given"):
+        parse_command(
+            PretrainSettings, prog="x.py", description="", recipes=RECIPES / "pretrain", argv=["data.corpus=x"]
+        )
+    with pytest.raises(SettingsError, match="unknown option '--lr'"):
+        parse_command(
+            PretrainSettings, prog="x.py", description="", recipes=RECIPES / "pretrain", argv=["demo", "--lr"]
+        )
+
+
+@given(st.floats(1e-12, 1e12))
+def test_numbers_in_recipes_are_read_as_numbers_however_they_are_written(value):
+    from cluster.settings import parse_override
+
+    assert parse_override(f"a.b={value!r}")[1] == value
+    assert parse_override(f"a.b={value:.3e}")[1] == float(f"{value:.3e}")
+
+
+def test_resolved_settings_round_trip():
+    settings = demo()
+    assert resolve(PretrainSettings, yaml.safe_load(yaml.safe_dump(settings.model_dump(mode="json")))) == settings
+
+
+@pytest.mark.parametrize(
+    ("text", "steps"),
+    [("90 epochs", 4500), ("1 epoch", 50), ("10k steps", 10000), ("1_000 steps", 1000), ("0.5 epochs", 25),
+     ("300M images", 3_000_000), ("0 steps", 0), ("1 image", 1)],
+)  # fmt: skip
+def test_durations_in_any_unit(text, steps):
+    assert duration_in_steps(text, global_batch=100, num_samples=5000) == steps

@@ -1,0 +1,134 @@
+"""The training loop on real DeepSpeed: world sizes agree, a killed run resumes exactly, bad states are refused."""
+
+import json
+import shutil
+
+import pytest
+
+from tests.corpora import image_folder, make_corpus
+from tests.running import losses, rows, torchrun, torchrun_killed
+
+STEPS = 50
+TINY = [
+    "pipeline/pretrain.py", "demo", "model.width=32", "model.depth=2", "model.heads=2", "model.mlp_dim=64",
+    f"training.duration={STEPS} steps", "training.global_batch=12", "optimizer.warmup=5 steps", "log.every=1",
+    "checkpoint.every=10 steps", "registry.name=null", "run.workers=null",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory):
+    root = tmp_path_factory.mktemp("training")
+    corpus = make_corpus(image_folder(root / "images", classes=3, images=20), root / "corpus")
+    return root / "home", corpus.path
+
+
+def words(places, name, *overrides):
+    return [*TINY, f"data.corpus={places[1]}", f"run.name={name}", *overrides]
+
+
+def run(places, name, ranks, *overrides):
+    """The losses of a run that ends well."""
+    done = torchrun(ranks, places[0], *words(places, name, *overrides))
+    assert done.returncode == 0, done.stderr[-4000:]
+    return losses(places[0] / "runs" / name / "metrics.jsonl")
+
+
+@pytest.fixture(scope="module")
+def two_ranks(places):
+    return run(places, "two", 2, "training.zero_stage=2", "data.mixup=0.2")
+
+
+def test_one_rank_and_two_agree_on_the_loss_of_every_step(places, two_ranks):
+    one = run(places, "one", 1, "training.zero_stage=0", "training.micro_batch=6", "data.mixup=0.2")
+    assert sorted(one) == sorted(two_ranks) == list(range(1, STEPS + 1))
+    for step in range(1, STEPS + 1):
+        assert one[step] == pytest.approx(two_ranks[step], rel=1e-4), step
+    assert one[1] == pytest.approx(two_ranks[1], rel=1e-6)
+
+
+def test_a_run_killed_half_way_goes_on_with_identical_losses(places, two_ranks):
+    name, overrides = "killed", ("training.zero_stage=2", "data.mixup=0.2")
+    metrics = places[0] / "runs" / name / "metrics.jsonl"
+    last = torchrun_killed(2, places[0], metrics, 25, *words(places, name, *overrides))
+    assert 25 <= last < STEPS
+    assert run(places, name, 2, *overrides) == two_ranks
+    steps = [row["step"] for row in rows(metrics)]
+    assert steps == sorted(set(steps))  # no step stands twice
+    folder = places[0] / "runs" / name / "checkpoints"
+    assert sorted(path.name for path in folder.iterdir()) == ["step-00000040", "step-00000050"]
+
+
+def test_a_damaged_newest_checkpoint_is_passed_over_loudly(places, two_ranks):
+    home = places[0]
+    shutil.copytree(home / "runs" / "two", home / "runs" / "damaged")
+    (home / "runs" / "damaged" / "run.json").unlink()
+    newest = home / "runs" / "damaged" / "checkpoints" / "step-00000050" / "zero"
+    part = next(newest.glob("*optim_states.pt"))
+    part.write_bytes(part.read_bytes()[:-100])
+    done = torchrun(2, home, *words(places, "damaged", "training.zero_stage=2", "data.mixup=0.2"))
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert part.name in done.stderr
+    assert "falling back" in done.stderr
+    assert "resumed from" in done.stderr
+    assert losses(home / "runs" / "damaged" / "metrics.jsonl") == two_ranks
+
+
+@pytest.mark.parametrize(
+    ("overrides", "ranks", "message"),
+    [
+        (["optimizer.learning_rate=1e-4"], 2, "optimizer.learning_rate was 0.002, is 0.0001"),
+        (["model.width=64", "model.heads=4"], 2, "another architecture"),
+        (["training.zero_stage=1"], 2, "training.zero_stage = 2"),
+        ([], 1, "run.workers = 2"),
+    ],
+)
+def test_a_checkpoint_of_another_run_is_refused_with_what_differs(places, two_ranks, overrides, ranks, message):
+    words_ = words(places, "two", "training.zero_stage=2", "data.mixup=0.2", "training.duration=60 steps", *overrides)
+    before = (places[0] / "runs" / "two" / "metrics.jsonl").read_bytes()
+    state = places[0] / "runs" / "two" / "checkpoints" / "step-00000050" / "state.json"
+    changed = json.loads(state.read_text())
+    original = state.read_text()
+    changed["settings"]["training"]["duration"] = "60 steps"  # as if the run had more to do
+    state.write_text(json.dumps(changed))
+    try:
+        done = torchrun(ranks, places[0], *words_)
+    finally:
+        state.write_text(original)
+    assert done.returncode != 0
+    assert message in done.stderr
+    assert (places[0] / "runs" / "two" / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_with_step_rank_and_samples(places):
+    done = torchrun(
+        2, places[0], *words(places, "diverged", "optimizer.learning_rate=1e30", "optimizer.gradient_clipping=0.0")
+    )
+    assert done.returncode != 0
+    assert "the loss became" in done.stderr
+    assert "on rank" in done.stderr
+    assert "samples [" in done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [0, 1, 3])
+def test_other_stages_agree_and_resume_too(places, two_ranks, stage):
+    overrides = (f"training.zero_stage={stage}", "data.mixup=0.2")
+    straight = run(places, f"stage{stage}", 2, *overrides)
+    for step in range(1, STEPS + 1):
+        assert straight[step] == pytest.approx(two_ranks[step], rel=1e-4), step
+    name = f"stage{stage}-killed"
+    torchrun_killed(2, places[0], places[0] / "runs" / name / "metrics.jsonl", 25, *words(places, name, *overrides))
+    assert run(places, name, 2, *overrides) == straight
+
+
+@pytest.mark.slow
+def test_dropout_sigmoid_and_accumulation_resume_too(places):
+    overrides = (
+        "training.zero_stage=1", "model.dropout=0.1", "model.drop_path=0.2", "loss.kind=sigmoid",
+        "training.micro_batch=2", "optimizer.schedule=rsqrt", "optimizer.cooldown=10 steps", "data.randaugment_layers=1",
+    )  # fmt: skip
+    straight = run(places, "rich", 2, *overrides)
+    metrics = places[0] / "runs" / "rich-killed" / "metrics.jsonl"
+    torchrun_killed(2, places[0], metrics, 25, *words(places, "rich-killed", *overrides))
+    assert run(places, "rich-killed", 2, *overrides) == straight

@@ -98,6 +98,8 @@ def save(engine: Any, folder: Path, step: int, state: dict[str, Any], worker: Wo
         files = {str(p.relative_to(partial)): p.stat().st_size for p in sorted(partial.rglob("*")) if p.is_file()}
         write_json(partial / "state.json", {"format": FORMAT, "step": step, "files": files, **state})
         sync_tree(partial)
+        if final.exists():
+            shutil.rmtree(final)  # one that was damaged, or this run would have begun after it
         partial.rename(final)
         sync_folder(folder)
         for old in sorted(folder.glob("step-*[0-9]"))[:-keep]:

@@ -7,6 +7,7 @@ about, from the environment at the moment it is imported.
 import logging
 import os
 import secrets
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,10 +31,17 @@ if "RAY_ADDRESS" not in os.environ and "RAY_AUTH_MODE" not in os.environ:
 def quiet_worker() -> None:
     """Runs first in every Ray process of a private cluster, which has no dashboard.
 
-    Ray Train's clean-up actor asks the dashboard once a second whether its controller is alive, and warns that
-    it got no answer. Its work is to free a cluster that outlives the job; a private one ends with the job.
+    Ray Train's clean-up actor asks the dashboard every second whether its controller is alive, and complains
+    that it got no answer. Its work is to free a cluster that outlives the job; a private one ends with the job.
     """
     logging.getLogger("ray.train.v2._internal.execution.controller.placement_group_cleaner").setLevel(logging.ERROR)
+    usual = threading.excepthook
+
+    def hook(failure: threading.ExceptHookArgs) -> None:
+        if failure.thread is None or failure.thread.name != "PlacementGroupCleanerMonitor":
+            usual(failure)
+
+    threading.excepthook = hook
 
 
 @contextmanager
@@ -41,9 +49,9 @@ def ray_session(min_cpus: int = 1) -> Iterator[None]:
     """Ray for the length of a `with` block.
 
     With RAY_ADDRESS set (`ray job submit` sets it) the running cluster is used, and left running. Otherwise a
-    private one starts on this machine and ends with the block: it listens on the loopback interface only,
-    without a job interface, and only holders of its token can run code in it. It offers `min_cpus` logical
-    CPUs even where the machine has fewer.
+    private one starts on this machine and ends with the block: it has no job interface, and only holders of its
+    token can reach anything in it. (Ray 2.60 listens on every interface, whatever address it is given.) It offers
+    `min_cpus` logical CPUs even where the machine has fewer.
 
     Raises:
         ValueError: RAY_ADDRESS names a cluster that does not answer.
@@ -77,7 +85,6 @@ def ray_session(min_cpus: int = 1) -> Iterator[None]:
                 address="local",
                 num_cpus=cpus,
                 include_dashboard=False,
-                _node_ip_address="127.0.0.1",
                 **common,
             )
         resources = ray.cluster_resources()

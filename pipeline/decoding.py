@@ -122,6 +122,8 @@ def eval_graph(
 def _normalise(images: Any, settings: DataSettings, **extra: Any) -> Any:
     from nvidia.dali import fn, types
 
+    assert settings.mean is not None, "the stage fills these in"
+    assert settings.std is not None
     return fn.crop_mirror_normalize(
         images,
         dtype=types.FLOAT,
@@ -195,7 +197,7 @@ def _run_probe(backend: Backend) -> None:
 
     images = _probe_images()
     sizes = np.array([Image.open(io.BytesIO(data.tobytes())).size[::-1] for data in images], np.int64)
-    settings = DataSettings(corpus="", image_size=224)
+    settings = DataSettings(corpus="", image_size=224, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
 
     def source(batch: int) -> tuple[Any, ...]:
         if batch >= 2:

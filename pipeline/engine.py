@@ -78,7 +78,23 @@ def set_learning_rate(engine: Any, rate: float) -> None:
         group["lr"] = rate
 
 
-def gradient_norm(engine: Any) -> float:
-    """Global norm of the gradient that the last `engine.step()` used, before clipping; NaN where unknown."""
-    norm = engine.get_global_grad_norm()
-    return float("nan") if norm is None else float(norm)
+def step(engine: Any, measure: bool) -> float | None:
+    """Reduce, clip and update if this was the last micro-batch of an optimizer step; otherwise only accumulate.
+
+    Args:
+        measure: whether the norm is wanted; on a GPU it costs a wait for the device.
+
+    Returns:
+        The global norm of the gradient before clipping, if it was wanted and an update was made.
+    """
+    measure = measure and engine.is_gradient_accumulation_boundary()
+    norm = None
+    if measure and isinstance(engine.optimizer, torch.optim.Optimizer):
+        # Without ZeRO and in fp32 DeepSpeed clips without keeping the norm. The gradients are reduced by now.
+        gradients = [parameter.grad for parameter in engine.module.parameters() if parameter.grad is not None]
+        norm = float(torch.nn.utils.get_total_norm(gradients))
+    engine.step()
+    if measure and norm is None:
+        kept = engine.get_global_grad_norm()
+        norm = float("nan") if kept is None else float(kept)
+    return norm

@@ -53,6 +53,7 @@ class _Loader:
 
     def __init__(self, corpus: Corpus, worker: Worker, count: int) -> None:
         self.corpus, self.worker, self.count = corpus, worker, count
+        self._stream: Any = None
 
     def _ids(self, batch: int) -> NDArray[np.int64]:
         raise NotImplementedError
@@ -115,11 +116,25 @@ class _Loader:
             raise AssertionError("the graph ended before its last batch") from error
         except RuntimeError as error:
             raise self._explain(index, error) from error
-        # DALI writes the next batch into this buffer: the clone is ours to keep.
-        images = torch.from_dlpack(output.as_tensor()).to(self.worker.device).clone()
+        images = self._copy(output)
         ids = self._ids(index)
         rows, classes, weights = self.corpus.labels_of(ids)
         return Batch(images, ids, rows, classes, weights, self._real(index))
+
+    def _copy(self, output: Any) -> torch.Tensor:
+        """DALI's output as a tensor of our own on the rank's device: DALI writes its next batch into the same place."""
+        shared = output.as_tensor()
+        device = self.worker.device
+        if device.type == "cpu":
+            return torch.from_dlpack(shared).clone()
+        # The copy must be done before DALI goes on, and must not wait behind the training step on its stream.
+        if self._stream is None:
+            self._stream = torch.cuda.Stream(device)
+        with torch.cuda.device(device), torch.cuda.stream(self._stream):
+            images = torch.from_dlpack(shared).to(device, copy=True)
+        self._stream.synchronize()
+        images.record_stream(torch.cuda.default_stream(device))
+        return images
 
     def _explain(self, index: int, error: RuntimeError) -> Exception:
         """Find the damaged samples: DALI fails a batch as a whole, up to its own prefetch behind the one it was fed."""

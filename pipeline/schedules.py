@@ -2,7 +2,8 @@
 
 import math
 
-from pipeline.config import OptimizerSettings, SettingsError, duration_in_steps
+from cluster.settings import SettingsError
+from pipeline.config import OptimizerSettings, duration_in_steps
 
 
 class Schedule:

@@ -30,7 +30,7 @@ def peak_flops(worker: Worker) -> float | None:
     """FLOP/s that one rank's device can do at most, or None where it is not known."""
     if not worker.gpu:
         return None
-    name = torch.cuda.get_device_name()
+    name = torch.cuda.get_device_name(worker.device)
     known = sorted((key for key in PEAK_TFLOPS if key in name), key=len)
     return PEAK_TFLOPS[known[-1]] * 1e12 if known else None
 

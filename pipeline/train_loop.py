@@ -23,7 +23,8 @@ from models.vit import VisionTransformer, VitConfig
 from models.weights import load_into, load_safetensors
 from pipeline import augment, checkpoints, decoding, layout, pictures, throughput, tracking, workers
 from pipeline.config import StageSettings, duration_in_steps
-from pipeline.engine import build_engine, gradient_norm, prepare_deepspeed, set_learning_rate
+from pipeline.engine import build_engine, prepare_deepspeed, set_learning_rate
+from pipeline.engine import step as engine_step
 from pipeline.loader import Batch, EvalLoader, TrainLoader
 from pipeline.schedules import Schedule
 from pipeline.scoring import score
@@ -167,6 +168,10 @@ def train(job: Job) -> None:
     losses: list[torch.Tensor] = []
     unchecked: tuple[int, torch.Tensor, Batch] | None = None
     for step in range(start, total):
+        done = step + 1
+        # The first step after a start shows that it goes; the record has the same steps with and without restarts.
+        recorded = done % settings.log.every == 0 or done in (1, total)
+        logged = recorded or done == start + 1
         _seed_dropout(training.seed, step, worker.rank)
         weight = augment.mixup_weight(data.mixup, training.seed, step) if data.mixup else None
         set_learning_rate(engine, rate_of(step))
@@ -189,26 +194,27 @@ def train(job: Job) -> None:
             if not worker.gpu:
                 _check_finite(step, loss, batch, worker)
             engine.backward(loss)
-            engine.step()
+            norm = engine_step(engine, measure=logged)
             # On a GPU the value is not there yet: it is looked at when the next batch is under way.
             if unchecked:
                 _check_finite(*unchecked, worker)
             unchecked = (step, loss.detach(), batch) if worker.gpu else None
             losses.append(loss.detach())
-        done = step + 1
-        if done % settings.log.every == 0 or done in (start + 1, total):
+        if logged:
             mean_loss = _mean_over_ranks(losses)
-            losses.clear()
+            assert norm is not None
             values = {
                 "loss": mean_loss,
                 "learning_rate": rate_of(step),
-                "gradient_norm": gradient_norm(engine),
+                "gradient_norm": norm,
                 **meter.measure(done - start),
             }
             if not math.isfinite(mean_loss):
                 raise NonFiniteLossError(f"the loss became {mean_loss} at or shortly before step {step}")
             log.info("%s", log_line(done, total, values, meter.seconds_left(done - start)))
-            if run and metrics_file:
+            if recorded:
+                losses.clear()
+            if run and metrics_file and recorded:
                 metrics_file.write(done, {**values, "samples": done * training.global_batch})
                 run.metrics(done, {f"train/{key}": value for key, value in values.items()})
         if done % checkpoint_every == 0 or done == total:
@@ -216,6 +222,7 @@ def train(job: Job) -> None:
                 _check_finite(*unchecked, worker)
             with meter.paused():
                 save(done)
+            losses.clear()  # so that a restart from here averages over the same steps
         if heldout is not None and done != total and evaluate_every and done % evaluate_every == 0:
             with meter.paused():
                 evaluate(done)
@@ -321,6 +328,8 @@ def _show_batch(batch: Batch, corpus: Corpus, settings: StageSettings, folder: P
     for row, label in zip(batch.rows, batch.classes, strict=True):
         names[int(row)] = names[int(row)] or corpus.classes[int(label)]
     path = folder / "first_batch.png"
+    assert settings.data.mean is not None
+    assert settings.data.std is not None
     pictures.draw_batch(batch.images, settings.data.mean, settings.data.std, names, path)
     run.artifact(path)
 

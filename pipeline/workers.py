@@ -16,12 +16,18 @@ class Worker:
     world_size: int = 1
     local_rank: int = 0
     local_world_size: int = 1
-    gpu: bool = False
+    gpu_index: int | None = None
+    """The rank's GPU among those that the process sees; None computes on the CPU."""
+
+    @property
+    def gpu(self) -> bool:
+        """Whether the rank computes on a GPU."""
+        return self.gpu_index is not None
 
     @property
     def device(self) -> torch.device:
-        """The GPU of this rank, or the CPU."""
-        return torch.device("cuda", torch.cuda.current_device()) if self.gpu else torch.device("cpu")
+        """The GPU of this rank, or the CPU. (Not the current device: each thread has one of its own.)"""
+        return torch.device("cpu") if self.gpu_index is None else torch.device("cuda", self.gpu_index)
 
     @property
     def leads(self) -> bool:
@@ -30,7 +36,7 @@ class Worker:
 
     def dali_device(self, backend: str) -> int | None:
         """DALI's device number for a decoding backend; None decodes without a GPU."""
-        return None if backend == "cpu" else torch.cuda.current_device()
+        return None if backend == "cpu" else self.gpu_index
 
 
 def under_torchrun() -> bool:
@@ -46,20 +52,21 @@ def join(timeout_s: int) -> Worker:
     Args:
         timeout_s: seconds after which a collective operation that does not finish is an error.
     """
-    gpu = torch.cuda.is_available()
     alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
     if "RANK" not in os.environ:
         # DeepSpeed reads these itself and looks for MPI where they are missing.
         os.environ.update(alone, MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
     numbers = [int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")]
-    if gpu:
-        # Ray shows a worker only its own GPUs or all of the node's, depending on its version and settings.
-        torch.cuda.set_device(numbers[2] % torch.cuda.device_count())
+    gpu_index = None
+    if torch.cuda.is_available():
+        # Ray shows a worker only its own GPU or all of the node's, depending on its version and settings.
+        gpu_index = numbers[2] % torch.cuda.device_count()
+        torch.cuda.set_device(gpu_index)
     if not dist.is_initialized():
         timeout = datetime.timedelta(seconds=timeout_s)
-        backend = "nccl" if gpu else "gloo"
+        backend = "gloo" if gpu_index is None else "nccl"
         if numbers[1] == 1 and os.environ["MASTER_PORT"] == "0":
             dist.init_process_group(backend, timeout=timeout, store=dist.HashStore(), rank=0, world_size=1)
         else:
             dist.init_process_group(backend, timeout=timeout)
-    return Worker(*numbers, gpu=gpu)
+    return Worker(numbers[0], numbers[1], numbers[2], numbers[3], gpu_index)

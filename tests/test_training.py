@@ -126,7 +126,8 @@ def test_other_stages_agree_and_resume_too(places, two_ranks, stage):
 def test_dropout_sigmoid_and_accumulation_resume_too(places):
     overrides = (
         "training.zero_stage=1", "model.dropout=0.1", "model.drop_path=0.2", "loss.kind=sigmoid",
-        "training.micro_batch=2", "optimizer.schedule=rsqrt", "optimizer.cooldown=10 steps", "data.randaugment_layers=1",
+        "training.micro_batch=2",
+        "optimizer.schedule=rsqrt", "optimizer.cooldown=10 steps", "data.randaugment_layers=1",
     )  # fmt: skip
     straight = run(places, "rich", 2, *overrides)
     metrics = places[0] / "runs" / "rich-killed" / "metrics.jsonl"

@@ -1,5 +1,6 @@
 """What the benchmarks of loading and training share: CPU time, contenders in turn, one form of table."""
 
+import multiprocessing
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -19,20 +20,21 @@ class Times:
 
 
 def cpu_seconds() -> float:
-    """CPU time of this process and of its living children."""
-    total = time.process_time()
-    for child in psutil.Process().children(recursive=True):
-        used = child.cpu_times()
-        total += used.user + used.system
-    return total
+    """CPU time of this process, all its threads, and of its living worker processes."""
+    uses = [psutil.Process(child.pid).cpu_times() for child in multiprocessing.active_children()]
+    return time.process_time() + sum(used.user + used.system for used in uses)
 
 
 def rest(quiet: float = 0.15) -> float:
-    """Wait until threads and children have nothing left to do; returns the moment at which they had finished."""
-    last, since = cpu_seconds(), time.perf_counter()
+    """Wait until other threads and workers have nothing left to do; returns the moment at which they had finished."""
+
+    def elsewhere() -> float:
+        return cpu_seconds() - time.thread_time()
+
+    last, since = elsewhere(), time.perf_counter()
     while time.perf_counter() - since < quiet:
         time.sleep(0.01)
-        if (used := cpu_seconds()) - last > 0.02 * quiet:  # queues that are full still look up now and then
+        if (used := elsewhere()) - last > 0.03 * quiet:  # a queue that is full still looks up now and then
             last, since = used, time.perf_counter()
     return since
 

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import signal
 import sys
 import time
 import traceback
@@ -29,7 +30,10 @@ def run_command(main: Callable[[], None]) -> NoReturn:
 
     With VITFORGE_TRACEBACK=1 the stack trace is shown too.
     """
-    set_up_logging()
+    # Under torchrun every rank runs the command: the first speaks for all.
+    set_up_logging(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.ERROR)
+    # `ray job stop` and torchrun end a process so; as an exception it lets the command close what it has open.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
         main()
     except ValueError as error:

@@ -17,6 +17,9 @@ from cluster.command import in_unpacked_job, log
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
+FORWARDED = ("VITFORGE_", "MLFLOW_", "AWS_", "NCCL_", "GLOO_", "OMP_", "RAY_TRAIN_")
+"""Environment variables that begin so go along to every worker; on a running cluster Ray takes none by itself."""
+
 os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 # Ray warns on every start that it will one day stop hiding GPUs from tasks that ask for none; we want it so.
@@ -61,10 +64,13 @@ def ray_session(min_cpus: int = 1) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
-    path = os.pathsep.join([str(REPOSITORY), *filter(None, [os.environ.get("PYTHONPATH")])])
-    # A submitted job's working folder is on every worker's path already, at a place that differs by node.
+    variables = {name: value for name, value in os.environ.items() if name.startswith(FORWARDED)}
+    if not in_unpacked_job():
+        # A submitted job's working folder is on every worker's path already, at a place that differs by node.
+        path = [str(REPOSITORY), *filter(None, [os.environ.get("PYTHONPATH")])]
+        variables["PYTHONPATH"] = os.pathsep.join(path)
     common: dict[str, Any] = {
-        "runtime_env": {} if in_unpacked_job() else {"env_vars": {"PYTHONPATH": path}},
+        "runtime_env": {"env_vars": variables},
         "log_to_driver": True,
         "logging_level": logging.WARNING,
     }

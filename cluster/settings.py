@@ -50,6 +50,11 @@ class _RecipeLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+# A name such as 2026-01-01 is text, not a date.
+_RecipeLoader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
 _RecipeLoader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
     re.compile(r"^[-+]?(\d[\d_]*\.?[\d_]*|\.\d+)([eE][-+]?\d+)$"),
@@ -64,9 +69,11 @@ def load_recipe(path: Path) -> dict[str, Any]:
         SettingsError: the file is missing, is not YAML or is not a mapping.
     """
     try:
-        loaded = yaml.load(path.read_text(), _RecipeLoader)
+        loaded = yaml.load(path.read_text(encoding="utf-8"), _RecipeLoader)
     except OSError as error:
         raise SettingsError(f"recipe {path} cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise SettingsError(f"recipe {path} is not UTF-8 text (byte {error.start})") from error
     except (yaml.YAMLError, SettingsError) as error:
         raise SettingsError(f"recipe {path} is not valid YAML: {error}") from error
     if loaded is None:
@@ -116,7 +123,7 @@ def resolve(
     overrides: Sequence[str] = (),
     origin: str = "the recipe",
 ) -> S:
-    """Build settings from nested values and `key.sub=value` overrides.
+    """Build settings from nested values and `key.sub=value` overrides; `key=null` takes a key back to its default.
 
     Raises:
         SettingsError: with one line for each wrong key or value.
@@ -131,7 +138,12 @@ def resolve(
             if not isinstance(inner, dict):
                 inner = section[part] = {}
             section = inner
-        section[path[-1]] = value
+        if value is None:
+            section.pop(path[-1], None)  # null takes a key out of the recipe: its default holds
+            if path[-1] not in (_section(settings_type, path[:-1]) or Settings).model_fields:
+                section[path[-1]] = None  # not a key at all: let the check say so
+        else:
+            section[path[-1]] = value
         from_command_line.add(tuple(path))
     try:
         # Validated as JSON: there strictness still lets a list stand for a tuple.

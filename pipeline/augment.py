@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_prep import counter_rng
-from pipeline.config import DataSettings
+from pipeline.config import AugmentSettings
 
 CROP_ATTEMPTS = 10
 # Every kind of draw has a stream of its own, so that adding one kind leaves the others as they were.
@@ -37,7 +37,7 @@ class Draws:
 
 
 def draw(
-    settings: DataSettings,
+    settings: AugmentSettings,
     seed: int,
     epochs: NDArray[np.int64],
     ids: NDArray[np.int64],

@@ -45,22 +45,50 @@ class Checkpoint:
         return int(self.state["step"])
 
 
+class DamagedCheckpointError(ValueError):
+    """A checkpoint whose files are not all there as they were written."""
+
+
 def newest(folder: Path) -> Checkpoint | None:
-    """The newest checkpoint of a run whose files are all there; one that was damaged is passed over, loudly."""
-    for path in sorted(folder.glob("step-*[0-9]"), reverse=True):
+    """The newest checkpoint of a run whose files are all there; one that was damaged is passed over, loudly.
+
+    Returns:
+        None where there is no checkpoint.
+
+    Raises:
+        SettingsError: there are checkpoints and none is whole, or one is of another format.
+    """
+    damaged = []
+    for path in _found(folder)[::-1]:
         try:
-            return _open(path)
-        except ValueError as error:
+            return open_checkpoint(path)
+        except DamagedCheckpointError as error:
+            damaged.append(str(error))
             log.warning("%s; falling back to the checkpoint before it", error)
+    if damaged:
+        raise SettingsError(
+            f"none of the {len(damaged)} checkpoint(s) in {folder} is whole ({damaged[0]}): bring the files back, or "
+            "use another run.name to begin anew"
+        )
     return None
 
 
-def _open(path: Path) -> Checkpoint:
+def _found(folder: Path) -> list[Path]:
+    return sorted(folder.glob("step-*[0-9]"))
+
+
+def open_checkpoint(path: Path) -> Checkpoint:
+    """A checkpoint whose files are there with their sizes.
+
+    Raises:
+        DamagedCheckpointError: they are not.
+        SettingsError: it is of another format.
+    """
     try:
         state = json.loads((path / "state.json").read_text())
         files: dict[str, int] = state["files"]
     except (OSError, KeyError, json.JSONDecodeError) as error:
-        raise ValueError(f"checkpoint {path} has no readable state.json") from error
+        raise DamagedCheckpointError(f"checkpoint {path} has no readable state.json") from error
     if state.get("format") != FORMAT:
         raise SettingsError(
             f"checkpoint {path} has format {state.get('format')}, this version of Vitforge reads format {FORMAT}"
@@ -70,7 +98,7 @@ def _open(path: Path) -> Checkpoint:
         found = file.stat().st_size if file.exists() else None
         if found != size:
             what = "is missing" if found is None else f"has {found:,} bytes instead of {size:,}"
-            raise ValueError(f"checkpoint {path} is damaged: {name} {what}")
+            raise DamagedCheckpointError(f"checkpoint {path} is damaged: {name} {what}")
     return Checkpoint(path, state)
 
 
@@ -98,18 +126,28 @@ def save(engine: Any, folder: Path, step: int, state: dict[str, Any], worker: Wo
         files = {str(p.relative_to(partial)): p.stat().st_size for p in sorted(partial.rglob("*")) if p.is_file()}
         write_json(partial / "state.json", {"format": FORMAT, "step": step, "files": files, **state})
         sync_tree(partial)
-        if final.exists():
-            shutil.rmtree(final)  # one that was damaged, or this run would have begun after it
+        # What stands at this step or after it was damaged, or the run would have gone on from there.
+        for passed_over in [path for path in _found(folder) if path.name >= final.name]:
+            shutil.rmtree(passed_over)
         partial.rename(final)
         sync_folder(folder)
-        for old in sorted(folder.glob("step-*[0-9]"))[:-keep]:
+        for old in _found(folder)[:-keep]:
             shutil.rmtree(old)
     dist.barrier()
 
 
 def load(engine: Any, checkpoint: Checkpoint) -> None:
-    """Put a checkpoint's weights and optimizer states into an engine of the same layout. All ranks call it."""
-    engine.load_checkpoint(str(checkpoint.folder), tag=_TAG, load_lr_scheduler_states=False)
+    """Put a checkpoint's weights and optimizer states into an engine of the same layout. All ranks call it.
+
+    Raises:
+        DamagedCheckpointError: DeepSpeed did not find all of it.
+    """
+    path, _ = engine.load_checkpoint(str(checkpoint.folder), tag=_TAG, load_lr_scheduler_states=False)
+    if path is None or engine.global_steps != checkpoint.step:
+        raise DamagedCheckpointError(
+            f"checkpoint {checkpoint.folder} could not be loaded whole: remove it, and the run goes on from the one "
+            "before"
+        )
 
 
 def full_weights(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
@@ -134,8 +172,8 @@ def check_resumable(checkpoint: Checkpoint, expected: dict[str, Any]) -> None:
     """Refuse a checkpoint that is not of this run as it is set up now.
 
     Args:
-        expected: keys of state.json with the values they must have. The value of "settings" is compared key by
-            key; keys that cannot change the result are not in it.
+        expected: keys of state.json with the values they must have; only these are compared. "settings" are those
+            that change the result.
 
     Raises:
         SettingsError: naming what differs and what would do.
@@ -155,8 +193,12 @@ def check_resumable(checkpoint: Checkpoint, expected: dict[str, Any]) -> None:
         raise SettingsError(
             f"{where} was written with other settings ({changed}): set them back, or use another run.name"
         )
-    for key, name in (("world_size", "run.workers"), ("zero_stage", "training.zero_stage"), ("precision", "precision")):
-        if found[key] != expected[key]:
+    for key, name in (
+        ("world_size", "run.workers"),
+        ("zero_stage", "training.zero_stage"),
+        ("precision", "training.precision"),
+    ):
+        if key in expected and found[key] != expected[key]:
             raise SettingsError(
                 f"{where} was written with {name} = {found[key]}, this run has {expected[key]}: use {found[key]} again"
             )

@@ -5,6 +5,7 @@ needs the corpus (epochs to steps) or the cluster (ranks) is checked by the stag
 """
 
 import re
+from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, PositiveInt, model_validator
@@ -20,7 +21,7 @@ def _check_duration(text: str) -> str:
 
 
 def _split_duration(text: str) -> tuple[float, str]:
-    match = re.fullmatch(r"\s*(\d[\d_,]*\.?\d*|\.\d+)\s*([kKMG]?)\s*(\w+)\s*", text)
+    match = re.fullmatch(r"\s*(\d{1,3}(?:,\d{3})+|\d[\d_]*\.?\d*|\.\d+)\s*([kKMG]?)\s*(\w+)\s*", text)
     unit = match and (match[3] if match[3].endswith("s") else match[3] + "s")
     if not match or unit not in _UNITS:
         raise ValueError(f'{text!r} is not a duration: write "90 epochs", "10k steps" or "300M images"')
@@ -28,8 +29,28 @@ def _split_duration(text: str) -> tuple[float, str]:
     return float(re.sub("[_,]", "", match[1])) * scale, str(unit)
 
 
+def _check_length(text: str) -> str:
+    if _split_duration(text)[0] == 0:
+        raise ValueError(f"{text!r} must be longer than nothing")
+    return text
+
+
+def _refuse_unread(settings: Settings, section: str, key: str, read: bool, names: tuple[str, ...]) -> None:
+    """Refuse values that were given though nothing reads them, because of the value of `key` in the same section."""
+    given = [name for name in names if getattr(settings, name) != type(settings).model_fields[name].default]
+    if given and not read:
+        what = ", ".join(f"{section}.{name}" for name in given)
+        raise SettingsError(
+            f"{what} has no effect with {section}.{key} = {getattr(settings, key)!r}: take it out "
+            f"({section}.{given[0]}=null takes it out of a recipe)"
+        )
+
+
 Duration = Annotated[str, AfterValidator(_check_duration)]
 """A length of training in steps, epochs or images: "10k steps", "90 epochs", "300M images"."""
+
+Length = Annotated[str, AfterValidator(_check_length)]
+"""A `Duration` that is not 0."""
 
 
 def duration_in_steps(text: str, global_batch: int, num_samples: int) -> int:
@@ -49,7 +70,11 @@ def duration_in_steps(text: str, global_batch: int, num_samples: int) -> int:
     return max(round(steps), 1 if value > 0 else 0)
 
 
-Fraction = Annotated[float, Field(ge=0, le=1)]
+RECIPES = Path(__file__).parent / "recipes"
+"""The shipped recipes, in a folder for each stage."""
+
+Probability = Annotated[float, Field(ge=0, lt=1)]
+Momentum = Annotated[float, Field(ge=0, lt=1)]
 Triple = tuple[float, float, float]
 
 
@@ -70,23 +95,17 @@ class ModelSettings(Settings):
     """What the head reads: a class token, or the global average of the patch tokens."""
     representation: bool = True
     """Pre-training head with a hidden tanh layer of the model's width. Fine-tuning always drops it."""
-    dropout: Fraction = 0.0
+    dropout: Probability = 0.0
     """Dropout after every dense layer except qkv, and after adding the position embedding."""
-    drop_path: Fraction = 0.0
+    drop_path: Probability = 0.0
     """Stochastic depth: chance of skipping the last block, growing linearly from 0 at the first."""
     head_bias: float | None = None
     """Initial bias of the head. Null: 0 with softmax, -10 with sigmoid, as ImageNet-21k wants."""
 
 
-class DataSettings(Settings):
-    """What is read, in which order, and what is done to the images."""
+class AugmentSettings(Settings):
+    """What is done to the training images, by numbers that depend on seed, epoch and sample alone."""
 
-    corpus: str
-    """Folder of a corpus made by data_prep/shard.py."""
-    heldout: str | None = None
-    """Corpus that is scored during and after training; it must have the same classes."""
-    image_size: PositiveInt = 224
-    """Resolution in pixels (square). Must be a multiple of the patch size."""
     crop: Literal["inception", "squash", "center"] = "inception"
     """Training crop: a random area and aspect ratio (inception), the whole image squashed, or the centre."""
     crop_area: tuple[float, float] = (0.05, 1.0)
@@ -101,6 +120,33 @@ class DataSettings(Settings):
     """Strength of RandAugment's operations."""
     mixup: Annotated[float, Field(ge=0)] = 0.0
     """Mixup (arXiv 1710.09412): both parameters of the Beta distribution of the mixing weight; 0 is none."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "AugmentSettings":
+        for name in ("crop_area", "crop_aspect"):
+            low, high = getattr(self, name)
+            if not 0 < low <= high or (name == "crop_area" and high > 1):
+                bound = " <= 1" if name == "crop_area" else ""
+                raise SettingsError(
+                    f"data.augment.{name} = [{low}, {high}] must be two numbers with 0 < least <= most{bound}"
+                )
+        _refuse_unread(self, "data.augment", "crop", self.crop == "inception", ("crop_area", "crop_aspect"))
+        _refuse_unread(
+            self, "data.augment", "randaugment_layers", self.randaugment_layers > 0, ("randaugment_magnitude",)
+        )
+        return self
+
+
+class DataSettings(Settings):
+    """What is read, in which order, and what is done to the images."""
+
+    corpus: str
+    """Folder of a corpus made by data_prep/shard.py."""
+    heldout: str | None = None
+    """Corpus that is scored during and after training; it must have the same classes."""
+    image_size: PositiveInt = 224
+    """Resolution in pixels (square). Must be a multiple of the patch size."""
+    augment: AugmentSettings = AugmentSettings()
     eval_resize: PositiveInt | None = None
     """Evaluation and consumers: shorter side in pixels before the centre crop; null squashes the whole image."""
     mean: Triple | None = None
@@ -116,12 +162,6 @@ class DataSettings(Settings):
 
     @model_validator(mode="after")
     def _check(self) -> "DataSettings":
-        low, high = self.crop_area
-        if not 0 < low <= high <= 1:
-            raise SettingsError(f"data.crop_area = [{low}, {high}] must be two shares with 0 < least <= most <= 1")
-        low, high = self.crop_aspect
-        if not 0 < low <= high:
-            raise SettingsError(f"data.crop_aspect = [{low}, {high}] must be two ratios with 0 < least <= most")
         if self.eval_resize is not None and self.eval_resize < self.image_size:
             raise SettingsError(
                 f"data.eval_resize = {self.eval_resize} is below data.image_size = {self.image_size}: the centre "
@@ -156,11 +196,11 @@ class OptimizerSettings(Settings):
     """AdamW with decoupled weight decay, or SGD with momentum."""
     learning_rate: Annotated[float, Field(gt=0)] = 1e-3
     """Peak learning rate, reached at the end of the warm-up."""
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[Momentum, Momentum] = (0.9, 0.999)
     """AdamW's decay rates of the two moments."""
     eps: Annotated[float, Field(gt=0)] = 1e-8
     """AdamW's epsilon."""
-    momentum: Fraction = 0.9
+    momentum: Momentum = 0.9
     """SGD's momentum."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     """Decay of the kernels (never of biases, norms, tokens or position embedding), times the learning rate."""
@@ -168,7 +208,7 @@ class OptimizerSettings(Settings):
     """Course of the learning rate after the warm-up: to final_learning_rate, or rsqrt with a cooldown to it."""
     warmup: Duration = "0 steps"
     """Length of the linear rise from 0."""
-    timescale: Duration = "10k steps"
+    timescale: Length = "10k steps"
     """Steps after which the reciprocal square root has fallen by a factor of the square root of 2."""
     cooldown: Duration = "0 steps"
     """Length of the linear fall to final_learning_rate at the end of rsqrt or constant."""
@@ -184,13 +224,19 @@ class OptimizerSettings(Settings):
                 f"optimizer.final_learning_rate = {self.final_learning_rate} is above "
                 f"optimizer.learning_rate = {self.learning_rate}, the peak"
             )
+        _refuse_unread(self, "optimizer", "kind", self.kind == "adamw", ("betas", "eps"))
+        _refuse_unread(self, "optimizer", "kind", self.kind == "sgd", ("momentum",))
+        _refuse_unread(self, "optimizer", "schedule", self.schedule == "rsqrt", ("timescale",))
+        _refuse_unread(self, "optimizer", "schedule", self.schedule in ("rsqrt", "constant"), ("cooldown",))
+        falls = self.schedule in ("linear", "cosine") or self.cooldown != "0 steps"
+        _refuse_unread(self, "optimizer", "schedule", falls, ("final_learning_rate",))
         return self
 
 
 class TrainingSettings(Settings):
     """How long, how large, how precise, and how the work is laid out. The layout does not change the result."""
 
-    duration: Duration
+    duration: Length
     """How long to train."""
     global_batch: PositiveInt
     """Images an optimizer step, over all ranks."""
@@ -211,7 +257,7 @@ class TrainingSettings(Settings):
 class CheckpointSettings(Settings):
     """Saving the state that training resumes from."""
 
-    every: Duration = "1000 steps"
+    every: Length = "1000 steps"
     """How often; one is always written at the end."""
     keep: PositiveInt = 2
     """How many of the newest stay."""
@@ -220,7 +266,7 @@ class CheckpointSettings(Settings):
 class EvaluationSettings(Settings):
     """Scoring data.heldout."""
 
-    every: Duration | None = None
+    every: Length | None = None
     """How often during training; null only at the end."""
     batch: PositiveInt = 64
     """Images a forward pass on one rank."""
@@ -288,9 +334,11 @@ class StageSettings(Settings):
             raise SettingsError(
                 f"evaluation.every = {self.evaluation.every!r} has nothing to score: set data.heldout to a corpus"
             )
-        if self.data.mixup and self.training.global_batch % 2:
+        if self.data.heldout is None and self.evaluation.batch != EvaluationSettings().batch:
+            raise SettingsError("evaluation.batch has no effect without data.heldout: set that, or take it out")
+        if self.data.augment.mixup and self.training.global_batch % 2:
             raise SettingsError(
-                f"training.global_batch = {self.training.global_batch} must be even for data.mixup, which mixes pairs"
+                f"training.global_batch = {self.training.global_batch} must be even: data.augment.mixup mixes pairs"
             )
         return self
 
@@ -306,9 +354,9 @@ class FinetuneSettings(StageSettings):
 
     parent: str
     """The model to start from: models:/NAME@ALIAS, models:/NAME/VERSION or a package's folder."""
-    dropout: Fraction = 0.0
+    dropout: Probability = 0.0
     """Dropout while fine-tuning."""
-    drop_path: Fraction = 0.0
+    drop_path: Probability = 0.0
     """Stochastic depth while fine-tuning."""
 
 

@@ -8,7 +8,8 @@ CPU's before a run uses it. Which backend ran is recorded: pixels are exact only
 import io
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
@@ -40,7 +41,7 @@ def train_graph(
     from nvidia.dali import fn, pipeline_def, types
     from nvidia.dali.auto_aug import core, rand_augment
 
-    side, layers = settings.image_size, settings.randaugment_layers
+    side, layers = settings.image_size, settings.augment.randaugment_layers
     suite = rand_augment.get_rand_augment_suite(use_shape=False, max_translate_abs=round(side * 100 / 224))
     assert len(suite) == RANDAUGMENT_OPERATIONS
 
@@ -77,7 +78,7 @@ def train_graph(
             operation, sign = levels[2 * layer], levels[2 * layer + 1]
             # The sign is random where the operation has a direction; both are fed, not drawn by DALI, whose
             # own generators depend on the place in the batch.
-            magnitude = core.signed_bin(settings.randaugment_magnitude, random_sign=sign)
+            magnitude = core.signed_bin(settings.augment.randaugment_magnitude, random_sign=sign)
             images = core.select(
                 suite,
                 operation,
@@ -134,28 +135,41 @@ def _normalise(images: Any, settings: DataSettings, **extra: Any) -> Any:
     )
 
 
+@dataclass(frozen=True)
+class Verdict:
+    """Where to decode, and how that was settled."""
+
+    backend: Backend
+    why: str
+
+    @classmethod
+    def for_all(cls, verdicts: Sequence["Verdict"]) -> "Verdict":
+        """What works on every rank: pixels of one run come from one decoder."""
+        return max(verdicts, key=lambda verdict: ("gpu-slice", "gpu-roi", "cpu").index(verdict.backend))
+
+
 @cache
-def choose_backend(decode: Literal["auto", "cpu", "gpu"], gpu: bool) -> Backend:
+def choose_backend(decode: Literal["auto", "cpu", "gpu"], gpu: bool) -> Verdict:
     """Settle where to decode: each GPU path is tried in a subprocess and compared with the CPU's pixels.
 
     Raises:
         ValueError: the GPU was demanded and there is none, or none of its paths works; the message says why.
     """
     if decode == "cpu" or (decode == "auto" and not gpu):
-        return "cpu"
+        return Verdict("cpu", "as set" if decode == "cpu" else "no GPU")
     if not gpu:
         raise ValueError("data.decode = 'gpu', but this rank has no GPU: use auto or cpu")
-    reasons = []
+    reasons: list[str] = []
     candidates: tuple[Backend, ...] = ("gpu-slice", "gpu-roi")
     for backend in candidates:
         verdict = probe(backend)
         if verdict is None:
-            return backend
+            return Verdict(backend, "; ".join([*reasons, "it passed the start-up probe"]))
         reasons.append(f"{backend}: {verdict}")
         log.warning("DALI start-up probe: %s", reasons[-1])
     if decode == "gpu":
         raise ValueError(f"data.decode = 'gpu', but no GPU path of DALI works here ({'; '.join(reasons)})")
-    return "cpu"
+    return Verdict("cpu", "; ".join(reasons))
 
 
 def probe(backend: Backend, timeout_s: float = 120.0) -> str | None:
@@ -205,11 +219,20 @@ def _run_probe(backend: Backend) -> None:
         mirror = np.arange(len(images), dtype=np.int32) % 2
         return images, sizes // 5, sizes // 2 + batch, mirror
 
+    def encoded(batch: int) -> tuple[Any, ...]:
+        if batch >= 2:
+            raise StopIteration
+        return (images,)
+
     pixels = {}
     for name in ("cpu", backend):
         device = None if name == "cpu" else 0
-        graph = train_graph(source, len(images), settings, name, threads=2, device_id=device)
-        runs = [graph.run()[0] for _ in range(2)]
+        runs = []
+        for graph in (
+            train_graph(source, len(images), settings, name, threads=2, device_id=device),
+            eval_graph(encoded, len(images), settings, name, threads=2, device_id=device),
+        ):
+            runs += [graph.run()[0] for _ in range(2)]
         pixels[name] = np.stack([np.array((r.as_cpu() if name != "cpu" else r).as_tensor()) for r in runs])
     difference = np.abs(pixels["cpu"] - pixels[backend]) * 127.5
     if difference.mean() > MAX_PROBE_DIFFERENCE:

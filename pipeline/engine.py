@@ -67,7 +67,11 @@ def build_engine(
     }
     if layout.precision == "bf16":
         config["bf16"] = {"enabled": True}
-        config["data_types"] = {"grad_accum_dtype": "bf16" if layout.zero_stage == 0 else "fp32"}
+        # With fp32 accumulation at stage 1 DeepSpeed changes to an optimizer whose checkpoints hold no stage, and
+        # from which the master weights cannot be read. One micro-batch a step has nothing to accumulate.
+        separate = layout.zero_stage == 1 and layout.accumulation == 1
+        config["data_types"] = {"grad_accum_dtype": "bf16" if separate else "fp32"}
+        config["communication_data_type"] = "fp32"
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config, dist_init_required=False)
     return engine
 
@@ -78,7 +82,7 @@ def set_learning_rate(engine: Any, rate: float) -> None:
         group["lr"] = rate
 
 
-def step(engine: Any, measure: bool) -> float | None:
+def reduce_and_update(engine: Any, measure: bool) -> float | None:
     """Reduce, clip and update if this was the last micro-batch of an optimizer step; otherwise only accumulate.
 
     Args:

@@ -28,7 +28,7 @@ from models.weights import load_into
 from pipeline import decoding, packages, tracking, workers
 from pipeline.config import DataSettings, EvaluateSettings
 from pipeline.launch import run_ranks
-from pipeline.layout import Layout, settle_precision
+from pipeline.layout import Layout, Machine, settle_precision
 from pipeline.loader import EvalLoader
 from pipeline.scoring import score
 from pipeline.stage import home_folder
@@ -43,6 +43,8 @@ class Job:
     """The model with its alias resolved."""
     result: str
     """File that rank 0 writes the scores to."""
+    tracking_home: str
+    tracking_uri: str
 
 
 def evaluate(job: Job) -> None:
@@ -52,16 +54,18 @@ def evaluate(job: Job) -> None:
     worker = workers.join(timeout_s=600)
     if not worker.leads:
         log.setLevel("ERROR")
-    corpus = Corpus.open(settings.corpus)
-    tracking.connect(home_folder(settings.home))
+    corpus = Corpus.open(settings.corpus, check="sizes")
+    tracking.connect(Path(job.tracking_home), job.tracking_uri)
     package = packages.load_package(job.model)
-    precision = settle_precision(settings.precision, worker.gpu)
+    machine = Machine.poorest(workers.from_all(Machine.here(worker)))
+    precision = settle_precision(settings.precision, machine)
     dtype = Layout(precision, 1, 1, 0, compile=False, recompute=False).dtype
     model = VisionTransformer(package.config)
     load_into(model, package.state)
     model.to(worker.device, dtype)
     data = data_settings(package, settings)
-    backend = decoding.choose_backend(settings.decode, worker.gpu)
+    verdict = decoding.Verdict.for_all(workers.from_all(decoding.choose_backend(settings.decode, worker.gpu)))
+    backend = verdict.backend
     loader = EvalLoader(corpus, data, worker, settings.batch, backend)
     log.info("scoring %d images on %d rank(s), decoding on %s", corpus.num_samples, worker.world_size, backend)
     began = time.perf_counter()
@@ -91,7 +95,7 @@ def main() -> None:
     )
     corpus = Corpus.open(absolute_path(settings.corpus, "corpus"))
     home = home_folder(settings.home)
-    tracking.connect(home)
+    uri = tracking.connect(home)
     package = packages.load_package(settings.model)
     names = corpus.class_descriptions or corpus.classes
     if list(package.classes) != names:
@@ -100,11 +104,13 @@ def main() -> None:
             f" has {len(names)} ({', '.join(names[:3])}, ...): score it on a corpus with its own classes, or fine-tune "
             "it on this one"
         )
+    if package.activation == "softmax" and corpus.label_kind == "multi":
+        raise SettingsError(f"{package.uri} gives one class an image (softmax), {corpus.path} has many labels an image")
     settings = settings.model_copy(update={"corpus": str(corpus.path)})
     scratch_root = home / "tmp"  # every node sees it
     scratch_root.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=scratch_root, prefix="evaluate-") as scratch:
-        job = Job(settings, package.uri, str(Path(scratch) / "scores.json"))
+        job = Job(settings, package.uri, str(Path(scratch) / "scores.json"), str(home), uri)
         run_ranks(
             evaluate,
             job,
@@ -119,13 +125,12 @@ def main() -> None:
         if int(os.environ.get("RANK", "0")):
             return
         scores = read_json(Path(job.result))
+    print(json.dumps({"model": package.uri, "corpus": str(corpus.path), **scores}, indent=1), flush=True)
+
     made_by = package.tags.get("vitforge.mlflow_run")
     if made_by:
-        run = tracking.Run("", made_by)
         key = f"evaluate/{corpus.path.name}"
-        run.metrics_now({f"{key}/{name}": value for name, value in scores.items()})
-        run.finish()
-    print(json.dumps({"model": package.uri, "corpus": str(corpus.path), **scores}, indent=1), flush=True)
+        tracking.add_scores(made_by, {f"{key}/{name}": value for name, value in scores.items()})
 
 
 if __name__ == "__main__":

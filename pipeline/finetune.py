@@ -15,26 +15,17 @@ if __package__ in (None, ""):  # run as a script: the repository root belongs on
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import dataclasses
+from typing import TYPE_CHECKING
 
 from cluster.command import log, run_command
 from cluster.settings import SettingsError, parse_command
-from models.vit import VitConfig
-from models.weights import adapt_for_finetuning
-from pipeline import packages, tracking
-from pipeline.config import FinetuneSettings
-from pipeline.stage import (
-    RECIPES,
-    Start,
-    check_stage,
-    home_folder,
-    open_corpora,
-    print_result,
-    recorded_parent,
-    run_stage,
-)
+from pipeline.config import RECIPES, FinetuneSettings
+
+if TYPE_CHECKING:
+    from models.vit import VitConfig
 
 
-def architecture(settings: FinetuneSettings, parent: VitConfig, num_classes: int) -> VitConfig:
+def architecture(settings: FinetuneSettings, parent: "VitConfig", num_classes: int) -> "VitConfig":
     """The parent's architecture with a new head and at the new resolution.
 
     Raises:
@@ -59,6 +50,11 @@ def main() -> None:
     settings = parse_command(
         FinetuneSettings, prog="pipeline/finetune.py", description=__doc__ or "", recipes=RECIPES / "finetune"
     )
+    # Read before torch and the others are imported: a mistyped key is refused in the first second.
+    from models.weights import adapt_for_finetuning
+    from pipeline import packages, tracking
+    from pipeline.stage import Start, check_stage, home_folder, open_corpora, print_result, recorded_parent, run_stage
+
     corpus, heldout = open_corpora(settings.data)
     check_stage(settings, corpus)
     tracking.connect(home_folder(settings.run.home))

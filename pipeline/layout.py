@@ -4,10 +4,10 @@ The layout changes speed and memory, not which samples an optimizer step uses. M
 `state_bytes` and `activation_bytes`.
 """
 
-import platform
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import psutil
 import torch
@@ -16,6 +16,7 @@ from cluster.settings import SettingsError
 from models.presets import count_parameters
 from models.vit import VitConfig
 from pipeline.config import StageSettings
+from pipeline.workers import Worker
 
 USABLE_MEMORY = 0.85
 """Share of a device's memory that a layout may plan with; the rest is workspace and fragmentation."""
@@ -60,11 +61,11 @@ def check_batch(global_batch: int, micro_batch: int | None, ranks: int, pairs: b
     fitting = [size for size in _divisors(share) if not pairs or size % 2 == 0]
     if not fitting:
         raise SettingsError(
-            f"training.global_batch = {global_batch} gives each of {ranks} ranks {share} images; data.mixup mixes "
-            "pairs and needs an even number"
+            f"training.global_batch = {global_batch} gives each of {ranks} ranks {share} images; data.augment.mixup "
+            "mixes pairs and needs an even number"
         )
     if micro_batch is not None and micro_batch not in fitting:
-        mixing = " into pairs for data.mixup" if pairs and share % micro_batch == 0 else ""
+        mixing = " into pairs for data.augment.mixup" if pairs and share % micro_batch == 0 else ""
         raise SettingsError(
             f"training.micro_batch = {micro_batch} does not split the {share} images of a rank "
             f"(training.global_batch = {global_batch} over {ranks} ranks){mixing}: use {_some(fitting, micro_batch)}"
@@ -72,25 +73,26 @@ def check_batch(global_batch: int, micro_batch: int | None, ranks: int, pairs: b
 
 
 def settle(
-    settings: StageSettings, config: VitConfig, ranks: int, gpu: bool, device_memory: int, stage: int | None = None
+    settings: StageSettings, config: VitConfig, ranks: int, machine: "Machine", saved: Mapping[str, Any] | None = None
 ) -> Layout:
     """Fill in what the settings leave open.
 
     Args:
         ranks: world size.
-        gpu: whether ranks compute on GPUs.
-        device_memory: bytes that one rank may use.
-        stage: ZeRO stage of the checkpoint that is resumed; takes the place of "auto".
+        machine: what the poorest of the ranks has.
+        saved: state of the checkpoint that is resumed: what it was written with takes the place of "auto" and null.
 
     Raises:
         SettingsError: the batch does not split, or the model does not fit at any stage.
     """
     training = settings.training
-    pairs = settings.data.mixup > 0
+    pairs = settings.data.augment.mixup > 0
     check_batch(training.global_batch, training.micro_batch, ranks, pairs)
-    precision = settle_precision(training.precision, gpu)
+    saved = saved or {}
+    gpu = machine.gpu
+    precision = settle_precision(training.precision, machine, saved.get("precision"))
     share = training.global_batch // ranks
-    budget = USABLE_MEMORY * device_memory
+    budget = USABLE_MEMORY * machine.memory
     smallest = training.micro_batch or min(s for s in _divisors(share) if not pairs or s % 2 == 0)
 
     def fits(zero_stage: int, micro_batch: int) -> bool:
@@ -99,10 +101,10 @@ def settle(
 
     if training.zero_stage != "auto":
         zero_stage = training.zero_stage
-    elif stage is not None:
-        zero_stage = stage
+    elif "zero_stage" in saved:
+        zero_stage = saved["zero_stage"]
     else:
-        # bf16 weights get their fp32 gradient accumulation from stage 1 on; on one rank it shards nothing.
+        # Without ZeRO DeepSpeed keeps no usable master weights in bf16; on one rank stage 1 shards nothing.
         least = 1 if precision == "bf16" else 0
         candidates = range(least, 4 if ranks > 1 else least + 1)
         fitting = [candidate for candidate in candidates if fits(candidate, smallest)]
@@ -116,33 +118,69 @@ def settle(
                 "this estimate"
             )
         zero_stage = fitting[0]
-    micro_batch = training.micro_batch
-    if micro_batch is None:
+    if precision == "bf16" and zero_stage == 0:
+        raise SettingsError(
+            "training.zero_stage = 0 keeps no fp32 master weights with bf16: use 1 (on one rank it shards nothing), "
+            "auto, or training.precision=fp32"
+        )
+    micro_batch = training.micro_batch or saved.get("micro_batch")
+    if micro_batch is None or share % micro_batch:
         sizes = [size for size in _divisors(share) if not pairs or size % 2 == 0]
         sizes = [size for size in sizes if gpu or size <= LARGEST_CPU_MICRO_BATCH] or sizes[:1]
         micro_batch = max((size for size in sizes if fits(zero_stage, size)), default=sizes[0])
+    if precision == "bf16" and zero_stage == 1 and share != micro_batch:
+        if training.zero_stage == 1:
+            raise SettingsError(
+                f"training.zero_stage = 1 with bf16 and {share // micro_batch} micro-batches a step: it would add them "
+                "up in bf16; use 2 (which adds up in fp32) or auto"
+            )
+        zero_stage = 2
     compiled = gpu if training.compile == "auto" else training.compile
     return Layout(precision, micro_batch, share // micro_batch, zero_stage, compiled, training.recompute)
 
 
-def settle_precision(precision: Literal["auto", "fp32", "bf16"], gpu: bool) -> Precision:
-    """bf16 on GPUs and on CPUs with bf16 matrix units, fp32 elsewhere, unless one of them is named."""
+@dataclass(frozen=True)
+class Machine:
+    """What a rank has to compute with."""
+
+    gpu: bool
+    memory: int
+    """Bytes that the rank may use: its GPU's, or its share of what the machine has free."""
+    bf16: bool
+    """Whether bf16 is faster than fp32: on GPUs, and on CPUs that multiply in bf16 by themselves."""
+
+    @classmethod
+    def here(cls, worker: Worker) -> "Machine":
+        """What this rank has."""
+        if worker.gpu:
+            memory = torch.cuda.get_device_properties(worker.device).total_memory
+            return cls(True, int(memory), True)
+        return cls(False, int(psutil.virtual_memory().available // worker.local_world_size), cpu_has_bf16())
+
+    @classmethod
+    def poorest(cls, machines: Sequence["Machine"]) -> "Machine":
+        """What every one of some ranks has."""
+        return cls(
+            all(machine.gpu for machine in machines),
+            min(machine.memory for machine in machines),
+            all(machine.bf16 for machine in machines),
+        )
+
+
+def settle_precision(
+    precision: Literal["auto", "fp32", "bf16"], machine: Machine, saved: Precision | None = None
+) -> Precision:
+    """What is set; for "auto" what a checkpoint was `saved` with, else bf16 where it is the faster one."""
     if precision != "auto":
         return precision
-    return "bf16" if gpu or cpu_has_bf16() else "fp32"
+    return saved or ("bf16" if machine.bf16 else "fp32")
 
 
 def cpu_has_bf16() -> bool:
-    """Whether the CPU multiplies matrices in bf16 by itself (AMX); emulated, bf16 is several times slower."""
+    """Whether the CPU has bf16 units (AMX or AVX-512); emulated, bf16 is several times slower than fp32."""
     cpuinfo = Path("/proc/cpuinfo")
-    return platform.machine() == "x86_64" and cpuinfo.exists() and "amx_bf16" in cpuinfo.read_text()
-
-
-def device_memory(gpu: bool, local_ranks: int) -> int:
-    """Bytes that one rank may use: its GPU's memory, or its share of what the machine has free."""
-    if gpu:
-        return int(torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory)
-    return int(psutil.virtual_memory().available // local_ranks)
+    flags = cpuinfo.read_text().split() if cpuinfo.exists() else []
+    return "amx_bf16" in flags or "avx512_bf16" in flags
 
 
 def state_bytes(config: VitConfig, precision: Precision, zero_stage: int, ranks: int) -> float:
@@ -164,6 +202,8 @@ def activation_bytes(config: VitConfig, precision: Precision, recompute: bool) -
     """
     scale = 1 if precision == "bf16" else 2
     block = scale * config.tokens * (16 * config.width + 4 * config.mlp_dim)
+    if config.dropout:
+        block += config.tokens * (2 * config.width + config.mlp_dim)  # which units were dropped, a byte each
     if recompute:
         return config.depth * scale * 2 * config.tokens * config.width + block
     return config.depth * block

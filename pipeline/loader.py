@@ -116,17 +116,19 @@ class _Loader:
             raise AssertionError("the graph ended before its last batch") from error
         except RuntimeError as error:
             raise self._explain(index, error) from error
-        images = self._copy(output)
+        images = self._take(output)
         ids = self._ids(index)
         rows, classes, weights = self.corpus.labels_of(ids)
         return Batch(images, ids, rows, classes, weights, self._real(index))
 
-    def _copy(self, output: Any) -> torch.Tensor:
-        """DALI's output as a tensor of our own on the rank's device: DALI writes its next batch into the same place."""
+    def _take(self, output: Any) -> torch.Tensor:
+        """DALI's output as a tensor of our own on the rank's device."""
         shared = output.as_tensor()
         device = self.worker.device
         if device.type == "cpu":
-            return torch.from_dlpack(shared).clone()
+            # DALI's dynamic executor writes no other batch into memory that a tensor still holds; a copy would
+            # cost a tenth of the whole loading.
+            return torch.from_dlpack(shared)
         # The copy must be done before DALI goes on, and must not wait behind the training step on its stream.
         if self._stream is None:
             self._stream = torch.cuda.Stream(device)
@@ -199,9 +201,9 @@ class TrainLoader(_Loader):
         epochs, ids = self.order.ids(self.positions(batch))
         rows = self.corpus.index[ids]
         widths, heights = rows["width"].astype(np.int64), rows["height"].astype(np.int64)
-        draws = augment.draw(self.settings, self.seed, epochs, ids, widths, heights)
+        draws = augment.draw(self.settings.augment, self.seed, epochs, ids, widths, heights)
         levels: list[NDArray[np.int32]] = []
-        for layer in range(self.settings.randaugment_layers):
+        for layer in range(self.settings.augment.randaugment_layers):
             levels += [draws.operations[:, layer].copy(), draws.signs[:, layer].copy()]
         return self.corpus.read(ids), draws.anchor, draws.shape, draws.mirror, *levels
 

@@ -15,21 +15,24 @@ if __package__ in (None, ""):  # run as a script: the repository root belongs on
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import dataclasses
+from typing import TYPE_CHECKING
 
 from cluster.command import run_command
 from cluster.settings import SettingsError, parse_command
-from models.presets import vit_config
-from models.vit import VitConfig
-from pipeline.config import PretrainSettings
-from pipeline.stage import RECIPES, Start, check_stage, open_corpora, print_result, run_stage
+from pipeline.config import RECIPES, PretrainSettings
+
+if TYPE_CHECKING:
+    from models.vit import VitConfig
 
 
-def architecture(settings: PretrainSettings, num_classes: int) -> VitConfig:
+def architecture(settings: PretrainSettings, num_classes: int) -> "VitConfig":
     """The model that the settings describe, for a number of classes.
 
     Raises:
         SettingsError: no such model, or values that make none.
     """
+    from models.presets import vit_config
+
     model = settings.model
     bias = model.head_bias
     if bias is None:
@@ -60,6 +63,9 @@ def main() -> None:
     settings = parse_command(
         PretrainSettings, prog="pipeline/pretrain.py", description=__doc__ or "", recipes=RECIPES / "pretrain"
     )
+    # Read before torch and the others are imported: a mistyped key is refused in the first second.
+    from pipeline.stage import Start, check_stage, open_corpora, print_result, run_stage
+
     architecture(settings, num_classes=2)  # what is wrong with the model does not need the corpus to show
     corpus, heldout = open_corpora(settings.data)
     data = settings.data.model_copy(

@@ -9,10 +9,11 @@ from pipeline.config import OptimizerSettings, duration_in_steps
 class Schedule:
     """Learning rate of every optimizer step of a run.
 
-    Warm-up rises linearly and reaches the peak at its last step. Then, with u the share done of the steps after
-    the warm-up: linear goes to the final rate as 1 - u; cosine as (1 + cos(pi u)) / 2 (both end on it); rsqrt is
+    Warm-up rises linearly and reaches the peak at its last step. Then, with u = (step - warm-up) / (total -
+    warm-up): linear goes from the peak to the final rate as 1 - u, cosine as (1 + cos(pi u)) / 2; rsqrt is
     peak / sqrt(1 + (step - warm-up) / timescale) as in big_vision's ViT-g recipes, and constant stays at the
-    peak, both with a linear fall to the final rate over the cooldown at the end.
+    peak, both with a linear fall towards the final rate over the cooldown at the end. The final rate itself would
+    come at the step after the last, so that no step is wasted on a rate of 0.
 
     Args:
         total: optimizer steps of the run.
@@ -43,9 +44,9 @@ class Schedule:
             return peak * (step + 1) / self.warmup
         after = step - self.warmup
         if kind in ("linear", "cosine"):
-            share = after / max(self.total - self.warmup - 1, 1)
+            share = after / (self.total - self.warmup)
             weight = 1 - share if kind == "linear" else (1 + math.cos(math.pi * share)) / 2
             return final + (peak - final) * weight
         rate = peak / math.sqrt(1 + after / max(self.timescale, 1)) if kind == "rsqrt" else peak
-        left = self.total - 1 - step
+        left = self.total - step
         return final + (rate - final) * left / self.cooldown if left < self.cooldown else rate

@@ -24,13 +24,12 @@ from data_prep.corpus import Corpus
 from models.preprocess import Preprocessing
 from models.vit import VitConfig
 from models.weights import save_safetensors
-from pipeline import checkpoints, layout, packages, tracking
+from pipeline import checkpoints, layout, packages, pictures, tracking
 from pipeline.config import DataSettings, StageSettings, duration_in_steps
 from pipeline.launch import run_ranks
 from pipeline.schedules import Schedule
-from pipeline.train_loop import METRICS, Job, train
+from pipeline.train_loop import METRICS, Job, identity_of, train
 
-RECIPES = Path(__file__).parent / "recipes"
 INITIAL_WEIGHTS = "initial.safetensors"
 
 
@@ -68,6 +67,11 @@ def open_corpora(data: DataSettings) -> tuple[Corpus, Corpus | None]:
     """
     corpus = Corpus.open(absolute_path(data.corpus, "data.corpus"))
     heldout = Corpus.open(absolute_path(data.heldout, "data.heldout")) if data.heldout else None
+    if heldout is not None and heldout.label_kind != corpus.label_kind:
+        raise SettingsError(
+            f"data.heldout = {data.heldout!r} has {heldout.label_kind} labels, data.corpus {corpus.label_kind}: shard "
+            "both the same way"
+        )
     if heldout is not None and heldout.classes != corpus.classes:
         raise SettingsError(
             f"data.heldout = {data.heldout!r} has other classes than data.corpus "
@@ -122,10 +126,11 @@ def run_stage(stage: str, settings: StageSettings, start: "Start", corpus: Corpu
     folder = home / "runs" / settings.run.name
     if not _leads():
         # Under torchrun every rank comes through here; rank 0 alone keeps the folder, the tracking and the registry.
-        _train(settings, start, corpus, folder, home, "")
+        _train(settings, start, corpus, folder, home, "", "")
         return {}
     with _run_folder(folder):
         record = _open_record(folder, stage, start)
+        _check_resumable(settings, start, corpus, folder)
         uri = tracking.connect(home)
         values = settings.model_dump(mode="json")
         tags = _lineage(stage, corpus, start)
@@ -138,24 +143,34 @@ def run_stage(stage: str, settings: StageSettings, start: "Start", corpus: Corpu
         if start.weights is not None and not (folder / INITIAL_WEIGHTS).exists():
             save_safetensors(start.weights, folder / INITIAL_WEIGHTS)
         with tracking.closing(run, drop=lambda: not (folder / METRICS).exists()):
-            _train(settings, start, corpus, folder, home, run.run_id)
-            return _hand_over(settings, start, corpus, folder, run)
+            _train(settings, start, corpus, folder, home, uri, run.run_id)
+            return _hand_over(stage, settings, start, corpus, folder, run)
 
 
 def _leads() -> bool:
     return int(os.environ.get("RANK", "0")) == 0
 
 
-def _train(settings: StageSettings, start: Start, corpus: Corpus, folder: Path, home: Path, run_id: str) -> None:
+def _check_resumable(settings: StageSettings, start: Start, corpus: Corpus, folder: Path) -> None:
+    newest = checkpoints.newest(folder / "checkpoints")
+    if newest is not None:
+        checkpoints.check_resumable(newest, identity_of(settings, start.architecture, corpus))
+
+
+def _train(
+    settings: StageSettings, start: Start, corpus: Corpus, folder: Path, home: Path, uri: str, run_id: str
+) -> None:
     total = duration_in_steps(settings.training.duration, settings.training.global_batch, corpus.num_samples)
     newest = checkpoints.newest(folder / "checkpoints")
-    if newest is not None and newest.step >= total:
+    rows = tracking.read_metrics(folder / METRICS)
+    scored = settings.data.heldout is None or any(row["step"] == total and "heldout/top1" in row for row in rows)
+    if newest is not None and newest.step >= total and scored:
         log.info("training is finished already (%s)", newest.folder)
         return
     initial = str(folder / INITIAL_WEIGHTS) if start.weights is not None else None
     run_ranks(
         train,
-        Job(settings, start.architecture.to_json(), str(folder), initial, str(home), run_id),
+        Job(settings, start.architecture.to_json(), str(folder), initial, str(home), uri, run_id),
         name=settings.run.name,
         folder=folder / "ray",
         workers=settings.run.workers,
@@ -168,16 +183,19 @@ def _train(settings: StageSettings, start: Start, corpus: Corpus, folder: Path, 
 
 def _check_batch(settings: StageSettings, ranks: int) -> None:
     training = settings.training
-    layout.check_batch(training.global_batch, training.micro_batch, ranks, settings.data.mixup > 0)
+    layout.check_batch(training.global_batch, training.micro_batch, ranks, settings.data.augment.mixup > 0)
 
 
 def _hand_over(
-    settings: StageSettings, start: Start, corpus: Corpus, folder: Path, run: tracking.Run
+    stage: str, settings: StageSettings, start: Start, corpus: Corpus, folder: Path, run: tracking.Run
 ) -> dict[str, Any]:
-    """Publish the newest checkpoint's weights and write down how the run went."""
+    """Publish the newest checkpoint's weights, draw the curves and write down how the run went."""
     checkpoint = checkpoints.newest(folder / "checkpoints")
     assert checkpoint is not None
     rows = tracking.read_metrics(folder / METRICS)
+    pictures.draw_curves(rows, folder / "curves.png")
+    run.artifact(folder / "curves.png")
+    shutil.rmtree(folder / "ray", ignore_errors=True)  # Ray Train's records of workers that have ended
     scores = [row for row in rows if "heldout/top1" in row]
     rates = [row["images_per_second"] for row in rows if "images_per_second" in row]
     waits = [row["data_wait"] for row in rows if "data_wait" in row]
@@ -210,7 +228,7 @@ def _hand_over(
             corpus.class_descriptions or corpus.classes,
             settings.loss.kind,
             tags={
-                **_lineage("", corpus, start),
+                **_lineage(stage, corpus, start),
                 "vitforge.mlflow_run": run.run_id,
                 "vitforge.run": settings.run.name,
                 "vitforge.steps": str(checkpoint.step),
@@ -227,7 +245,13 @@ def _hand_over(
 @contextmanager
 def _run_folder(folder: Path) -> Iterator[None]:
     """The run's folder, made if need be, held against a second job, removed again if no step was taken in it."""
-    folder.mkdir(parents=True, exist_ok=True)
+    fresh = not folder.exists()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SettingsError(
+            f"{folder} cannot be made ({error.strerror}): set run.home or VITFORGE_HOME to a folder that can"
+        ) from error
     with (folder / ".lock").open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -236,7 +260,7 @@ def _run_folder(folder: Path) -> Iterator[None]:
         try:
             yield
         except ValueError:
-            if not (folder / METRICS).exists():
+            if fresh and not (folder / METRICS).exists():
                 shutil.rmtree(folder)
             raise
 
@@ -265,6 +289,7 @@ def _lineage(stage: str, corpus: Corpus, start: Start) -> dict[str, str]:
     tags = {
         "vitforge.stage": stage,
         "vitforge.corpus": corpus.corpus_hash,
+        "vitforge.recipe": Path(sys.argv[1]).stem if len(sys.argv) > 1 else "",
         "vitforge.command": shlex.join(sys.argv),
         "vitforge.parent": start.parent or "",
         "vitforge.git_revision": git_revision(),

@@ -1,5 +1,6 @@
 """Images/s, MFU, time spent waiting for data, time left."""
 
+import re
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,19 +20,19 @@ PEAK_TFLOPS = {
     "GH200": 989,
     "B200": 2250,
     "L40S": 362,
+    "L40": 181,
     "L4": 121,
     "A10": 125,
-    "V100": 125,
 }
-"""Dense bf16 (V100: fp16) tensor-core peak by the vendor's datasheets, for the first name that fits the GPU's."""
+"""Dense bf16 tensor-core peak by the vendor's datasheets, for the longest name that stands in the GPU's as words."""
 
 
-def peak_flops(worker: Worker) -> float | None:
+def peak_flops(worker: Worker, precision: str) -> float | None:
     """FLOP/s that one rank's device can do at most, or None where it is not known."""
-    if not worker.gpu:
+    if not worker.gpu or precision != "bf16":
         return None
     name = torch.cuda.get_device_name(worker.device)
-    known = sorted((key for key in PEAK_TFLOPS if key in name), key=len)
+    known = sorted((key for key in PEAK_TFLOPS if re.search(rf"\b{re.escape(key)}\b", name)), key=len)
     return PEAK_TFLOPS[known[-1]] * 1e12 if known else None
 
 
@@ -69,12 +70,13 @@ class Meter:
         steps: how many the loop will take.
         global_batch: images a step.
         flops: of training on one image.
+        peak: FLOP/s of one rank's device, if known.
+        ranks: how many there are.
     """
 
-    def __init__(self, steps: int, global_batch: int, flops: float, worker: Worker) -> None:
+    def __init__(self, steps: int, global_batch: int, flops: float, peak: float | None, ranks: int) -> None:
         self.steps, self.global_batch, self.flops = steps, global_batch, flops
-        self.peak = peak_flops(worker)
-        self.ranks = worker.world_size
+        self.peak, self.ranks = peak, ranks
         self.started = self._since = time.perf_counter()
         self._at = 0
         self._waited = self._idle = self._idle_total = 0.0

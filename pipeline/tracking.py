@@ -3,11 +3,12 @@
 A server is used where MLFLOW_TRACKING_URI names one; otherwise a SQLite file and a folder under HOME.
 """
 
+import fcntl
 import json
 import logging
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,13 +22,18 @@ MAX_BATCH = 1000
 """Metric points that MLflow takes in one call."""
 
 
-def connect(home: Path) -> str:
+def connect(home: Path, uri: str | None = None) -> str:
     """Point MLflow at its store; returns the tracking URI.
 
+    Args:
+        home: folder of the SQLite file and the artifacts, where no server is named.
+        uri: what a process before this one connected to; None takes MLFLOW_TRACKING_URI, else the file.
+
     Raises:
-        ValueError: the server of MLFLOW_TRACKING_URI does not answer.
+        ValueError: the server does not answer, or the file cannot be used.
     """
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     import mlflow
 
@@ -35,23 +41,29 @@ def connect(home: Path) -> str:
     for chatty in ("alembic", "mlflow"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
     named = os.environ.get("MLFLOW_TRACKING_URI")
-    uri = named or f"sqlite:///{home / 'mlflow.db'}"
-    home.mkdir(parents=True, exist_ok=True)
-    mlflow.set_tracking_uri(uri)
-    mlflow.set_registry_uri(os.environ.get("MLFLOW_REGISTRY_URI") or uri)
-    if named is None:
-        # MLflow writes it there itself; what the user said must stay apart from what we chose.
-        os.environ.pop("MLFLOW_TRACKING_URI", None)
-    client = mlflow.MlflowClient()
+    uri = uri or named or f"sqlite:///{home / 'mlflow.db'}"
     try:
-        if client.get_experiment_by_name(EXPERIMENT) is None:
-            place = (home / "mlartifacts").as_uri() if uri.startswith("sqlite") else None
-            client.create_experiment(EXPERIMENT, artifact_location=place)
-        mlflow.set_experiment(EXPERIMENT)
-    except mlflow.MlflowException as error:
-        first = str(error).splitlines()[0]
+        home.mkdir(parents=True, exist_ok=True)
+        mlflow.set_tracking_uri(uri)
+        mlflow.set_registry_uri(os.environ.get("MLFLOW_REGISTRY_URI") or uri)
+        if named is None:
+            # MLflow writes it there itself; what the user said must stay apart from what we chose.
+            os.environ.pop("MLFLOW_TRACKING_URI", None)
+        # Two processes that make the tables of one new file at once leave it broken.
+        with (home / ".mlflow.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            client = mlflow.MlflowClient()
+            if client.get_experiment_by_name(EXPERIMENT) is None:
+                place = (home / "mlartifacts").as_uri() if uri.startswith("sqlite") else None
+                client.create_experiment(EXPERIMENT, artifact_location=place)
+            mlflow.set_experiment(EXPERIMENT)
+    except OSError as error:
         raise ValueError(
-            f"MLflow at {uri} does not answer as it should ({first}): check MLFLOW_TRACKING_URI"
+            f"{home} cannot be used ({error.strerror}): set run.home or VITFORGE_HOME to another"
+        ) from error
+    except Exception as error:  # MLflow lets those of SQLAlchemy, alembic and requests through
+        raise ValueError(
+            f"MLflow at {uri} does not answer as it should ({_first_line(error)}): check MLFLOW_TRACKING_URI"
         ) from error
     return uri
 
@@ -98,45 +110,61 @@ class Run:
             for start in range(0, len(params), 100):
                 self.client.log_batch(run_id, params=params[start : start + 100])
         else:
-            self.client.update_run(run_id, status="RUNNING")
+            try:
+                self.client.update_run(run_id, status="RUNNING")
+            except mlflow.MlflowException as error:
+                raise ValueError(
+                    f"MLflow at {mlflow.get_tracking_uri()} has no run {run_id}, with which this run was begun: set "
+                    "MLFLOW_TRACKING_URI to what it was then, or use another run.name"
+                ) from error
         self.run_id: str = run_id
         self._waiting: list[Any] = []
         self._flushed = time.monotonic()
-        self._last: int | None = None
+        self._pause = FLUSH_SECONDS
+        self._known: dict[str, int] = {}
+        """The last step that MLflow has of each metric, as far as it was asked."""
 
-    def metrics(self, step: int, values: Mapping[str, float]) -> None:
-        """Record values of a step. Steps that a run before this one recorded already are left as they are."""
-        from mlflow.entities import Metric
-
-        if self._last is None:
-            history = self.client.get_metric_history(self.run_id, "train/loss")
-            self._last = max((point.step for point in history), default=-1)
-        if step <= self._last:
-            return
-        now = int(time.time() * 1000)
-        self._waiting += [Metric(key, value, now, step) for key, value in values.items() if value == value]
-        if time.monotonic() - self._flushed > FLUSH_SECONDS:
-            self.flush()
-
-    def metrics_now(self, values: Mapping[str, float]) -> None:
-        """Record values that belong to the whole run, not to a step."""
-        from mlflow.entities import Metric
-
-        now = int(time.time() * 1000)
-        self._waiting += [Metric(key, value, now, 0) for key, value in values.items()]
+    def catch_up(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Send what the run's own record has and MLflow lacks: points that died with a process before this one."""
+        for row in rows:
+            self.metrics(row["step"], {metric_name(key): value for key, value in row.items() if key != "step"})
         self.flush()
 
+    def metrics(self, step: int, values: Mapping[str, float]) -> None:
+        """Record values of a step. Steps that MLflow has already are left as they are."""
+        from mlflow.entities import Metric
+
+        now = int(time.time() * 1000)
+        for key, value in values.items():
+            if key not in self._known:
+                self._known[key] = self._last_step(key)
+            if step > self._known[key] and value == value:
+                self._known[key] = step
+                self._waiting.append(Metric(key, value, now, step))
+        if time.monotonic() - self._flushed > self._pause:
+            self.flush()
+
+    def _last_step(self, key: str) -> int:
+        try:
+            return max((point.step for point in self.client.get_metric_history(self.run_id, key)), default=-1)
+        except Exception as error:
+            log.warning("MLflow did not say what it has of %s (%s)", key, _first_line(error))
+            return -1
+
     def flush(self) -> None:
-        """Send what waits. A server that does not answer costs a warning, not the run: the next flush tries again."""
-        self._flushed = time.monotonic()
+        """Send what waits. A server that does not answer costs a warning, not the run: a later flush tries again."""
         while self._waiting:
             batch = self._waiting[:MAX_BATCH]
             try:
                 self.client.log_batch(self.run_id, metrics=batch)
             except Exception as error:
+                self._pause = min(2 * self._pause, 300.0)
+                self._flushed = time.monotonic()
                 log.warning("MLflow did not take the metrics (%s); they are kept and sent later", _first_line(error))
                 return
             del self._waiting[: len(batch)]
+        self._pause = FLUSH_SECONDS
+        self._flushed = time.monotonic()
 
     def artifact(self, path: Path, folder: str | None = None) -> None:
         """Store a file with the run."""
@@ -147,12 +175,18 @@ class Run:
 
     def tag(self, key: str, value: str) -> None:
         """Set a tag of the run."""
-        self.client.set_tag(self.run_id, key, value)
+        try:
+            self.client.set_tag(self.run_id, key, value)
+        except Exception as error:
+            log.warning("MLflow did not take the tag %s = %s (%s)", key, value, _first_line(error))
 
     def finish(self, status: str = "FINISHED") -> None:
         """Send what waits and close the run with FINISHED, FAILED or KILLED."""
         self.flush()
-        self.client.set_terminated(self.run_id, status)
+        try:
+            self.client.set_terminated(self.run_id, status)
+        except Exception as error:
+            log.warning("MLflow did not take that the run is %s (%s)", status, _first_line(error))
 
 
 @contextmanager
@@ -204,6 +238,24 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         except json.JSONDecodeError:
             break
     return rows
+
+
+def metric_name(key: str) -> str:
+    """The name in MLflow of a key of the metrics file."""
+    return key if "/" in key else f"train/{key}"
+
+
+def add_scores(run_id: str, values: Mapping[str, float]) -> None:
+    """Record scores with a run that has ended, as it is; a store that does not take them costs a warning."""
+    import mlflow
+    from mlflow.entities import Metric
+
+    now = int(time.time() * 1000)
+    try:
+        client = mlflow.MlflowClient()
+        client.log_batch(run_id, metrics=[Metric(key, value, now, 0) for key, value in values.items()])
+    except Exception as error:
+        log.warning("MLflow did not take the scores (%s)", _first_line(error))
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -12,8 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
+from numpy.typing import NDArray
 
 from cluster.command import duration, log, set_up_logging
 from data_prep.corpus import Corpus
@@ -23,8 +25,7 @@ from models.vit import VisionTransformer, VitConfig
 from models.weights import load_into, load_safetensors
 from pipeline import augment, checkpoints, decoding, layout, pictures, throughput, tracking, workers
 from pipeline.config import StageSettings, duration_in_steps
-from pipeline.engine import build_engine, prepare_deepspeed, set_learning_rate
-from pipeline.engine import step as engine_step
+from pipeline.engine import build_engine, prepare_deepspeed, reduce_and_update, set_learning_rate
 from pipeline.loader import Batch, EvalLoader, TrainLoader
 from pipeline.schedules import Schedule
 from pipeline.scoring import score
@@ -45,11 +46,12 @@ class Job:
     initial_weights: str | None
     """Safetensors file to start from; None draws them from the seed."""
     tracking_home: str
+    tracking_uri: str
     mlflow_run: str
 
 
-class NonFiniteLossError(ValueError):
-    """The loss became infinite or not a number."""
+class NonFiniteError(ValueError):
+    """The loss or the gradient became infinite or not a number."""
 
 
 def train(job: Job) -> None:
@@ -57,7 +59,7 @@ def train(job: Job) -> None:
 
     Raises:
         ValueError: what the user can put right, with what would do.
-        NonFiniteLossError: naming step, rank and samples.
+        NonFiniteError: naming step, rank and samples.
     """
     settings, folder = job.settings, Path(job.folder)
     training, data = settings.training, settings.data
@@ -71,20 +73,20 @@ def train(job: Job) -> None:
     _check_shared_folder(folder, worker)
 
     # ---- data ------------------------------------------------------------------------------------------------
-    corpus = Corpus.open(data.corpus)
-    heldout = Corpus.open(data.heldout) if data.heldout else None
-    backend = decoding.choose_backend(data.decode, worker.gpu)
+    # The driver checked the content of the index; here the sizes do.
+    corpus = Corpus.open(data.corpus, check="sizes")
+    heldout = Corpus.open(data.heldout, check="sizes") if data.heldout else None
+    verdict = decoding.Verdict.for_all(workers.from_all(decoding.choose_backend(data.decode, worker.gpu)))
+    backend = verdict.backend
 
     # ---- model and engine ------------------------------------------------------------------------------------
     config = VitConfig.from_json(job.architecture)
-    resume = checkpoints.newest(folder / "checkpoints")
-    stage = resume.state["zero_stage"] if resume else None
-    memory = layout.device_memory(worker.gpu, worker.local_world_size)
-    plan = layout.settle(settings, config, worker.world_size, worker.gpu, memory, stage)
+    # One rank's view of the disk and of the machines is everybody's: all must come to the same decisions.
+    resume = workers.from_all(checkpoints.newest(folder / "checkpoints") if worker.leads else None)[0]
+    machine = layout.Machine.poorest(workers.from_all(layout.Machine.here(worker)))
+    plan = layout.settle(settings, config, worker.world_size, machine, resume.state if resume else None)
     identity = {
-        "architecture": config.to_json(),
-        "corpus_hash": corpus.corpus_hash,
-        "settings": settings_that_decide(settings),
+        **identity_of(settings, config, corpus),
         "world_size": worker.world_size,
         "zero_stage": plan.zero_stage,
         "precision": plan.precision,
@@ -114,10 +116,11 @@ def train(job: Job) -> None:
     # ---- what is written -------------------------------------------------------------------------------------
     run, metrics_file = None, None
     if worker.leads:
-        tracking.connect(Path(job.tracking_home))
+        tracking.connect(Path(job.tracking_home), job.tracking_uri)
         run = tracking.Run("", job.mlflow_run)
         metrics_file = tracking.MetricsFile(folder / METRICS, start)
-        run.tag("vitforge.decoder", backend)
+        run.catch_up(tracking.read_metrics(folder / METRICS))
+        run.tag("vitforge.decoder", f"{backend}: {verdict.why}")
         run.tag("vitforge.layout", str(plan))
     log.info(
         "%d steps of %d images on %d rank(s): %s, micro-batch %d x %d, ZeRO stage %d, decoding on %s, attention by %s",
@@ -136,11 +139,16 @@ def train(job: Job) -> None:
         samples = step * training.global_batch
         state = {
             **identity,
+            "resolved_settings": settings.model_dump(mode="json"),
+            "decoder": backend,
+            "micro_batch": plan.micro_batch,
             "samples_consumed": samples,
             "mlflow_run": job.mlflow_run,
             "versions": checkpoints.versions(),
         }
         checkpoints.save(engine, folder / "checkpoints", step, state, worker, settings.checkpoint.keep)
+        if run:
+            run.flush()
 
     def evaluate(step: int) -> None:
         assert heldout is not None
@@ -158,82 +166,89 @@ def train(job: Job) -> None:
             named = {f"heldout/{key}": value for key, value in scores.as_metrics().items()}
             metrics_file.write(step, named)
             run.metrics(step, named)
+            run.flush()
 
     # ---- the loop --------------------------------------------------------------------------------------------
     loader = TrainLoader(
         corpus, data, training.seed, worker, training.global_batch, plan.micro_batch, start, total, backend
     )
     batches = iter(loader)
-    meter = throughput.Meter(total - start, training.global_batch, train_flops(config), worker)
+    peak = throughput.peak_flops(worker, plan.precision)
+    meter = throughput.Meter(total - start, training.global_batch, train_flops(config), peak, worker.world_size)
     losses: list[torch.Tensor] = []
-    unchecked: tuple[int, torch.Tensor, Batch] | None = None
+    unchecked: tuple[int, torch.Tensor, NDArray[np.int64]] | None = None
     for step in range(start, total):
         done = step + 1
         # The first step after a start shows that it goes; the record has the same steps with and without restarts.
         recorded = done % settings.log.every == 0 or done in (1, total)
         logged = recorded or done == start + 1
+        saves = done % checkpoint_every == 0 or done == total
+        due = evaluate_every is not None and done % evaluate_every == 0
+        scores = heldout is not None and (due or done == total)
+        step_ids: list[NDArray[np.int64]] = []
         _seed_dropout(training.seed, step, worker.rank)
-        weight = augment.mixup_weight(data.mixup, training.seed, step) if data.mixup else None
+        weight = augment.mixup_weight(data.augment.mixup, training.seed, step) if data.augment.mixup else None
         set_learning_rate(engine, rate_of(step))
         for _ in range(plan.accumulation):
             with meter.waiting():
                 batch = next(batches)
             if step == 0 and worker.leads and run and not losses:
                 _show_batch(batch, corpus, settings, folder, run)
-            images = batch.images.to(plan.dtype)
+            step_ids.append(batch.ids)
+            images = batch.images
             targets = dense_targets(
                 batch.rows, batch.classes, batch.weights, len(images), config.num_classes, worker.device
             )
             if weight is not None:
                 images, targets = mix_pairs(images, weight), mix_pairs(targets, weight)
-            logits = engine(images)
+            logits = engine(images.to(plan.dtype))
             if settings.loss.kind == "softmax":
                 loss = softmax_cross_entropy(logits, targets, settings.loss.label_smoothing)
             else:
                 loss = sigmoid_cross_entropy(logits, targets)
             if not worker.gpu:
-                _check_finite(step, loss, batch, worker)
+                _check_finite("loss", done, loss, batch.ids, worker)
             engine.backward(loss)
-            norm = engine_step(engine, measure=logged)
+            norm = reduce_and_update(engine, measure=logged or saves)
             # On a GPU the value is not there yet: it is looked at when the next batch is under way.
             if unchecked:
-                _check_finite(*unchecked, worker)
-            unchecked = (step, loss.detach(), batch) if worker.gpu else None
+                _check_finite("loss", *unchecked, worker)
+            unchecked = (done, loss.detach(), batch.ids) if worker.gpu else None
             losses.append(loss.detach())
+        if logged or saves:
+            if unchecked:
+                _check_finite("loss", *unchecked, worker)
+                unchecked = None
+            assert norm is not None
+            _check_finite("gradient norm", done, torch.tensor(norm), np.concatenate(step_ids), worker)
+            _check_skipped(engine, done)
         if logged:
-            mean_loss = _mean_over_ranks(losses)
             assert norm is not None
             values = {
-                "loss": mean_loss,
+                "loss": _mean_over_ranks(losses),
                 "learning_rate": rate_of(step),
                 "gradient_norm": norm,
                 **meter.measure(done - start),
             }
-            if not math.isfinite(mean_loss):
-                raise NonFiniteLossError(f"the loss became {mean_loss} at or shortly before step {step}")
             log.info("%s", log_line(done, total, values, meter.seconds_left(done - start)))
             if recorded:
                 losses.clear()
             if run and metrics_file and recorded:
-                metrics_file.write(done, {**values, "samples": done * training.global_batch})
-                run.metrics(done, {f"train/{key}": value for key, value in values.items()})
-        if done % checkpoint_every == 0 or done == total:
-            if unchecked:
-                _check_finite(*unchecked, worker)
+                metrics_file.write(done, values)
+                run.metrics(done, {tracking.metric_name(key): value for key, value in values.items()})
+        if scores:
+            # Before the checkpoint: a restart from it must not find the scores missing.
+            with meter.paused():
+                evaluate(done)
+        if saves:
             with meter.paused():
                 save(done)
             losses.clear()  # so that a restart from here averages over the same steps
-        if heldout is not None and done != total and evaluate_every and done % evaluate_every == 0:
-            with meter.paused():
-                evaluate(done)
-    if heldout is not None and start < total:
+    if heldout is not None and start >= total:
         evaluate(total)
 
     # ---- the end ---------------------------------------------------------------------------------------------
     if run:
-        curves = folder / "curves.png"
-        pictures.draw_curves(tracking.read_metrics(folder / METRICS), curves)
-        run.artifact(curves)
         run.flush()
     engine.destroy()
     dist.barrier()
@@ -249,6 +264,15 @@ def mix_pairs(values: torch.Tensor, weight: float) -> torch.Tensor:
     """
     pairs = values.reshape(len(values) // 2, 2, *values.shape[1:])
     return (weight * pairs + (1 - weight) * pairs.flip(1)).reshape(values.shape)
+
+
+def identity_of(settings: StageSettings, config: VitConfig, corpus: Corpus) -> dict[str, Any]:
+    """What must be the same for a run to go on from a checkpoint, whatever it runs on."""
+    return {
+        "architecture": config.to_json(),
+        "corpus_hash": corpus.corpus_hash,
+        "settings": settings_that_decide(settings),
+    }
 
 
 def settings_that_decide(settings: StageSettings) -> dict[str, Any]:
@@ -285,13 +309,23 @@ def _seed_dropout(seed: int, step: int, rank: int) -> None:
     torch.manual_seed((seed * 0x9E3779B97F4A7C15 + step * 0xC2B2AE3D27D4EB4F + rank * 0x165667B19E3779F9) % 2**63)
 
 
-def _check_finite(step: int, loss: torch.Tensor, batch: Batch, worker: workers.Worker) -> None:
-    value = float(loss.detach())
-    if not math.isfinite(value):
-        raise NonFiniteLossError(
-            f"the loss became {value} at step {step} on rank {worker.rank}, samples {batch.ids.tolist()}: the last "
+def _check_finite(what: str, step: int, value: torch.Tensor, ids: NDArray[np.int64], worker: workers.Worker) -> None:
+    number = float(value.detach())
+    if not math.isfinite(number):
+        raise NonFiniteError(
+            f"the {what} became {number} at step {step} on rank {worker.rank}, samples {ids.tolist()}: the last "
             "checkpoint is from before it. A lower optimizer.learning_rate, a longer optimizer.warmup or "
             "optimizer.gradient_clipping=1.0 would do; look at those samples too"
+        )
+
+
+def _check_skipped(engine: Any, step: int) -> None:
+    """DeepSpeed passes over an update whose gradient is not finite, in silence; the samples would be lost."""
+    if engine.skipped_steps:
+        raise NonFiniteError(
+            f"the gradient of {engine.skipped_steps} step(s) shortly before step {step} was not finite, and DeepSpeed "
+            "skipped them: the last checkpoint is from before. A lower optimizer.learning_rate or a longer "
+            "optimizer.warmup would do"
         )
 
 
@@ -303,19 +337,14 @@ def _mean_over_ranks(losses: list[torch.Tensor]) -> float:
 
 def _check_shared_folder(folder: Path, worker: workers.Worker) -> None:
     """Every rank must see the run's folder: checkpoints are written there by all of them."""
-    token = [f"{time.time_ns()}" if worker.leads else None]
     marker = folder / ".shared"
+    token = workers.from_all(str(time.time_ns()))[0]
     if worker.leads:
-        marker.write_text(str(token[0]))
+        marker.write_text(token)
     if worker.world_size > 1:
-        dist.broadcast_object_list(token)
-    seen = [marker.exists() and marker.read_text() == token[0]]
-    everyone: list[list[bool]] = [[False]] * worker.world_size
-    if worker.world_size > 1:
-        dist.all_gather_object(everyone, seen)
-    else:
-        everyone = [seen]
-    blind = [rank for rank, (sees,) in enumerate(everyone) if not sees]
+        dist.barrier()
+    seen = workers.from_all(marker.exists() and marker.read_text() == token)
+    blind = [rank for rank, sees in enumerate(seen) if not sees]
     if blind:
         raise ValueError(
             f"the run's folder {folder} is not shared: rank(s) {', '.join(map(str, blind))} do not see what rank 0 "

@@ -3,6 +3,7 @@
 import datetime
 import os
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -39,6 +40,15 @@ class Worker:
         return None if backend == "cpu" else self.gpu_index
 
 
+def from_all(value: Any) -> list[Any]:
+    """What every rank has, in the order of the ranks; all must call it."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
 def under_torchrun() -> bool:
     """Whether torchrun started this process: it is then a rank itself, and Ray is not needed."""
     return "TORCHELASTIC_RUN_ID" in os.environ
@@ -62,6 +72,7 @@ def join(timeout_s: int) -> Worker:
         # Ray shows a worker only its own GPU or all of the node's, depending on its version and settings.
         gpu_index = numbers[2] % torch.cuda.device_count()
         torch.cuda.set_device(gpu_index)
+        os.environ["LOCAL_RANK"] = str(gpu_index)  # DeepSpeed takes its device from here
     if not dist.is_initialized():
         timeout = datetime.timedelta(seconds=timeout_s)
         backend = "gloo" if gpu_index is None else "nccl"

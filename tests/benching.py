@@ -1,10 +1,13 @@
 """What the benchmarks of loading and training share: CPU time, contenders in turn, one form of table."""
 
 import multiprocessing
+import os
 import statistics
+import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import psutil
 
@@ -25,17 +28,23 @@ def cpu_seconds() -> float:
     return time.process_time() + sum(used.user + used.system for used in uses)
 
 
-def rest(quiet: float = 0.15) -> float:
-    """Wait until other threads and workers have nothing left to do; returns the moment at which they had finished."""
+def rest(looks: int = 5) -> float:
+    """Wait until no other thread and no worker runs or wants to, however busy the machine is; since when that is so."""
 
-    def elsewhere() -> float:
-        return cpu_seconds() - time.thread_time()
+    def busy() -> bool:
+        mine = threading.get_native_id()
+        processes = [os.getpid(), *(child.pid for child in multiprocessing.active_children())]
+        threads = [thread for process in processes for thread in Path(f"/proc/{process}/task").iterdir()]
+        states = ((thread / "stat").read_text().rpartition(")")[2].split()[0] for thread in threads)
+        return any(state in "RD" for thread, state in zip(threads, states, strict=True) if thread.name != str(mine))
 
-    last, since = elsewhere(), time.perf_counter()
-    while time.perf_counter() - since < quiet:
+    quiet, since = 0, time.perf_counter()
+    while quiet < looks:
         time.sleep(0.01)
-        if (used := elsewhere()) - last > 0.03 * quiet:  # a queue that is full still looks up now and then
-            last, since = used, time.perf_counter()
+        if busy():
+            quiet, since = 0, time.perf_counter()
+        else:
+            quiet += 1
     return since
 
 
@@ -50,10 +59,12 @@ def rounds_in_turn(contenders: Mapping[str, Callable[[], None]], rounds: int) ->
             rest()
             cpu, wall = cpu_seconds(), time.perf_counter()
             run()
+            looking = time.thread_time()
             finished = rest()
+            looking = time.thread_time() - looking
             if number:
                 times[name].wall.append(finished - wall)
-                times[name].cpu.append(cpu_seconds() - cpu)
+                times[name].cpu.append(cpu_seconds() - cpu - looking)
     return times
 
 

@@ -6,7 +6,7 @@ import torch
 
 from data_prep.corpus import Corpus
 from models.preprocess import Preprocessing
-from pipeline.config import DataSettings
+from pipeline.config import AugmentSettings, DataSettings
 from pipeline.loader import EvalLoader, TrainLoader
 from pipeline.workers import Worker
 from tests.corpora import image_folder, make_corpus
@@ -18,9 +18,15 @@ def corpus(tmp_path_factory) -> Corpus:
     return make_corpus(image_folder(root / "images", classes=3, images=15), root / "corpus")
 
 
-def settings(corpus, **values) -> DataSettings:
+def settings(corpus, eval_resize=None, **augment) -> DataSettings:
     return DataSettings(
-        corpus=str(corpus.path), image_size=16, decode_threads=1, **({"mean": (0.5,) * 3, "std": (0.5,) * 3} | values)
+        corpus=str(corpus.path),
+        image_size=16,
+        augment=AugmentSettings(**augment),
+        eval_resize=eval_resize,
+        mean=(0.5, 0.5, 0.5),
+        std=(0.5, 0.5, 0.5),
+        decode_threads=1,
     )
 
 

@@ -6,8 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cluster.settings import SettingsError, find_recipe, load_recipe, parse_command, resolve
-from pipeline.config import FinetuneSettings, PretrainSettings, duration_in_steps
-from pipeline.stage import RECIPES
+from pipeline.config import RECIPES, FinetuneSettings, PretrainSettings, duration_in_steps
 
 PRETRAIN = sorted((RECIPES / "pretrain").glob("*.yaml"))
 FINETUNE = sorted((RECIPES / "finetune").glob("*.yaml"))
@@ -41,13 +40,13 @@ def test_recipes_of_the_paper_have_its_numbers():
 def test_overrides_reach_nested_keys_with_their_types():
     settings = demo(
         "optimizer.learning_rate=1e-4",
-        "data.crop_area=[0.5, 1.0]",
+        "data.augment.crop_area=[0.5, 1.0]",
         "data.heldout=/x",
         "model.pool=gap",
         "run.workers=null",
     )
     assert settings.optimizer.learning_rate == 1e-4
-    assert settings.data.crop_area == (0.5, 1.0)
+    assert settings.data.augment.crop_area == (0.5, 1.0)
     assert settings.data.heldout == "/x"
     assert settings.model.pool == "gap"
     assert settings.run.workers is None
@@ -64,13 +63,21 @@ def test_overrides_reach_nested_keys_with_their_types():
         ("model.pool=max", ["model.pool", "'max'", "cls"]),
         ("run.name=7", ["run.name", "7", "as text"]),
         ("run.name=../other", ["run.name", "'../other'"]),
-        ("data.crop_area=[0.9, 0.1]", ["data.crop_area", "0.9", "least <= most"]),
+        ("data.augment.crop_area=[0.9, 0.1]", ["data.augment.crop_area", "0.9", "least <= most"]),
         ("optimizer.final_learning_rate=1", ["optimizer.final_learning_rate", "optimizer.learning_rate"]),
         ("evaluation.every=1 epochs", ["evaluation.every", "data.heldout"]),
         ("registry.name=null", []),
         ("registry.alias=best", []),
         ("training.zero_stage=4", ["training.zero_stage", "4"]),
         ("nonsense", ["'nonsense'", "key.sub=value"]),
+        ("optimizer.momentum=0.5", ["optimizer.momentum has no effect with optimizer.kind = 'adamw'"]),
+        ("optimizer.timescale=5 steps", ["optimizer.timescale has no effect", "optimizer.schedule = 'cosine'"]),
+        ("data.augment.randaugment_magnitude=5", ["randaugment_magnitude has no effect", "randaugment_layers = 0"]),
+        ("data.augment.crop=squash", ["crop_area has no effect", "data.augment.crop_area=null takes it out"]),
+        ("evaluation.batch=7", ["evaluation.batch has no effect without data.heldout"]),
+        ("optimizer.betas=[1.5, 2]", ["optimizer.betas", "1.5", "less than 1"]),
+        ("checkpoint.every=0 steps", ["checkpoint.every", "longer than nothing"]),
+        ("training.duration=1,5 epochs", ["training.duration", "'1,5 epochs' is not a duration"]),
     ],
 )
 def test_what_cannot_be_is_refused_by_name_with_what_would_do(override, parts):
@@ -90,6 +97,17 @@ def test_combinations_are_refused():
         demo("loss.kind=sigmoid", "loss.label_smoothing=0.1")
     with pytest.raises(SettingsError, match=r"eval_resize = 8.*image_size = 16"):
         demo("data.eval_resize=8")
+
+
+def test_null_takes_a_key_of_the_recipe_back_to_its_default():
+    settings = demo("data.augment.crop=squash", "data.augment.crop_area=null")
+    assert settings.data.augment.crop_area == (0.05, 1.0)
+    with pytest.raises(SettingsError, match=r"unknown key .data\.crop."):
+        demo("data.crop=null")
+
+
+def test_a_name_that_looks_like_a_date_is_a_name():
+    assert demo("run.name=2026-01-01").run.name == "2026-01-01"
 
 
 def test_every_wrong_key_is_named_at_once():
@@ -154,7 +172,7 @@ def test_resolved_settings_round_trip():
 @pytest.mark.parametrize(
     ("text", "steps"),
     [("90 epochs", 4500), ("1 epoch", 50), ("10k steps", 10000), ("1_000 steps", 1000), ("0.5 epochs", 25),
-     ("300M images", 3_000_000), ("0 steps", 0), ("1 image", 1)],
+     ("1,000 steps", 1000), ("300M images", 3_000_000), ("0 steps", 0), ("1 image", 1)],
 )  # fmt: skip
 def test_durations_in_any_unit(text, steps):
     assert duration_in_steps(text, global_batch=100, num_samples=5000) == steps

@@ -47,7 +47,7 @@ def written(home):
     ("overrides", "parts"),
     [
         (
-            ["training.global_batch=63", "data.mixup=0.0"],
+            ["training.global_batch=63", "data.augment.mixup=0.0"],
             ["training.global_batch = 63", "2 ranks", "run.workers = 1, 3, 7, 9, 21 or 63"],
         ),
         (["training.micro_batch=5"], ["training.micro_batch = 5", "32 images", "4, 8"]),
@@ -156,6 +156,18 @@ def test_a_run_folder_in_use_or_of_another_stage_is_refused(home, corpus, monkey
     (folder / "run.json").write_text(json.dumps({"stage": "finetune", "parent": "models:/a/1"}))
     message = error_of(pretrain, monkeypatch, "demo", f"data.corpus={corpus.path}")
     assert "holds a finetune run from models:/a/1" in message
+
+
+def test_checkpoints_of_which_none_is_whole_are_not_passed_over_in_silence(home, corpus, monkeypatch):
+    folder = home / "runs" / "demo-pretrain" / "checkpoints" / "step-00000010"
+    folder.mkdir(parents=True)
+    (folder / "state.json").write_text('{"step": 10')
+    message = error_of(pretrain, monkeypatch, "demo", f"data.corpus={corpus.path}")
+    assert "none of the 1 checkpoint(s)" in message
+    assert "use another run.name" in message
+    (folder / "state.json").write_text('{"step": 10, "files": {}, "format": 99}')
+    assert "has format 99" in error_of(pretrain, monkeypatch, "demo", f"data.corpus={corpus.path}")
+    assert folder.exists()
 
 
 def test_a_server_that_does_not_answer_is_named(home, corpus, monkeypatch):

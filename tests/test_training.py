@@ -5,6 +5,8 @@ import shutil
 
 import pytest
 
+from pipeline import tracking
+from pipeline.packages import load_package
 from tests.corpora import image_folder, make_corpus
 from tests.running import losses, rows, torchrun, torchrun_killed
 
@@ -20,7 +22,8 @@ TINY = [
 def places(tmp_path_factory):
     root = tmp_path_factory.mktemp("training")
     corpus = make_corpus(image_folder(root / "images", classes=3, images=20), root / "corpus")
-    return root / "home", corpus.path
+    other = make_corpus(image_folder(root / "others", classes=3, images=21), root / "other")
+    return root / "home", corpus.path, other.path
 
 
 def words(places, name, *overrides):
@@ -36,11 +39,11 @@ def run(places, name, ranks, *overrides):
 
 @pytest.fixture(scope="module")
 def two_ranks(places):
-    return run(places, "two", 2, "training.zero_stage=2", "data.mixup=0.2")
+    return run(places, "two", 2, "training.zero_stage=2", "data.augment.mixup=0.2")
 
 
 def test_one_rank_and_two_agree_on_the_loss_of_every_step(places, two_ranks):
-    one = run(places, "one", 1, "training.zero_stage=0", "training.micro_batch=6", "data.mixup=0.2")
+    one = run(places, "one", 1, "training.zero_stage=0", "training.micro_batch=6", "data.augment.mixup=0.2")
     assert sorted(one) == sorted(two_ranks) == list(range(1, STEPS + 1))
     for step in range(1, STEPS + 1):
         assert one[step] == pytest.approx(two_ranks[step], rel=1e-4), step
@@ -48,7 +51,7 @@ def test_one_rank_and_two_agree_on_the_loss_of_every_step(places, two_ranks):
 
 
 def test_a_run_killed_half_way_goes_on_with_identical_losses(places, two_ranks):
-    name, overrides = "killed", ("training.zero_stage=2", "data.mixup=0.2")
+    name, overrides = "killed", ("training.zero_stage=2", "data.augment.mixup=0.2")
     metrics = places[0] / "runs" / name / "metrics.jsonl"
     last = torchrun_killed(2, places[0], metrics, 25, *words(places, name, *overrides))
     assert 25 <= last < STEPS
@@ -66,7 +69,7 @@ def test_a_damaged_newest_checkpoint_is_passed_over_loudly(places, two_ranks):
     newest = home / "runs" / "damaged" / "checkpoints" / "step-00000050" / "zero"
     part = next(newest.glob("*optim_states.pt"))
     part.write_bytes(part.read_bytes()[:-100])
-    done = torchrun(2, home, *words(places, "damaged", "training.zero_stage=2", "data.mixup=0.2"))
+    done = torchrun(2, home, *words(places, "damaged", "training.zero_stage=2", "data.augment.mixup=0.2"))
     assert done.returncode == 0, done.stderr[:6000]
     assert part.name in done.stderr
     assert "falling back" in done.stderr
@@ -81,10 +84,14 @@ def test_a_damaged_newest_checkpoint_is_passed_over_loudly(places, two_ranks):
         (["model.width=64", "model.heads=4"], 2, "another architecture"),
         (["training.zero_stage=1"], 2, "training.zero_stage = 2"),
         ([], 1, "run.workers = 2"),
+        (["data.corpus=OTHER"], 2, "another corpus"),
     ],
 )
 def test_a_checkpoint_of_another_run_is_refused_with_what_differs(places, two_ranks, overrides, ranks, message):
-    words_ = words(places, "two", "training.zero_stage=2", "data.mixup=0.2", "training.duration=60 steps", *overrides)
+    overrides = [word.replace("OTHER", str(places[2])) for word in overrides]
+    words_ = words(
+        places, "two", "training.zero_stage=2", "data.augment.mixup=0.2", "training.duration=60 steps", *overrides
+    )
     before = (places[0] / "runs" / "two" / "metrics.jsonl").read_bytes()
     state = places[0] / "runs" / "two" / "checkpoints" / "step-00000050" / "state.json"
     changed = json.loads(state.read_text())
@@ -113,7 +120,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_with_step_rank_and_samples(plac
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", [0, 1, 3])
 def test_other_stages_agree_and_resume_too(places, two_ranks, stage):
-    overrides = (f"training.zero_stage={stage}", "data.mixup=0.2")
+    overrides = (f"training.zero_stage={stage}", "data.augment.mixup=0.2")
     straight = run(places, f"stage{stage}", 2, *overrides)
     for step in range(1, STEPS + 1):
         assert straight[step] == pytest.approx(two_ranks[step], rel=1e-4), step
@@ -123,11 +130,29 @@ def test_other_stages_agree_and_resume_too(places, two_ranks, stage):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_bf16_keeps_fp32_master_weights_through_resume_and_hand_over(places, two_ranks, stage):
+    name = f"bf16-stage{stage}"
+    overrides = (f"training.zero_stage={stage}", "training.precision=bf16", "data.augment.mixup=0.2")
+    metrics = places[0] / "runs" / name / "metrics.jsonl"
+    torchrun_killed(2, places[0], metrics, 25, *words(places, name, *overrides, f"registry.name={name}"))
+    bf16 = run(places, name, 2, *overrides, f"registry.name={name}")
+    straight = run(places, name + "-straight", 2, *overrides)
+    assert bf16 == straight
+    assert bf16[1] == pytest.approx(two_ranks[1], rel=1e-2)
+    assert bf16[STEPS] == pytest.approx(two_ranks[STEPS], rel=5e-2)
+    tracking.connect(places[0])
+    state = load_package(f"models:/{name}/1").state
+    kernel = state["blocks.0.fc1.weight"]
+    assert (kernel != kernel.bfloat16().float()).float().mean() > 0.5  # finer than bf16 can say
+
+
+@pytest.mark.slow
 def test_dropout_sigmoid_and_accumulation_resume_too(places):
     overrides = (
         "training.zero_stage=1", "model.dropout=0.1", "model.drop_path=0.2", "loss.kind=sigmoid",
         "training.micro_batch=2",
-        "optimizer.schedule=rsqrt", "optimizer.cooldown=10 steps", "data.randaugment_layers=1",
+        "optimizer.schedule=rsqrt", "optimizer.cooldown=10 steps", "data.augment.randaugment_layers=1",
     )  # fmt: skip
     straight = run(places, "rich", 2, *overrides)
     metrics = places[0] / "runs" / "rich-killed" / "metrics.jsonl"

@@ -369,8 +369,8 @@ class EvaluateSettings(Settings):
     """Folder of the corpus to score it on."""
     batch: PositiveInt = 64
     """Images a forward pass on one rank."""
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """auto: bf16 on GPUs and on CPUs with bf16 matrix units, fp32 elsewhere."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """fp32, as consumers of the registry compute, or bf16."""
     decode: Literal["auto", "cpu", "gpu"] = "auto"
     """Where DALI decodes; auto tries the GPU in a subprocess first and falls back to the CPU."""
     workers: PositiveInt | None = None

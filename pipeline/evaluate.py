@@ -9,7 +9,7 @@ example:
 
 import json
 import sys
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 if __package__ in (None, ""):  # run as a script: the repository root belongs on the path, not this folder
@@ -18,6 +18,8 @@ if __package__ in (None, ""):  # run as a script: the repository root belongs on
 import os
 import tempfile
 import time
+
+import torch
 
 from cluster.command import absolute_path, log, run_command, set_up_logging
 from cluster.settings import SettingsError, parse_command
@@ -28,7 +30,6 @@ from models.weights import load_into
 from pipeline import decoding, packages, tracking, workers
 from pipeline.config import DataSettings, EvaluateSettings
 from pipeline.launch import run_ranks
-from pipeline.layout import Layout, Machine, settle_precision
 from pipeline.loader import EvalLoader
 from pipeline.scoring import score
 from pipeline.stage import home_folder
@@ -57,9 +58,7 @@ def evaluate(job: Job) -> None:
     corpus = Corpus.open(settings.corpus, check="sizes")
     tracking.connect(Path(job.tracking_home), job.tracking_uri)
     package = packages.load_package(job.model)
-    machine = Machine.poorest(workers.from_all(Machine.here(worker)))
-    precision = settle_precision(settings.precision, machine)
-    dtype = Layout(precision, 1, 1, 0, compile=False, recompute=False).dtype
+    dtype = torch.bfloat16 if settings.precision == "bf16" else torch.float32
     model = VisionTransformer(package.config)
     load_into(model, package.state)
     model.to(worker.device, dtype)
@@ -72,7 +71,7 @@ def evaluate(job: Job) -> None:
     scores = score(model, loader, package.activation, dtype)
     if worker.leads:
         rate = scores.images / (time.perf_counter() - began)
-        write_json(Path(job.result), {**scores.as_metrics(), "images_per_second": rate})
+        write_json(Path(job.result), {**asdict(scores), "images_per_second": rate})
 
 
 def data_settings(package: packages.Package, settings: EvaluateSettings) -> DataSettings:

@@ -64,7 +64,7 @@ def dali_batches(shards: list[Path], settings: DataSettings) -> Iterator[torch.T
 
     @pipeline_def(batch_size=BATCH, num_threads=settings.decode_threads, device_id=None, prefetch_queue_depth=2)
     def graph() -> Any:
-        encoded, label = fn.readers.webdataset(
+        encoded, label = fn.readers.webdataset(  # type: ignore[misc]  # its stub knows one output at most
             paths=[str(shard) for shard in shards],
             index_paths=[str(shard.with_suffix(".idx")) for shard in shards],
             ext=[EXTENSIONS, "cls"],

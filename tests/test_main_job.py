@@ -93,10 +93,18 @@ def test_a_killed_worker_is_started_again_and_the_run_ends_as_if_nothing_had_bee
     corpus = make_corpus(image_folder(tmp_path / "images", classes=3, images=20), tmp_path / "corpus")
     home = tmp_path / "home"
     words = [
-        "pipeline/pretrain.py", "demo", f"data.corpus={corpus.path}", "model.width=32", "model.depth=2",
-        "model.heads=2", "training.duration=300 steps", "training.global_batch=12", "log.every=1", "checkpoint.every=50 steps",
+        "pipeline/pretrain.py",
+        "demo",
+        f"data.corpus={corpus.path}",
+        "model.width=32",
+        "model.depth=2",
+        "model.heads=2",
+        "training.duration=300 steps",
+        "training.global_batch=12",
+        "log.every=1",
+        "checkpoint.every=50 steps",
         "registry.name=null",
-    ]  # fmt: skip
+    ]
     straight = script(home, *words, "run.name=straight")
     assert straight.returncode == 0, straight.stderr[-3000:]
     process = subprocess.Popen(

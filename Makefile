@@ -26,9 +26,9 @@ lint: $(READY)
 	$(BIN)/mypy
 
 bench: $(READY)
-	$(BIN)/python tests/bench_loading.py
-	$(BIN)/python tests/bench_writing.py
-	$(BIN)/python tests/bench_training.py
+	$(BIN)/python -m tests.bench_loading
+	$(BIN)/python -m tests.bench_writing
+	$(BIN)/python -m tests.bench_training
 
 $(READY): requirements.lock
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \

@@ -59,9 +59,7 @@ class Preprocessing:
         else:
             fits = type(self.resize_to) is int and self.resize_to >= self.size
             _require(fits, f"resize_to = {self.resize_to!r} must be at least size = {self.size}")
-        _require(
-            self.interpolation == "bilinear", f"interpolation = {self.interpolation!r}: only 'bilinear' is there"
-        )
+        _require(self.interpolation == "bilinear", f"interpolation = {self.interpolation!r}: only 'bilinear' is there")
         for name, values in (("mean", self.mean), ("std", self.std)):
             numbers = len(values) == 3 and all(type(v) in (int, float) and math.isfinite(v) for v in values)
             _require(numbers, f"{name} = {values!r} must be three numbers")

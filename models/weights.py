@@ -123,9 +123,7 @@ def resize_position_embedding(pos_embed: Tensor, old_grid: int, new_grid: int, p
     return torch.cat([kept, resized], dim=1)
 
 
-FREE_TO_CHANGE = frozenset(
-    {"image_size", "num_classes", "representation_size", "dropout", "drop_path", "head_bias"}
-)
+FREE_TO_CHANGE = frozenset({"image_size", "num_classes", "representation_size", "dropout", "drop_path", "head_bias"})
 """Fields of VitConfig in which fine-tuning may differ from pre-training."""
 
 

@@ -51,6 +51,7 @@ def train_graph(
         num_threads=threads,
         device_id=device_id,
         prefetch_queue_depth=2,
+        exec_dynamic=True,  # the executor that leaves alone what a tensor still holds: pipeline/loader.py counts on it
         enable_conditionals=layers > 0,
     )
     def graph() -> Any:
@@ -103,7 +104,7 @@ def eval_graph(
 
     side = settings.image_size
 
-    @pipeline_def(batch_size=batch, num_threads=threads, device_id=device_id, prefetch_queue_depth=2)
+    @pipeline_def(batch_size=batch, num_threads=threads, device_id=device_id, prefetch_queue_depth=2, exec_dynamic=True)
     def graph() -> Any:
         encoded = fn.external_source(source=source, num_outputs=1, batch=True)[0]
         images = fn.decoders.image(encoded, device="cpu" if backend == "cpu" else "mixed", output_type=types.RGB)

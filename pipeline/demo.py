@@ -128,7 +128,8 @@ def main() -> None:
         ("images", f"{sum(counts.values()):,} digits as JPEG files", images),
         (
             "corpora",
-            ", ".join(f"{count} {part}" for part, count in counts.items()) + f", in {duration(sharding)}",
+            ", ".join(f"{count} {part}" for part, count in counts.items())
+            + f"; {sum(counts.values()) / sharding:,.0f} images/s in {duration(sharding)}",
             corpora,
         ),
         ("pre-training", _speed(pretrained), pretrained["model"]),

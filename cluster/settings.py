@@ -239,7 +239,7 @@ def help_text(
         for path in sorted(recipes.glob("*.yaml")):
             lines.append(f"  {path.stem:<28} {path.read_text().splitlines()[0].lstrip('# ')}")
         lines.append("")
-    lines.append("settings (give any of them as KEY=VALUE, for example log.every=10):")
+    lines.append("settings (give any of them as KEY=VALUE; KEY=null takes one back to its default):")
     for key, field in iterate_keys(settings_type):
         if key in positionals:
             continue

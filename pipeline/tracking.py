@@ -7,6 +7,7 @@ import fcntl
 import json
 import logging
 import os
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -71,7 +72,7 @@ def connect(home: Path, uri: str | None = None) -> str:
 def open_command(home: Path) -> str:
     """The command that opens MLflow's pages on what was tracked."""
     server = os.environ.get("MLFLOW_TRACKING_URI")
-    return server if server else f"mlflow ui --backend-store-uri sqlite:///{home / 'mlflow.db'}"
+    return server or f"{Path(sys.executable).with_name('mlflow')} ui --backend-store-uri sqlite:///{home / 'mlflow.db'}"
 
 
 class Run:

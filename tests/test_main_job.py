@@ -15,7 +15,7 @@ import pytest
 from tests.corpora import image_folder, make_corpus
 from tests.running import REPOSITORY, environment, free_port, losses, script
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
 
 
 def test_the_demo_reaches_its_accuracy_and_a_rerun_repeats_nothing(tmp_path):

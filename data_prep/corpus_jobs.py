@@ -70,7 +70,7 @@ def finished_before(folder: Path, plan: CorpusPlan) -> Corpus | None:
 def _in_words(plan: dict[str, Any]) -> str:
     if "source" not in plan:
         return "unreadable"
-    counts = [f"{count:,} {what}" for what, count in plan["source"].items() if what != "kind"]
+    counts = [f"{count:,} {what}" for what, count in sorted(plan["source"].items()) if what != "kind"]
     return ", ".join([*counts, str(plan["settings"])])
 
 

@@ -2,13 +2,14 @@
 
 import json
 import shutil
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from cluster import storage
-from cluster.command import duration, log
+from cluster.command import Progress, duration, log
 from data_prep.corpus import MANIFEST, PLAN, QUARANTINE, Corpus, CorpusError
 from data_prep.corpus_assembly import CorpusPlan
 from data_prep.shard_task import finished_record, remove_shard
@@ -108,7 +109,11 @@ def remove_unfinished_corpus(folder: Path, names: list[str]) -> None:
 
 
 def run_tasks(
-    function: Callable[[Any], dict[str, Any]], tasks: Mapping[str, Callable[[], Any]], folder: Path, workers: int
+    function: Callable[[Any], dict[str, Any]],
+    tasks: Mapping[str, Callable[[], Any]],
+    folder: Path,
+    workers: int,
+    progress: Progress,
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """Do the work of shards in Ray tasks, a bounded number at a time.
 
@@ -117,6 +122,7 @@ def run_tasks(
         tasks: for the name of each shard what makes its task, called when its turn has come: a task may be large.
         folder: of the corpus.
         workers: shards at a time; 0 for what the cluster has CPUs for.
+        progress: the caller's; its time counts from when Ray is there.
 
     Yields:
         (name, record) as shards are finished.
@@ -133,6 +139,7 @@ def run_tasks(
         # A failing disk or network is tried again, also on another node; a source that is wrong is not.
         remote = ray.remote(num_cpus=1, max_retries=_ATTEMPTS - 1, retry_exceptions=[OSError])(function)
         at_once = workers or 2 * max(1, int(ray.cluster_resources().get("CPU", 1)))
+        progress.started = time.monotonic()
         running: dict[Any, str] = {}
         waiting = iter(tasks.items())
         while True:

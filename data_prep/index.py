@@ -196,7 +196,7 @@ def _make_corpus(folder: Path, plan: IndexPlan, settings: IndexSettings) -> Corp
     progress.skip(len(records))
     done, note = 0, ""
     if tasks:
-        for name, record in run_tasks(index_tar, tasks, folder, settings.workers):
+        for name, record in run_tasks(index_tar, tasks, folder, settings.workers, progress):
             records[name] = record
             done += sizes[name]
             note = f"{done / 1e6 / max(time.monotonic() - progress.started, 1e-9):,.0f} MB/s"

@@ -51,7 +51,7 @@ def index_tar(task: IndexTask) -> dict[str, Any]:
     columns: list[tuple[int, int, int, int, int, int, int]] = []
     labels: list[list[tuple[int, float]]] = []
     origins: list[str] = []
-    index_lines: list[str] = []
+    index_lines: list[bytes] = []
     quarantined: list[tuple[str, str]] = []
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -75,14 +75,14 @@ def index_tar(task: IndexTask) -> dict[str, Any]:
     return commit_shard(
         task.folder, task.source.name, task.plan_hash,
         np.array(columns, SAMPLE_DTYPE), Labels.of(labels) if task.label_extension == "json" else None,
-        origins, quarantined, "".join([f"v1.2 {len(index_lines)}\n", *index_lines]).encode(),
+        origins, quarantined, b"".join([b"v1.2 %d\n" % len(index_lines), *index_lines]),
         size, storage.hash_file(path),
     )  # fmt: skip
 
 
 def _read_sample(
     descriptor: int, sample: TarSample, task: IndexTask
-) -> tuple[tuple[int, int, int, int, int, int, int], list[tuple[int, float]], str]:
+) -> tuple[tuple[int, int, int, int, int, int, int], list[tuple[int, float]], bytes]:
     """A sample's row of the index, its labels, and its line in DALI's index."""
     image, label = sample.image(), sample.label(task.label_extension)
     pairs = parse_label(_read(descriptor, label.offset, label.size), task.label_extension, task.num_classes)

@@ -148,7 +148,7 @@ def _write_shards(folder: Path, plan: Plan, workers: int) -> list[dict[str, Any]
     written, note = 0, ""
     tasks = {name: partial(plan.task, shard, folder) for name, shard in missing.items()}
     if tasks:
-        for name, record in run_tasks(write_shard, tasks, folder, workers):
+        for name, record in run_tasks(write_shard, tasks, folder, workers, progress):
             records[name] = record
             written += record["sizes"][".tar"]
             note = f"{written / 1e6 / max(time.monotonic() - progress.started, 1e-9):,.0f} MB/s"

@@ -117,7 +117,7 @@ def check_shard(corpus: Corpus, shard: int, first_id: int) -> Iterator[str]:
         yield str(error)
     offsets = corpus.index["offset"][first_id : first_id + facts["samples"]].tolist()
     lines = [dali_index_line(samples[offset]) for offset in offsets if offset in samples]
-    content = "".join([f"v1.2 {len(lines)}\n", *lines]).encode()
+    content = b"".join([b"v1.2 %d\n" % len(lines), *lines])
     index_path = path.with_suffix(".idx")
     if not index_path.is_file() or index_path.read_bytes() != content:
         yield f"{index_path} is missing or is not the index of its tar"

@@ -83,17 +83,17 @@ def iterate_samples(members: Iterable[Member]) -> Iterator[TarSample]:
         yield sample
 
 
-def dali_index_line(members: Iterable[Member]) -> str:
+def dali_index_line(members: Iterable[Member]) -> bytes:
     """A sample's line in an index of format v1.2: `extension offset size name` of every member.
 
     Words are split at white space there, and names do no more than name: white space in them is written as `_`.
     """
     entries = []
     for member in members:
-        _, extension = split_name(member.name)
-        words = (extension, b"%d" % member.offset, b"%d" % member.size, member.name)
-        entries.append(" ".join(re.sub(r"\s", "_", word.decode("utf-8", "backslashreplace")) for word in words))
-    return " ".join(entries) + "\n"
+        words = (split_name(member.name)[1], b"%d" % member.offset, b"%d" % member.size, member.name)
+        entry = b" ".join(words)
+        entries.append(entry if len(entry.split()) == 4 else b" ".join(re.sub(rb"\s", b"_", word) for word in words))
+    return b" ".join(entries) + b"\n"
 
 
 def parse_label(content: bytes, extension: str, num_classes: int | None = None) -> list[tuple[int, float]]:

@@ -16,6 +16,7 @@ import pytest
 from PIL import Image
 
 from cluster.ray_runtime import ray_session
+from data_prep.contact_sheet import draw_contact_sheet
 from data_prep.corpus import Corpus
 from data_prep.distributions import Distribution, measure
 from data_prep.index import IndexSettings, index_corpus
@@ -104,6 +105,19 @@ def test_show_draws_the_images_of_the_corpus(corpus, tmp_path):
     small = (tmp_path / "corpus-images.png").read_bytes()
     assert draw(corpus, measure(corpus), tmp_path, images=5, seed=1)[0].read_bytes() == small
     assert draw(corpus, measure(corpus), tmp_path, images=5, seed=2)[0].read_bytes() != small
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")  # of the text drawn
+def test_an_image_too_large_to_draw_is_named_and_marked(corpus, tmp_path, monkeypatch):
+    deep = next(i for i in range(24) if corpus.origin(i) == "c2/deep.png")
+    gray = next(i for i in range(24) if corpus.origin(i) == "c2/gray.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)  # Pillow refuses twice as many: 64 x 64, but not 30 x 30
+    failures = draw_contact_sheet(corpus, [deep, gray], "title", tmp_path / "sheet.png")
+    assert len(failures) == 1
+    assert failures[0].startswith(f"sample {deep} (c2/deep.png): Image size (4096 pixels) exceeds limit")
+    monkeypatch.undo()
+    with Image.open(tmp_path / "sheet.png") as picture:
+        assert picture.convert("RGB").getpixel((10, 30)) == (0xB0, 0x00, 0x20), "a red frame"
 
 
 def test_show_as_a_command(corpus, tmp_path):

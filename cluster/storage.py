@@ -42,6 +42,11 @@ def local_path(path: str, key: str) -> Path:
     return Path(path)
 
 
+def temporary_path(path: Path) -> Path:
+    """A name beside `path` for a file that is not finished; what a killed writer leaves under it is removed later."""
+    return path.with_name(f".{path.name}{_TEMPORARY}{uuid.uuid4().hex[:12]}")
+
+
 @contextmanager
 def atomic_file(path: Path) -> Iterator[BinaryIO]:
     """An unbuffered file that appears under `path`, whole and on disk, when the block ends without an exception.
@@ -49,7 +54,7 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
     It is written under a temporary name beside it, synced, renamed, and the folder synced. After an exception
     nothing is left, and what stood under `path` stays.
     """
-    temporary = path.with_name(f".{path.name}{_TEMPORARY}{uuid.uuid4().hex[:12]}")
+    temporary = temporary_path(path)
     try:
         with temporary.open("xb", buffering=0) as file:
             yield file

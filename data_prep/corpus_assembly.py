@@ -5,7 +5,7 @@ import platform
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import xxhash
@@ -21,8 +21,38 @@ from data_prep.corpus import (
     QUARANTINE,
     manifest_hash,
 )
-from data_prep.shard_plan import Plan
 from data_prep.shard_task import read_rows, remove_shard
+
+
+class CorpusPlan(Protocol):
+    """What a corpus is made of, as far as its manifest and its rerun need to know."""
+
+    @property
+    def plan_hash(self) -> str:
+        """Of all that decides what the corpus holds."""
+
+    @property
+    def root(self) -> Path:
+        """Where the source lies."""
+
+    @property
+    def label_kind(self) -> str:
+        """ "single" or "multi"."""
+
+    @property
+    def classes(self) -> list[str]:
+        """Names in the order of their numbers."""
+
+    @property
+    def class_descriptions(self) -> list[str] | None:
+        """What people call the classes, or None."""
+
+    @property
+    def left_out(self) -> Sequence[tuple[str, str]]:
+        """Images that are named but cannot be had: (path, reason)."""
+
+    def describe(self) -> dict[str, Any]:
+        """What is kept in plan.json: at least plan_hash, settings and source (its kind and counts)."""
 
 
 class _HashedFile:
@@ -47,7 +77,7 @@ class _HashedFile:
         return {"bytes": self.size, "xxh3_128": self._digest.hexdigest()}
 
 
-def assemble(folder: Path, plan: Plan, records: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def assemble(folder: Path, plan: CorpusPlan, records: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Write what belongs to the corpus as a whole, the manifest last; returns the manifest.
 
     Args:
@@ -56,7 +86,7 @@ def assemble(folder: Path, plan: Plan, records: Sequence[dict[str, Any]]) -> dic
         records: of all shards, in their order.
     """
     filled = [record for record in records if record["samples"]]
-    classes = plan.listing.classes
+    classes = plan.classes
     counts = np.zeros(len(classes), np.int64)
     labels_so_far = 0
     files: dict[str, Any] = {}
@@ -82,7 +112,7 @@ def assemble(folder: Path, plan: Plan, records: Sequence[dict[str, Any]]) -> dic
         files[LABELS], files[LABEL_POINTERS] = label_rows.close(), pointers.close()
 
     quarantined = [
-        *({"origin": origin, "reason": reason} for origin, reason in plan.listing.left_out),
+        *({"origin": origin, "reason": reason} for origin, reason in plan.left_out),
         *(entry for record in records for entry in record["quarantined"]),
     ]
     quarantine = _HashedFile(folder / QUARANTINE)
@@ -111,7 +141,7 @@ def assemble(folder: Path, plan: Plan, records: Sequence[dict[str, Any]]) -> dic
         "files": files,
         **{key: value for key, value in plan.describe().items() if key in ("plan_hash", "settings", "source")},
         "created_by": {
-            "source": str(plan.listing.root),
+            "source": str(plan.root),
             "python": platform.python_version(),
             **{name: version(name) for name in ("numpy", "pillow", "simplejpeg")},
         },

@@ -72,6 +72,21 @@ class Plan:
         """ "single" or "multi"."""
         return "multi" if isinstance(self.listing.labels, Labels) else "single"
 
+    @property
+    def root(self) -> Path:
+        """The folder, or the tar."""
+        return self.listing.root
+
+    @property
+    def classes(self) -> list[str]:
+        """Names in the order of their numbers."""
+        return self.listing.classes
+
+    @property
+    def left_out(self) -> tuple[tuple[str, str], ...]:
+        """Images that are named but cannot be had: (path, reason)."""
+        return self.listing.left_out
+
     def __len__(self) -> int:
         """Number of shards."""
         return len(self.bounds) - 1

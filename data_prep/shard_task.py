@@ -3,6 +3,7 @@
 import io
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from data_prep.tar_shards import ShardWriter
 SHARD_FILES = (".tar", ".idx", ".origins", ".rows.npz")
 """Suffixes of a shard's files beside its record."""
 
-_MAX_IMAGE_BYTES = 2**32 - 1
+MAX_IMAGE_BYTES = 2**32 - 1
 """What the index's column holds; a tar could hold twice as much."""
 
 
@@ -75,11 +76,11 @@ def write_shard(task: ShardTask) -> dict[str, Any]:
         done = 0
         for images in read_groups(task.root, task.names, task.sizes, task.offsets):
             for place, image in enumerate(images, done):
-                origin = _one_line(task.names[place])
+                origin = one_line(task.names[place])
                 try:
                     facts = check_image(image)
-                    if len(image) > _MAX_IMAGE_BYTES:
-                        raise UnusableImage(f"{len(image)} bytes: an image may have at most {_MAX_IMAGE_BYTES}")
+                    if len(image) > MAX_IMAGE_BYTES:
+                        raise UnusableImage(f"{len(image)} bytes: an image may have at most {MAX_IMAGE_BYTES}")
                 except UnusableImage as reason:
                     quarantined.append((origin, str(reason)))
                     continue
@@ -93,22 +94,52 @@ def write_shard(task: ShardTask) -> dict[str, Any]:
         writer.finish()
     rows = np.array(columns, SAMPLE_DTYPE)
     labels = task.labels.take(np.array(kept, np.int64)) if isinstance(task.labels, Labels) else None
+    return commit_shard(
+        task.folder, task.name, task.plan_hash, rows, labels, origins, quarantined, writer.dali_index,
+        writer.size, writer.checksum,
+    )  # fmt: skip
+
+
+def commit_shard(
+    folder: Path,
+    name: str,
+    plan_hash: str,
+    rows: NDArray[np.void],
+    labels: Labels | None,
+    origins: Sequence[str],
+    quarantined: Sequence[tuple[str, str]],
+    dali_index: bytes,
+    size: int,
+    checksum: str,
+) -> dict[str, Any]:
+    """Write what belongs beside a tar that is in its place, last the record, which is returned.
+
+    Args:
+        folder, name: of the tar.
+        plan_hash: of the plan that it is a part of.
+        rows: SAMPLE_DTYPE [N]; the column `shard` need not be set.
+        labels: of the N images if they have many each.
+        origins: [N] where each image came from, one line each.
+        quarantined: (origin, reason) of images left out.
+        dali_index: content of the .idx file.
+        size, checksum: of the tar, bytes and xxh3_128.
+    """
     contents = {
-        ".idx": writer.dali_index,
+        ".idx": dali_index,
         ".origins": "".join(f"{origin}\n" for origin in origins).encode(),
         ".rows.npz": _rows_file(rows, labels),
     }
     for suffix, content in contents.items():
-        storage.write_bytes(shard_file(task.folder, task.name, suffix), content)
+        storage.write_bytes(shard_file(folder, name, suffix), content)
     record = {
-        "name": task.name,
-        "plan_hash": task.plan_hash,
+        "name": name,
+        "plan_hash": plan_hash,
         "samples": len(rows),
-        "xxh3_128": writer.checksum,
-        "sizes": {".tar": writer.size, **{suffix: len(content) for suffix, content in contents.items()}},
+        "xxh3_128": checksum,
+        "sizes": {".tar": size, **{suffix: len(content) for suffix, content in contents.items()}},
         "quarantined": [{"origin": origin, "reason": reason} for origin, reason in quarantined],
     }
-    storage.write_json(record_path(task.folder, task.name), record)
+    storage.write_json(record_path(folder, name), record)
     return record
 
 
@@ -141,7 +172,7 @@ def _label(task: ShardTask, place: int) -> tuple[bytes, int]:
     return json.dumps(content).encode(), heaviest
 
 
-def _one_line(name: bytes) -> str:
+def one_line(name: bytes) -> str:
     """A file's name as one line of text, whatever bytes it has."""
     text = name.decode("utf-8", "backslashreplace")
     return text.replace("\n", "\\n").replace("\r", "\\r")

@@ -161,7 +161,7 @@ def _list_class_folder(root: Path, name: bytes) -> _ClassListing:
 def _list_tar(path: Path) -> Listing:
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        _refuse_compression(os.pread(descriptor, 8, 0), f"source {path}")
+        refuse_compression(os.pread(descriptor, 8, 0), f"source {path}")
         end = os.fstat(descriptor).st_size
         members = [m for m in iterate_members(descriptor, 0, end, f"source {path}") if m.kind != b"5"]
         tars = sorted((m for m in members if m.name.endswith(b".tar") and m.kind == b"0"), key=_class_of_tar)
@@ -176,7 +176,7 @@ def _list_tar(path: Path) -> Listing:
 
         def list_class(name: bytes, start: int, size: int) -> _ClassListing:
             where = f"class tar {os.fsdecode(name)}.tar in {path}"
-            _refuse_compression(os.pread(descriptor, 8, start), where)
+            refuse_compression(os.pread(descriptor, 8, start), where)
             return _list_class_tar(descriptor, name, start, start + size, where)
 
         jobs = [partial(list_class, _class_of_tar(m), m.offset, m.size) for m in tars]
@@ -214,7 +214,12 @@ def _list_class_tar(descriptor: int, class_name: bytes, start: int, end: int, wh
     return _ClassListing(Strings.of([path for path, _, _ in found]), sizes, offsets, others)
 
 
-def _refuse_compression(beginning: bytes, where: str) -> None:
+def refuse_compression(beginning: bytes, where: str) -> None:
+    """Refuse a file that begins (8 bytes) as a compressed one does, with what would do.
+
+    Raises:
+        SourceError: it does.
+    """
     for signature, name in _COMPRESSED:
         if beginning.startswith(signature):
             raise SourceError(

@@ -1,9 +1,8 @@
 """Check a corpus from end to end: `python data_prep/verify.py CORPUS`."""
 
-import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -19,6 +18,7 @@ from cluster.command import Progress, absolute_path, log, run_command
 from cluster.settings import Settings, parse_command
 from data_prep.corpus import INDEX, Corpus, CorpusError, image_check
 from data_prep.tar_headers import Member, TarError, iterate_members
+from data_prep.webdataset_tars import UnusableSample, dali_index_line, iterate_samples, parse_label
 
 DESCRIPTION = """
 Check a corpus from end to end: the manifest against its own hash, index and labels against their checksums, every
@@ -102,11 +102,12 @@ def check_shard(corpus: Corpus, shard: int, first_id: int) -> Iterator[str]:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         try:
-            members = list(iterate_members(descriptor, 0, facts["bytes"], str(path)))
+            members = iterate_members(descriptor, 0, facts["bytes"], str(path))
+            samples = {pair[0].offset: pair for pair in _pairs(members, _label_extension(corpus))}
         except TarError as error:
             yield str(error)
             return
-        yield from _check_samples(corpus, shard, first_id, descriptor, members)
+        yield from _check_samples(corpus, shard, first_id, descriptor, samples)
     finally:
         os.close(descriptor)
     try:
@@ -114,52 +115,60 @@ def check_shard(corpus: Corpus, shard: int, first_id: int) -> Iterator[str]:
             corpus.origin(first_id)
     except CorpusError as error:
         yield str(error)
-    lines = [f"v1.2 {len(members) // 2}\n"]
-    for image, label in zip(members[::2], members[1::2], strict=False):
-        entries = []
-        for member in (image, label):
-            name = member.name.decode("ascii", "backslashreplace")
-            entries.append(f"{name.partition('.')[2]} {member.offset} {member.size} {name}")
-        lines.append(" ".join(entries) + "\n")
+    offsets = corpus.index["offset"][first_id : first_id + facts["samples"]].tolist()
+    lines = [dali_index_line(samples[offset]) for offset in offsets if offset in samples]
+    content = b"".join([b"v1.2 %d\n" % len(lines), *lines])
     index_path = path.with_suffix(".idx")
-    if not index_path.is_file() or index_path.read_bytes() != "".join(lines).encode():
+    if not index_path.is_file() or index_path.read_bytes() != content:
         yield f"{index_path} is missing or is not the index of its tar"
 
 
-def _check_samples(corpus: Corpus, shard: int, first_id: int, descriptor: int, members: list[Member]) -> Iterator[str]:
+def _label_extension(corpus: Corpus) -> str:
+    return "json" if corpus.label_kind == "multi" else "cls"
+
+
+def _pairs(members: Iterable[Member], label_extension: str) -> Iterator[tuple[Member, Member]]:
+    """Image and label of every sample of a tar that has both; tars of others may have more members."""
+    for sample in iterate_samples(members):
+        try:
+            yield sample.image(), sample.label(label_extension)
+        except UnusableSample:
+            continue
+
+
+def _check_samples(
+    corpus: Corpus, shard: int, first_id: int, descriptor: int, samples: Mapping[int, tuple[Member, Member]]
+) -> Iterator[str]:
+    """What is wrong with the samples of a shard; `samples` are image and label by the image's offset in the tar."""
     facts = corpus.manifest["shards"][shard]
     path = corpus.path / facts["name"]
-    if len(members) != 2 * facts["samples"]:
-        yield f"{path} has {len(members)} members for {facts['samples']} samples"
-        return
     ids = np.arange(first_id, first_id + facts["samples"])
     rows, classes, weights = corpus.labels_of(ids)
     pointers = np.searchsorted(rows, np.arange(len(ids) + 1))
     index = corpus.index[ids]
     for place in range(len(ids)):
-        row, image, label = index[place], members[2 * place], members[2 * place + 1]
-        key = image.name.partition(b".")[0]
-        where = f"{path}: sample {ids[place]} (member {image.name.decode('ascii', 'backslashreplace')!r})"
-        if (int(row["shard"]), int(row["offset"]), int(row["length"])) != (shard, image.offset, image.size):
-            yield f"{where} does not lie where {INDEX} says"
-        elif image_check(os.pread(descriptor, image.size, image.offset)) != int(row["check"]):
+        row = index[place]
+        found = samples.get(int(row["offset"]))
+        if found is None or (int(row["shard"]), int(row["length"])) != (shard, found[0].size):
+            yield f"{path}: sample {ids[place]} does not lie where {INDEX} says, or has no label beside it"
+            continue
+        image, label = found
+        where = f"{path}: sample {ids[place]} (member {image.name.decode('utf-8', 'backslashreplace')!r})"
+        if image_check(os.pread(descriptor, image.size, image.offset)) != int(row["check"]):
             yield f"{where}: the image is not what was written"
         expected = slice(pointers[place], pointers[place + 1])
         content = os.pread(descriptor, label.size, label.offset)
-        suffix = b".json" if corpus.label_kind == "multi" else b".cls"
-        if label.name != key + suffix or not _label_is(corpus, content, classes[expected], weights[expected]):
+        if not _label_is(corpus, content, classes[expected], weights[expected]):
             yield f"{where}: the label beside it is not that of {INDEX}"
 
 
 def _label_is(corpus: Corpus, content: bytes, classes: NDArray[np.int64], weights: NDArray[np.float32]) -> bool:
-    if corpus.label_kind == "single":
-        return content == b"%d" % classes[0]
     try:
-        parsed = json.loads(content)
-        same_classes = parsed["labels"] == classes.tolist()
-        return bool(same_classes and np.array_equal(np.array(parsed["weights"], np.float32), weights))
-    except (ValueError, KeyError, TypeError):
+        pairs = parse_label(content, _label_extension(corpus), len(corpus.classes))
+    except UnusableSample:
         return False
+    same_classes = [number for number, _ in pairs] == classes.tolist()
+    return same_classes and np.array_equal(np.array([weight for _, weight in pairs], np.float32), weights)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,311 @@
+"""Make a corpus of WebDataset tars written by others: `python data_prep/index.py SOURCE DESTINATION`."""
+
+import glob
+import hashlib
+import json
+import os
+import sys
+import time
+from collections import Counter
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+if __package__ in (None, ""):  # run as a script: the repository root belongs on the path, not this folder
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from pydantic import Field
+
+from cluster import storage
+from cluster.command import Progress, absolute_path, log, run_command
+from cluster.settings import Settings, parse_command
+from data_prep.corpus import FORMAT_VERSION, Corpus
+from data_prep.corpus_assembly import assemble
+from data_prep.corpus_jobs import (
+    GO_ON,
+    begin,
+    check_places,
+    check_room,
+    finished_before,
+    in_megabytes,
+    log_summary,
+    reasons_in_words,
+    remove_unfinished_corpus,
+    run_tasks,
+)
+from data_prep.index_task import IndexTask, index_tar
+from data_prep.shard_task import finished_record, read_rows
+from data_prep.sources import SourceError, refuse_compression
+from data_prep.tar_headers import TarError, iterate_members
+from data_prep.webdataset_tars import iterate_samples
+
+DESCRIPTION = """
+Make a corpus of WebDataset tars written by others, without writing them again: the shards of the corpus are those
+very tars, hard-linked or copied, and beside them come the index, DALI's indices and the manifest. Each sample needs
+an image (jpg, jpeg, png, webp, bmp or tif) and, right before or after it under the same key, a label: KEY.cls with a
+class number, or KEY.json with {"labels": [3, 7], "weights": [1, 0.4]} (weights may be left out) or {"label": 3}.
+Every image is decoded once; samples without a label or with a damaged image stay in the tar, are not in the index,
+and are listed with the reason in DESTINATION/quarantine.jsonl. A run that was interrupted goes on where it was when
+the same command is given again.
+
+  SOURCE       a folder of .tar files, one .tar file, or a pattern in quotes such as '/data/in1k/train-*.tar'
+  DESTINATION  a new folder; for hard links on the same file system as the tars
+
+example:
+  python data_prep/index.py '/data/imagenet1k-wds/train-*.tar' /data/corpora/in1k-train classes=/data/classes.txt
+"""
+
+
+class IndexSettings(Settings):
+    """Settings of indexing."""
+
+    source: str
+    """Folder of tars, a tar, or a pattern of tars."""
+    destination: str
+    """Folder of the corpus; made if it is not there."""
+    classes: str | None = None
+    """File with one class a line, in the order of the class numbers: NAME, or NAME<tab>what people call it. Without it
+    the classes are named 0, 1, ... up to the largest label."""
+    labels: Literal["auto", "cls", "json"] = "auto"
+    """Which member is the label: cls (one class an image), json (many), or what the first sample has (cls of both)."""
+    tars: Literal["link", "copy"] = "link"
+    """How the tars come into the corpus: as hard links, which take no room, or as copies. A linked tar must not be
+    written to any more; what replaces it under its old name does no harm."""
+    workers: int = Field(0, ge=0)
+    """Tars indexed at a time; 0 is two for each CPU of the cluster."""
+
+
+def main() -> None:
+    """The command."""
+    index_corpus(
+        parse_command(
+            IndexSettings,
+            prog="data_prep/index.py",
+            description=DESCRIPTION,
+            positionals=("source", "destination"),
+        )
+    )
+
+
+@dataclass(frozen=True)
+class IndexPlan:
+    """Which tars are indexed, and how their labels are read."""
+
+    root: Path
+    """The source as it was given."""
+    tars: tuple[Path, ...]
+    sizes: tuple[int, ...]
+    """Of the tars, bytes."""
+    label_extension: str
+    """"cls" or "json"."""
+    named_classes: tuple[list[str], list[str] | None] | None
+    """Names and descriptions from a file."""
+    classes: list[str]
+    """Names in the order of their numbers; empty until known."""
+
+    @property
+    def label_kind(self) -> str:
+        """ "single" or "multi"."""
+        return "multi" if self.label_extension == "json" else "single"
+
+    @property
+    def class_descriptions(self) -> list[str] | None:
+        """What people call the classes, or None."""
+        return None if self.named_classes is None else self.named_classes[1]
+
+    @property
+    def left_out(self) -> tuple[tuple[str, str], ...]:
+        """Nothing is named that is not there."""
+        return ()
+
+    @property
+    def plan_hash(self) -> str:
+        """Of the tars' names and sizes, the classes and the settings."""
+        tars = [(tar.name, size) for tar, size in zip(self.tars, self.sizes, strict=True)]
+        content = [FORMAT_VERSION, tars, self.label_extension, self.named_classes]
+        return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:32]
+
+    def describe(self) -> dict[str, Any]:
+        """What is kept in plan.json and tells one plan from another."""
+        return {
+            "format_version": FORMAT_VERSION,
+            "plan_hash": self.plan_hash,
+            "settings": {"labels": self.label_extension},
+            "shards": len(self.tars),
+            "source": {"kind": "WebDataset tars", "tars": len(self.tars), "bytes": sum(self.sizes)},
+        }
+
+
+def index_corpus(settings: IndexSettings) -> Corpus:
+    """Index WebDataset tars as a corpus, or finish doing so; returns it opened.
+
+    Raises:
+        SourceError: there are no tars, one is damaged or cannot be linked, or no sample can be used.
+        CorpusError: the destination holds something else, or has too little room.
+    """
+    started = time.monotonic()
+    source = storage.local_path(absolute_path(settings.source, "source"), "source")
+    folder = storage.local_path(absolute_path(settings.destination, "destination"), "destination")
+    check_places(source, folder)
+    plan = _make_plan(settings, source)
+    finished = finished_before(folder, plan)
+    if finished is not None:
+        log.info("%s is finished already (%s images): nothing to do", folder, f"{finished.num_samples:,}")
+        return finished
+    if settings.tars == "copy":
+        missing = [
+            size
+            for tar, size in zip(plan.tars, plan.sizes, strict=True)
+            if finished_record(folder, tar.name, plan.plan_hash) is None
+        ]
+        check_room(folder, sum(missing))
+    else:
+        _check_links(folder, plan.tars)
+    try:
+        corpus = _make_corpus(folder, plan, settings)
+    except OSError as error:
+        raise storage.StorageError(f"{folder} cannot be written: {error}. {GO_ON}") from error
+    log_summary(corpus, time.monotonic() - started)
+    return corpus
+
+
+def _check_links(folder: Path, tars: tuple[Path, ...]) -> None:
+    place = next(place for place in (folder, *folder.parents) if place.is_dir())
+    elsewhere = next((tar for tar in tars if tar.stat().st_dev != place.stat().st_dev), None)
+    if elsewhere is not None:
+        raise SourceError(
+            f"{elsewhere} cannot be hard-linked into {folder}: that is another file system. Give tars=copy, or a "
+            f"destination on the same one"
+        )
+
+
+def _make_corpus(folder: Path, plan: IndexPlan, settings: IndexSettings) -> Corpus:
+    names = [tar.name for tar in plan.tars]
+    records = begin(folder, plan, names)
+    tasks = {
+        tar.name: partial(
+            IndexTask, folder, tar, size, plan.plan_hash, plan.label_extension,
+            None if plan.named_classes is None else len(plan.named_classes[0]), settings.tars == "copy",
+        )
+        for tar, size in zip(plan.tars, plan.sizes, strict=True)
+        if tar.name not in records
+    }  # fmt: skip
+    sizes = dict(zip(names, plan.sizes, strict=True))
+    progress = Progress(len(names), "tars", "indexing")
+    progress.skip(len(records))
+    done, note = 0, ""
+    if tasks:
+        for name, record in run_tasks(index_tar, tasks, folder, settings.workers, progress):
+            records[name] = record
+            done += sizes[name]
+            note = f"{done / 1e6 / max(time.monotonic() - progress.started, 1e-9):,.0f} MB/s"
+            progress.update(1, note)
+        log.info("%s", progress.line(note))
+    in_order = [records[name] for name in names]
+    if not any(record["samples"] for record in in_order):
+        reasons = Counter(entry["reason"] for record in in_order for entry in record["quarantined"])
+        remove_unfinished_corpus(folder, names)
+        raise SourceError(
+            f"no sample of source {plan.root} can be used: {reasons_in_words(reasons) or 'there is none'}"
+        )
+    storage.remove_unfinished(folder)
+    if plan.named_classes is None:
+        largest = max(_largest(folder, record["name"]) for record in in_order)
+        if largest < 0:
+            remove_unfinished_corpus(folder, names)
+            raise SourceError(f"no sample of source {plan.root} has a label")
+        plan = replace(plan, classes=[str(number) for number in range(largest + 1)])
+    assemble(folder, plan, in_order)
+    return Corpus.open(str(folder))
+
+
+def _largest(folder: Path, name: str) -> int:
+    """The largest class number of a shard, -1 where no sample has a label."""
+    rows, labels = read_rows(folder, name)
+    numbers = rows["label"] if labels is None else labels.rows["class"]
+    return int(numbers.max()) if len(numbers) else -1
+
+
+def _make_plan(settings: IndexSettings, source: Path) -> IndexPlan:
+    tars = _list_tars(source)
+    named = None
+    if settings.classes is not None:
+        named = read_classes(storage.local_path(absolute_path(settings.classes, "classes"), "classes"))
+    try:
+        for tar in tars:
+            with tar.open("rb") as file:
+                refuse_compression(file.read(8), str(tar))
+        extension = settings.labels if settings.labels != "auto" else _label_extension(tars[0])
+        sizes = tuple(tar.stat().st_size for tar in tars)
+    except OSError as error:
+        raise SourceError(f"source {source} cannot be read: {error.strerror} ({error.filename})") from error
+    plan = IndexPlan(source, tuple(tars), sizes, extension, named, named[0] if named else [])
+    log.info("%d tars in %s, %s, labels in .%s", len(tars), source, in_megabytes(sum(sizes)), extension)
+    return plan
+
+
+def _list_tars(source: Path) -> list[Path]:
+    if source.is_dir():
+        found = [path for path in source.iterdir() if path.suffix == ".tar" and not path.name.startswith(".")]
+        if not found:
+            packed = next((path.name for path in source.iterdir() if path.name.endswith((".tar.gz", ".tgz"))), None)
+            hint = f"; it has compressed ones ({packed}): decompress them first (gunzip)" if packed else ""
+            raise SourceError(f"source {source} has no .tar file{hint}")
+    elif source.is_file():
+        found = [source]
+    else:
+        found = [Path(path) for path in glob.glob(str(source)) if Path(path).is_file()]  # noqa: PTH207 - absolute
+        if not found:
+            raise SourceError(f"source {source}: there is no such file or folder, and no file matches it as a pattern")
+    wrong = next((path for path in found if path.suffix != ".tar"), None)
+    if wrong is not None:
+        raise SourceError(f"source {source}: {wrong.name} is no .tar file")
+    twice = [name for name, count in Counter(path.name for path in found).items() if count > 1]
+    if twice:
+        raise SourceError(f"source {source} has two tars of the name {twice[0]}: rename one, the corpus is one folder")
+    return sorted(found, key=lambda path: os.fsencode(path.name))
+
+
+def _label_extension(tar: Path) -> str:
+    """ "cls" or "json", by the first sample of a tar that has one of them."""
+    descriptor = os.open(tar, os.O_RDONLY)
+    try:
+        for sample in iterate_samples(iterate_members(descriptor, 0, os.fstat(descriptor).st_size, str(tar))):
+            extensions = {extension for extension, _ in sample.members}
+            for extension in ("cls", "json"):
+                if extension in extensions:
+                    return extension
+    except TarError as error:
+        raise SourceError(str(error)) from error
+    finally:
+        os.close(descriptor)
+    raise SourceError(f"{tar} has no label: neither .cls nor .json members")
+
+
+def read_classes(path: Path) -> tuple[list[str], list[str] | None]:
+    """Names and descriptions (None if it has none) of classes from a file of lines `NAME` or `NAME<tab>DESCRIPTION`.
+
+    Raises:
+        SourceError: unreadable, empty, a name is missing or stands twice.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise SourceError(f"classes = {path} cannot be read: {error}") from error
+    names: dict[str, str] = {}
+    for number, line in enumerate(lines, 1):
+        name, _, description = (part.strip() for part in line.partition("\t"))
+        if not name:
+            raise SourceError(f"classes = {path}, line {number}: there is no name")
+        if name in names:
+            raise SourceError(f"classes = {path}, line {number}: class {name!r} stands twice")
+        names[name] = description
+    if not names:
+        raise SourceError(f"classes = {path} is empty")
+    described = any(names.values())
+    return list(names), [description or name for name, description in names.items()] if described else None
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,131 @@
+"""Indexes one WebDataset tar written by others: the work of one Ray task. Done twice, it gives the same bytes."""
+
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cluster import storage
+from data_prep.columns import Labels
+from data_prep.corpus import SAMPLE_DTYPE, image_check
+from data_prep.image_check import UnusableImage, check_image
+from data_prep.shard_task import MAX_IMAGE_BYTES, commit_shard, one_line
+from data_prep.sources import SourceError
+from data_prep.tar_headers import TarError, iterate_members
+from data_prep.webdataset_tars import TarSample, UnusableSample, dali_index_line, iterate_samples, parse_label
+
+
+@dataclass(frozen=True)
+class IndexTask:
+    """All that is needed to index one tar."""
+
+    folder: Path
+    """Of the corpus."""
+    source: Path
+    """The tar; its name is that of the shard."""
+    size: int
+    """Of the tar when it was listed, bytes."""
+    plan_hash: str
+    label_extension: str
+    """"cls" or "json"."""
+    num_classes: int | None
+    """How many classes there are, or None where the labels are to say."""
+    copy: bool
+    """Whether the corpus gets a copy of the tar and not a hard link."""
+
+
+def index_tar(task: IndexTask) -> dict[str, Any]:
+    """Put a tar into the corpus, check its samples, write what belongs beside it and last its record.
+
+    Samples without a label or with an image that does not decode stay in the tar, but not in the index.
+
+    Raises:
+        SourceError: the tar is gone, damaged, has changed since it was listed, or cannot be linked.
+        OSError: the file system fails; worth another try.
+    """
+    path = task.folder / task.source.name
+    _place(task, path)
+    columns: list[tuple[int, int, int, int, int, int, int]] = []
+    labels: list[list[tuple[int, float]]] = []
+    origins: list[str] = []
+    index_lines: list[bytes] = []
+    quarantined: list[tuple[str, str]] = []
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        size = os.fstat(descriptor).st_size
+        if size != task.size:
+            raise SourceError(f"{task.source} changed while it was indexed: it had {task.size} bytes, now {size}")
+        for sample in iterate_samples(iterate_members(descriptor, 0, size, str(task.source))):
+            try:
+                row, pairs, line = _read_sample(descriptor, sample, task)
+            except (UnusableSample, UnusableImage) as reason:
+                quarantined.append((f"{task.source.name}/{one_line(sample.members[0][1].name)}", str(reason)))
+                continue
+            columns.append(row)
+            labels.append(pairs)
+            origins.append(f"{task.source.name}/{one_line(sample.image().name)}")
+            index_lines.append(line)
+    except TarError as error:
+        raise SourceError(str(error)) from error
+    finally:
+        os.close(descriptor)
+    return commit_shard(
+        task.folder, task.source.name, task.plan_hash,
+        np.array(columns, SAMPLE_DTYPE), Labels.of(labels) if task.label_extension == "json" else None,
+        origins, quarantined, b"".join([b"v1.2 %d\n" % len(index_lines), *index_lines]),
+        size, storage.hash_file(path),
+    )  # fmt: skip
+
+
+def _read_sample(
+    descriptor: int, sample: TarSample, task: IndexTask
+) -> tuple[tuple[int, int, int, int, int, int, int], list[tuple[int, float]], bytes]:
+    """A sample's row of the index, its labels, and its line in DALI's index."""
+    image, label = sample.image(), sample.label(task.label_extension)
+    pairs = parse_label(_read(descriptor, label.offset, label.size), task.label_extension, task.num_classes)
+    if image.size > MAX_IMAGE_BYTES:
+        raise UnusableImage(f"{image.size} bytes: an image may have at most {MAX_IMAGE_BYTES}")
+    data = _read(descriptor, image.offset, image.size)
+    facts = check_image(data)
+    heaviest = max(pairs, key=lambda pair: (pair[1], -pair[0]))[0] if pairs else -1
+    row = (image.offset, image.size, 0, heaviest, image_check(data), facts.width, facts.height)
+    return row, pairs, dali_index_line((image, label))
+
+
+def _read(descriptor: int, offset: int, size: int) -> bytes:
+    parts = []
+    while size and (part := os.pread(descriptor, size, offset)):  # one call reads 2 GiB at most
+        parts.append(part)
+        offset, size = offset + len(part), size - len(part)
+    return b"".join(parts)
+
+
+def _place(task: IndexTask, path: Path) -> None:
+    """Bring the tar into the corpus under its own name; `path` is complete or absent at any time."""
+    try:
+        source = task.source.resolve(strict=True)
+    except FileNotFoundError:
+        raise SourceError(
+            f"{task.source} is not there on node {os.uname().nodename}: it must be mounted at the same path on every "
+            f"node of the cluster"
+        ) from None
+    if task.copy:
+        with storage.atomic_file(path) as file, source.open("rb") as content:
+            shutil.copyfileobj(content, file, 4 << 20)
+        return
+    if path.exists() and path.samefile(source):
+        return
+    temporary = storage.temporary_path(path)
+    try:
+        os.link(source, temporary)
+        temporary.replace(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise SourceError(
+            f"{task.source} cannot be hard-linked into {task.folder} ({error.strerror}): give tars=copy, or a "
+            f"destination on the same file system"
+        ) from error
+    storage.sync_folder(path.parent)

@@ -1,0 +1,84 @@
+"""What MLflow has of a run after restarts: every point once, none lost."""
+
+from functools import partial
+
+import mlflow
+import pytest
+
+from pipeline import tracking
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    tracking.connect(tmp_path)
+    return tmp_path
+
+
+def history(run, key):
+    return [(point.step, point.value) for point in mlflow.MlflowClient().get_metric_history(run.run_id, key)]
+
+
+def test_a_restart_sends_what_was_lost_and_repeats_nothing(home):
+    path = home / "metrics.jsonl"
+    first = tracking.Run("run", None, {"a": {"b": 1}})
+    record = tracking.MetricsFile(path, 0)
+    for step in (10, 20, 30):
+        record.write(step, {"loss": step / 10})
+        if step < 30:  # the last point dies with its process
+            first.metrics(step, {"train/loss": step / 10})
+    record.write(25, {"heldout/top1": 0.5})
+    first.metrics(25, {"heldout/top1": 0.5})
+    first.flush()
+    assert [step for step, _ in history(first, "train/loss")] == [10, 20]
+
+    # It comes back from a checkpoint at step 20, and takes the steps to 30 again.
+    again = tracking.Run("", first.run_id)
+    record = tracking.MetricsFile(path, 20)
+    again.catch_up(tracking.read_metrics(path))
+    for step in (25, 30):
+        values = {"heldout/top1": 0.5} if step == 25 else {"train/loss": 3.0}
+        record.write(step, {key.removeprefix("train/"): value for key, value in values.items()})
+        again.metrics(step, values)
+    again.finish()
+    assert history(again, "train/loss") == [(10, 1.0), (20, 2.0), (30, 3.0)]
+    assert history(again, "heldout/top1") == [(25, 0.5)]
+    assert [row["step"] for row in tracking.read_metrics(path)] == [10, 20, 25, 30]
+    run = mlflow.get_run(again.run_id)
+    assert run.info.status == "FINISHED"
+    assert run.data.params == {"a.b": "1"}
+
+
+def test_points_in_the_record_that_mlflow_never_got_are_sent_at_the_start(home):
+    path = home / "metrics.jsonl"
+    record = tracking.MetricsFile(path, 0)
+    run = tracking.Run("run", None)
+    for step in range(1, 6):
+        record.write(step, {"loss": float(step)})
+    run.catch_up(tracking.read_metrics(path))
+    assert history(run, "train/loss") == [(step, float(step)) for step in range(1, 6)]
+
+
+def test_a_line_that_a_crash_cut_short_is_left_out(home):
+    path = home / "metrics.jsonl"
+    path.write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "lo')
+    assert [row["step"] for row in tracking.read_metrics(path)] == [1]
+
+
+def test_a_run_that_the_store_does_not_have_is_named(home):
+    with pytest.raises(ValueError, match="has no run 0123456789abcdef0123456789abcdef"):
+        tracking.Run("", "0123456789abcdef0123456789abcdef")
+
+
+def test_a_block_that_ends_badly_closes_its_run(home):
+    for error, drop, status, stage in (
+        (RuntimeError(), True, "FAILED", "active"),
+        (ValueError(), False, "FAILED", "active"),
+        (ValueError(), True, "FAILED", "deleted"),
+        (KeyboardInterrupt(), True, "KILLED", "active"),
+    ):
+        run = tracking.Run("run", None)
+        with pytest.raises(type(error)), tracking.closing(run, drop=partial(bool, drop)):
+            raise error
+        info = mlflow.get_run(run.run_id).info
+        assert (info.status, info.lifecycle_stage) == (status, stage)

@@ -46,7 +46,6 @@ def connect(home: Path, uri: str | None = None) -> str:
     try:
         home.mkdir(parents=True, exist_ok=True)
         mlflow.set_tracking_uri(uri)
-        mlflow.set_registry_uri(os.environ.get("MLFLOW_REGISTRY_URI") or uri)
         if named is None:
             # MLflow writes it there itself; what the user said must stay apart from what we chose.
             os.environ.pop("MLFLOW_TRACKING_URI", None)

@@ -25,13 +25,17 @@ def set_up_logging(level: int = logging.INFO) -> None:
     log.propagate = False
 
 
+def leads() -> bool:
+    """Whether this process speaks for the command: under torchrun every rank runs it, and only the first does."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def run_command(main: Callable[[], None]) -> NoReturn:
     """Run an entry point: a ValueError is the user's to put right and is shown as one message, exit status 2.
 
     With VITFORGE_TRACEBACK=1 the stack trace is shown too.
     """
-    # Under torchrun every rank runs the command: the first speaks for all.
-    set_up_logging(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.ERROR)
+    set_up_logging(logging.INFO if leads() else logging.ERROR)
     # `ray job stop` and torchrun end a process so; as an exception it lets the command close what it has open.
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:

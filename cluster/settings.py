@@ -138,10 +138,8 @@ def resolve(
             if not isinstance(inner, dict):
                 inner = section[part] = {}
             section = inner
-        if value is None:
+        if value is None and path[-1] in (_section(settings_type, path[:-1]) or Settings).model_fields:
             section.pop(path[-1], None)  # null takes a key out of the recipe: its default holds
-            if path[-1] not in (_section(settings_type, path[:-1]) or Settings).model_fields:
-                section[path[-1]] = None  # not a key at all: let the check say so
         else:
             section[path[-1]] = value
         from_command_line.add(tuple(path))

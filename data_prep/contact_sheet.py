@@ -98,7 +98,7 @@ def draw_histograms(corpus: Corpus, distributions: Sequence[Distribution], path:
 
 def _class_names(corpus: Corpus, ids: np.ndarray) -> list[str]:
     """The (heaviest) class of each sample as people call it, and how many more it has."""
-    names = corpus.class_descriptions or corpus.classes
+    names = corpus.names
     labels = corpus.index["label"][ids].tolist()
     rows, _, _ = corpus.labels_of(ids)
     others = np.bincount(rows, minlength=len(ids)) - 1

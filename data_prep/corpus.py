@@ -156,6 +156,11 @@ class Corpus:
         return None if descriptions is None else list(descriptions)
 
     @property
+    def names(self) -> list[str]:
+        """What to call the classes before people: their descriptions, or their names where they have none."""
+        return self.class_descriptions or self.classes
+
+    @property
     def class_counts(self) -> list[int]:
         """Images of each class (with many labels, images that carry it)."""
         return list(self.manifest["class_counts"])

@@ -4,7 +4,7 @@ import json
 import shutil
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -114,8 +114,9 @@ def run_tasks(
     folder: Path,
     workers: int,
     progress: Progress,
-) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Do the work of shards in Ray tasks, a bounded number at a time.
+    units: Callable[[str], int],
+) -> dict[str, dict[str, Any]]:
+    """Do the work of shards in Ray tasks, a bounded number at a time, and show how it goes.
 
     Args:
         function: takes a task and returns the shard's record; done twice it must give the same files.
@@ -123,14 +124,17 @@ def run_tasks(
         folder: of the corpus.
         workers: shards at a time; 0 for what the cluster has CPUs for.
         progress: the caller's; its time counts from when Ray is there.
+        units: how much of the progress the shard of a name is.
 
-    Yields:
-        (name, record) as shards are finished.
+    Returns:
+        The records of the shards, by name.
 
     Raises:
         SourceError: the source is at fault.
         StorageError: the file system failed in several attempts.
     """
+    if not tasks:
+        return {}
     from cluster.ray_runtime import ray_session  # before ray: it sets what ray reads when it is imported
 
     with ray_session():
@@ -140,17 +144,23 @@ def run_tasks(
         remote = ray.remote(num_cpus=1, max_retries=_ATTEMPTS - 1, retry_exceptions=[OSError])(function)
         at_once = workers or 2 * max(1, int(ray.cluster_resources().get("CPU", 1)))
         progress.started = time.monotonic()
+        records: dict[str, dict[str, Any]] = {}
         running: dict[Any, str] = {}
+        done_bytes, note = 0, ""
         waiting = iter(tasks.items())
         while True:
             while len(running) < at_once and (following := next(waiting, None)) is not None:
                 name, make_task = following
                 running[remote.remote(make_task())] = name
             if not running:
-                return
+                log.info("%s", progress.line(note))
+                return records
             done, _ = ray.wait(list(running), num_returns=1)
             name = running.pop(done[0])
-            yield name, _result(ray, done[0], name, folder)
+            records[name] = _result(ray, done[0], name, folder)
+            done_bytes += records[name]["sizes"][".tar"]
+            note = f"{done_bytes / 1e6 / max(time.monotonic() - progress.started, 1e-9):,.0f} MB/s"
+            progress.update(units(name), note)
 
 
 def _result(ray: Any, reference: Any, name: str, folder: Path) -> dict[str, Any]:

@@ -191,17 +191,9 @@ def _make_corpus(folder: Path, plan: IndexPlan, settings: IndexSettings) -> Corp
         for tar, size in zip(plan.tars, plan.sizes, strict=True)
         if tar.name not in records
     }  # fmt: skip
-    sizes = dict(zip(names, plan.sizes, strict=True))
     progress = Progress(len(names), "tars", "indexing")
     progress.skip(len(records))
-    done, note = 0, ""
-    if tasks:
-        for name, record in run_tasks(index_tar, tasks, folder, settings.workers, progress):
-            records[name] = record
-            done += sizes[name]
-            note = f"{done / 1e6 / max(time.monotonic() - progress.started, 1e-9):,.0f} MB/s"
-            progress.update(1, note)
-        log.info("%s", progress.line(note))
+    records |= run_tasks(index_tar, tasks, folder, settings.workers, progress, units=lambda name: 1)
     in_order = [records[name] for name in names]
     if not any(record["samples"] for record in in_order):
         reasons = Counter(entry["reason"] for record in in_order for entry in record["quarantined"])

@@ -15,7 +15,14 @@ from data_prep.image_check import UnusableImage, check_image
 from data_prep.shard_task import MAX_IMAGE_BYTES, commit_shard, one_line
 from data_prep.sources import SourceError
 from data_prep.tar_headers import TarError, iterate_members
-from data_prep.webdataset_tars import TarSample, UnusableSample, dali_index_line, iterate_samples, parse_label
+from data_prep.webdataset_tars import (
+    TarSample,
+    UnusableSample,
+    dali_index,
+    dali_index_line,
+    iterate_samples,
+    parse_label,
+)
 
 
 @dataclass(frozen=True)
@@ -75,7 +82,7 @@ def index_tar(task: IndexTask) -> dict[str, Any]:
     return commit_shard(
         task.folder, task.source.name, task.plan_hash,
         np.array(columns, SAMPLE_DTYPE), Labels.of(labels) if task.label_extension == "json" else None,
-        origins, quarantined, b"".join([b"v1.2 %d\n" % len(index_lines), *index_lines]),
+        origins, quarantined, dali_index(index_lines),
         size, storage.hash_file(path),
     )  # fmt: skip
 

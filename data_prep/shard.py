@@ -145,15 +145,8 @@ def _write_shards(folder: Path, plan: Plan, workers: int) -> list[dict[str, Any]
     missing = {name: shard for name, shard in shards.items() if name not in records}
     progress = Progress(len(plan.listing), "images", "sharding")
     progress.skip(sum(plan.samples(shards[name]) for name in records))
-    written, note = 0, ""
     tasks = {name: partial(plan.task, shard, folder) for name, shard in missing.items()}
-    if tasks:
-        for name, record in run_tasks(write_shard, tasks, folder, workers, progress):
-            records[name] = record
-            written += record["sizes"][".tar"]
-            note = f"{written / 1e6 / max(time.monotonic() - progress.started, 1e-9):,.0f} MB/s"
-            progress.update(plan.samples(shards[name]), note)
-        log.info("%s", progress.line(note))
+    records |= run_tasks(write_shard, tasks, folder, workers, progress, lambda name: plan.samples(shards[name]))
     return [records[name] for name in shards]
 
 

@@ -18,7 +18,7 @@ from cluster.command import Progress, absolute_path, log, run_command
 from cluster.settings import Settings, parse_command
 from data_prep.corpus import INDEX, Corpus, CorpusError, image_check
 from data_prep.tar_headers import Member, TarError, iterate_members
-from data_prep.webdataset_tars import UnusableSample, dali_index_line, iterate_samples, parse_label
+from data_prep.webdataset_tars import UnusableSample, dali_index, dali_index_line, iterate_samples, parse_label
 
 DESCRIPTION = """
 Check a corpus from end to end: the manifest against its own hash, index and labels against their checksums, every
@@ -117,9 +117,8 @@ def check_shard(corpus: Corpus, shard: int, first_id: int) -> Iterator[str]:
         yield str(error)
     offsets = corpus.index["offset"][first_id : first_id + facts["samples"]].tolist()
     lines = [dali_index_line(samples[offset]) for offset in offsets if offset in samples]
-    content = b"".join([b"v1.2 %d\n" % len(lines), *lines])
     index_path = path.with_suffix(".idx")
-    if not index_path.is_file() or index_path.read_bytes() != content:
+    if not index_path.is_file() or index_path.read_bytes() != dali_index(lines):
         yield f"{index_path} is missing or is not the index of its tar"
 
 

@@ -7,7 +7,7 @@ name, what follows the dot is the extension; letters of extensions may be of eit
 import json
 import math
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from data_prep.tar_headers import Member
@@ -94,6 +94,11 @@ def dali_index_line(members: Iterable[Member]) -> bytes:
         entry = b" ".join(words)
         entries.append(entry if len(entry.split()) == 4 else b" ".join(re.sub(rb"\s", b"_", word) for word in words))
     return b" ".join(entries) + b"\n"
+
+
+def dali_index(lines: Sequence[bytes]) -> bytes:
+    """The content of an index of format v1.2: the number of samples, then their lines."""
+    return b"".join([b"v1.2 %d\n" % len(lines), *lines])
 
 
 def parse_label(content: bytes, extension: str, num_classes: int | None = None) -> list[tuple[int, float]]:

@@ -61,7 +61,7 @@ def newest(folder: Path) -> Checkpoint | None:
     damaged = []
     for path in _found(folder)[::-1]:
         try:
-            return open_checkpoint(path)
+            return _open(path)
         except DamagedCheckpointError as error:
             damaged.append(str(error))
             log.warning("%s; falling back to the checkpoint before it", error)
@@ -77,7 +77,7 @@ def _found(folder: Path) -> list[Path]:
     return sorted(folder.glob("step-*[0-9]"))
 
 
-def open_checkpoint(path: Path) -> Checkpoint:
+def _open(path: Path) -> Checkpoint:
     """A checkpoint whose files are there with their sizes.
 
     Raises:

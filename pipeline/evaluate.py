@@ -15,13 +15,12 @@ from pathlib import Path
 if __package__ in (None, ""):  # run as a script: the repository root belongs on the path, not this folder
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-import os
 import tempfile
 import time
 
 import torch
 
-from cluster.command import absolute_path, log, run_command, set_up_logging
+from cluster.command import absolute_path, leads, log, run_command, set_up_logging
 from cluster.settings import SettingsError, parse_command
 from cluster.storage import read_json, write_json
 from data_prep.corpus import Corpus
@@ -96,7 +95,7 @@ def main() -> None:
     home = home_folder(settings.home)
     uri = tracking.connect(home)
     package = packages.load_package(settings.model)
-    names = corpus.class_descriptions or corpus.classes
+    names = corpus.names
     if list(package.classes) != names:
         raise SettingsError(
             f"{package.uri} knows {len(package.classes)} classes ({', '.join(package.classes[:3])}, ...), {corpus.path}"
@@ -121,7 +120,7 @@ def main() -> None:
             timeout_s=600,
             check=lambda ranks: None,
         )
-        if int(os.environ.get("RANK", "0")):
+        if not leads():
             return
         scores = read_json(Path(job.result))
     print(json.dumps({"model": package.uri, "corpus": str(corpus.path), **scores}, indent=1), flush=True)

@@ -72,7 +72,7 @@ def main() -> None:
     )
     settings = settings.model_copy(update={"data": data})
     config = architecture(settings, parent.config, len(corpus.classes))
-    if list(parent.classes) != (corpus.class_descriptions or corpus.classes):
+    if list(parent.classes) != corpus.names:
         log.info("new head: the parent knows %d classes, the corpus has %d", len(parent.classes), len(corpus.classes))
     log.info(
         "fine-tuning %s at %d px (its own: %d px, grid %d to %d)",

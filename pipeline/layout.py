@@ -58,7 +58,7 @@ def check_batch(global_batch: int, micro_batch: int | None, ranks: int, pairs: b
             f"{_some(_divisors(global_batch), ranks)}, or a global batch that is a multiple of {ranks}"
         )
     share = global_batch // ranks
-    fitting = [size for size in _divisors(share) if not pairs or size % 2 == 0]
+    fitting = _micro_batches(share, pairs)
     if not fitting:
         raise SettingsError(
             f"training.global_batch = {global_batch} gives each of {ranks} ranks {share} images; data.augment.mixup "
@@ -93,7 +93,8 @@ def settle(
     precision = settle_precision(training.precision, machine, saved.get("precision"))
     share = training.global_batch // ranks
     budget = USABLE_MEMORY * machine.memory
-    smallest = training.micro_batch or min(s for s in _divisors(share) if not pairs or s % 2 == 0)
+    sizes = _micro_batches(share, pairs)
+    smallest = training.micro_batch or sizes[0]
 
     def fits(zero_stage: int, micro_batch: int) -> bool:
         needed = state_bytes(config, precision, zero_stage, ranks)
@@ -125,7 +126,6 @@ def settle(
         )
     micro_batch = training.micro_batch or saved.get("micro_batch")
     if micro_batch is None or share % micro_batch:
-        sizes = [size for size in _divisors(share) if not pairs or size % 2 == 0]
         sizes = [size for size in sizes if gpu or size <= LARGEST_CPU_MICRO_BATCH] or sizes[:1]
         micro_batch = max((size for size in sizes if fits(zero_stage, size)), default=sizes[0])
     if precision == "bf16" and zero_stage == 1 and share != micro_batch:
@@ -207,6 +207,11 @@ def activation_bytes(config: VitConfig, precision: Precision, recompute: bool) -
     if recompute:
         return config.depth * scale * 2 * config.tokens * config.width + block
     return config.depth * block
+
+
+def _micro_batches(share: int, pairs: bool) -> list[int]:
+    """The micro-batches that a rank's share of the global batch splits into, ascending."""
+    return [size for size in _divisors(share) if not pairs or size % 2 == 0]
 
 
 def _divisors(number: int) -> list[int]:

@@ -47,6 +47,6 @@ class Schedule:
             share = after / (self.total - self.warmup)
             weight = 1 - share if kind == "linear" else (1 + math.cos(math.pi * share)) / 2
             return final + (peak - final) * weight
-        rate = peak / math.sqrt(1 + after / max(self.timescale, 1)) if kind == "rsqrt" else peak
+        rate = peak / math.sqrt(1 + after / self.timescale) if kind == "rsqrt" else peak
         left = self.total - step
         return final + (rate - final) * left / self.cooldown if left < self.cooldown else rate

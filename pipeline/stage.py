@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from cluster.command import absolute_path, log
+from cluster.command import absolute_path, leads, log
 from cluster.ray_runtime import REPOSITORY
 from cluster.settings import SettingsError
 from cluster.storage import read_json, write_json
@@ -90,8 +90,6 @@ def check_stage(settings: StageSettings, corpus: Corpus) -> None:
     if settings.loss.kind == "softmax" and corpus.label_kind == "multi":
         raise SettingsError(f"loss.kind = 'softmax', but {corpus.path} has many labels an image: use loss.kind=sigmoid")
     total = duration_in_steps(settings.training.duration, settings.training.global_batch, corpus.num_samples)
-    if total < 1:
-        raise SettingsError(f"training.duration = {settings.training.duration!r} is no step at all")
     Schedule(settings.optimizer, total, settings.training.global_batch, corpus.num_samples)
     if settings.run.workers is not None:
         _check_batch(settings, settings.run.workers)
@@ -124,13 +122,13 @@ def run_stage(stage: str, settings: StageSettings, start: "Start", corpus: Corpu
     """
     home = home_folder(settings.run.home)
     folder = home / "runs" / settings.run.name
-    if not _leads():
+    if not leads():
         # Under torchrun every rank comes through here; rank 0 alone keeps the folder, the tracking and the registry.
-        _train(settings, start, corpus, folder, home, "", "")
+        _train(settings, start, corpus, _newest(settings, start, corpus, folder), folder, home, "", "")
         return {}
     with _run_folder(folder):
         record = _open_record(folder, stage, start)
-        _check_resumable(settings, start, corpus, folder)
+        newest = _newest(settings, start, corpus, folder)
         uri = tracking.connect(home)
         values = settings.model_dump(mode="json")
         tags = _lineage(stage, corpus, start)
@@ -143,25 +141,29 @@ def run_stage(stage: str, settings: StageSettings, start: "Start", corpus: Corpu
         if start.weights is not None and not (folder / INITIAL_WEIGHTS).exists():
             save_safetensors(start.weights, folder / INITIAL_WEIGHTS)
         with tracking.closing(run, drop=lambda: not (folder / METRICS).exists()):
-            _train(settings, start, corpus, folder, home, uri, run.run_id)
+            _train(settings, start, corpus, newest, folder, home, uri, run.run_id)
             return _hand_over(stage, settings, start, corpus, folder, run)
 
 
-def _leads() -> bool:
-    return int(os.environ.get("RANK", "0")) == 0
-
-
-def _check_resumable(settings: StageSettings, start: Start, corpus: Corpus, folder: Path) -> None:
+def _newest(settings: StageSettings, start: Start, corpus: Corpus, folder: Path) -> checkpoints.Checkpoint | None:
+    """The checkpoint that the run goes on from, refused if it is of another run."""
     newest = checkpoints.newest(folder / "checkpoints")
     if newest is not None:
         checkpoints.check_resumable(newest, identity_of(settings, start.architecture, corpus))
+    return newest
 
 
 def _train(
-    settings: StageSettings, start: Start, corpus: Corpus, folder: Path, home: Path, uri: str, run_id: str
+    settings: StageSettings,
+    start: Start,
+    corpus: Corpus,
+    newest: checkpoints.Checkpoint | None,
+    folder: Path,
+    home: Path,
+    uri: str,
+    run_id: str,
 ) -> None:
     total = duration_in_steps(settings.training.duration, settings.training.global_batch, corpus.num_samples)
-    newest = checkpoints.newest(folder / "checkpoints")
     rows = tracking.read_metrics(folder / METRICS)
     scored = settings.data.heldout is None or any(row["step"] == total and "heldout/top1" in row for row in rows)
     if newest is not None and newest.step >= total and scored:
@@ -225,7 +227,7 @@ def _hand_over(
                 mean=data.mean,
                 std=data.std,
             ),
-            corpus.class_descriptions or corpus.classes,
+            corpus.names,
             settings.loss.kind,
             tags={
                 **_lineage(stage, corpus, start),

@@ -79,7 +79,7 @@ class Meter:
         self.peak, self.ranks = peak, ranks
         self.started = self._since = time.perf_counter()
         self._at = 0
-        self._waited = self._idle = self._idle_total = 0.0
+        self._waited = self._idle = 0.0
         self._first_done: tuple[int, float] | None = None
 
     @contextmanager
@@ -94,9 +94,7 @@ class Meter:
         """Time in this block (saving, scoring) is left out of the training rate."""
         begin = time.perf_counter()
         yield
-        spent = time.perf_counter() - begin
-        self._idle += spent
-        self._idle_total += spent
+        self._idle += time.perf_counter() - begin
 
     def measure(self, done: int) -> dict[str, float]:
         """Rates since the last call, `done` steps after the loop began."""

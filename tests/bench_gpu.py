@@ -2,8 +2,8 @@
 
 On a machine with a GPU (one rank a GPU):
 
-    torchrun --nproc-per-node 1 tests/bench_gpu.py            # ViT-H/14, micro-batch 128, eager and compiled
-    torchrun --nproc-per-node 1 tests/bench_gpu.py L/16 256 50
+    torchrun --nproc-per-node 1 -m tests.bench_gpu            # ViT-H/14, micro-batch 128, eager and compiled
+    torchrun --nproc-per-node 1 -m tests.bench_gpu L/16 256 50
 
 Without one it runs a few steps of a tiny model, to show that it works. The DALI start-up probe comes first.
 """
@@ -11,9 +11,6 @@ Without one it runs a few steps of a tiny model, to show that it works. The DALI
 import statistics
 import sys
 import time
-from pathlib import Path
-
-sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import torch
 

@@ -1,6 +1,5 @@
 """Starts stages as users do, in processes of their own, and reads what they leave."""
 
-import json
 import os
 import signal
 import socket
@@ -8,7 +7,8 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
+
+from pipeline.tracking import read_metrics
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -85,15 +85,5 @@ def script(home: Path, *words: str, timeout: float = 400, **extra: str) -> subpr
     )
 
 
-def rows(metrics: Path) -> list[dict[str, Any]]:
-    found = []
-    for line in metrics.read_text().splitlines() if metrics.exists() else []:
-        try:
-            found.append(json.loads(line))
-        except json.JSONDecodeError:
-            break  # the line is being written
-    return found
-
-
 def losses(metrics: Path) -> dict[int, float]:
-    return {row["step"]: row["loss"] for row in rows(metrics) if "loss" in row}
+    return {row["step"]: row["loss"] for row in read_metrics(metrics) if "loss" in row}

@@ -8,7 +8,7 @@ import pytest
 from pipeline import tracking
 from pipeline.packages import load_package
 from tests.corpora import image_folder, make_corpus
-from tests.running import losses, rows, torchrun, torchrun_killed
+from tests.running import losses, torchrun, torchrun_killed
 
 STEPS = 50
 TINY = [
@@ -56,7 +56,7 @@ def test_a_run_killed_half_way_goes_on_with_identical_losses(places, two_ranks):
     last = torchrun_killed(2, places[0], metrics, 25, *words(places, name, *overrides))
     assert 25 <= last < STEPS
     assert run(places, name, 2, *overrides) == two_ranks
-    steps = [row["step"] for row in rows(metrics)]
+    steps = [row["step"] for row in tracking.read_metrics(metrics)]
     assert steps == sorted(set(steps))  # no step stands twice
     folder = places[0] / "runs" / name / "checkpoints"
     assert sorted(path.name for path in folder.iterdir()) == ["step-00000040", "step-00000050"]

@@ -1,0 +1,269 @@
+"""A folder of files wherever it lies: on a mounted file system, or under a prefix of an object store.
+
+Everything that may be on S3 (corpora, run folders, sources) is reached through `Folder`; nothing else knows which
+of the two it is. A file appears under its name whole or not at all, in both.
+"""
+
+import fcntl
+import json
+import os
+import shutil
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Protocol
+
+from cluster import storage
+from cluster.storage import StorageError
+
+
+class Sink(Protocol):
+    """What `Folder.writing` gives: bytes go in, in order."""
+
+    def write(self, content: Any, /) -> int:
+        """Take bytes; returns how many were taken, which may be fewer."""
+
+
+class Folder(ABC):
+    """A folder of files. It need not exist before something is written into it. Pickles, to travel to workers.
+
+    Names are relative to it and may hold slashes.
+
+    Attributes:
+        url: as people write it: an absolute path, or s3://BUCKET/PREFIX.
+        local: its path where it is on a mounted file system, else None.
+    """
+
+    url: str
+    local: Path | None
+
+    def __str__(self) -> str:
+        return self.url
+
+    @abstractmethod
+    def child(self, name: str) -> "Folder":
+        """A folder inside this one."""
+
+    @abstractmethod
+    def names(self) -> list[str]:
+        """Names of the files directly in it, sorted, without unfinished ones; empty where it does not exist."""
+
+    @abstractmethod
+    def folders(self) -> list[str]:
+        """Names of the folders directly in it, sorted; empty where it does not exist."""
+
+    @abstractmethod
+    def tree(self) -> dict[str, int]:
+        """Every finished file in it and in its folders: name to bytes, in the order of the names."""
+
+    @abstractmethod
+    def size(self, name: str) -> int | None:
+        """Bytes of a file, or None where there is none."""
+
+    @abstractmethod
+    def read_bytes(self, name: str, offset: int = 0, length: int | None = None) -> bytes:
+        """The content of a file, or `length` bytes of it from `offset` on.
+
+        Raises:
+            StorageError: it is missing, cannot be read, or ends before that.
+        """
+
+    @abstractmethod
+    def write_bytes(self, name: str, content: bytes | memoryview) -> None:
+        """Write a file, whole or not at all; what stood under the name is replaced.
+
+        Raises:
+            OSError: the storage fails; worth another try.
+        """
+
+    @abstractmethod
+    def swap(self, name: str, content: bytes, expected: bytes | None) -> bool:
+        """Write a file if it holds `expected` now (None: if there is none), in one step against other writers.
+
+        Returns:
+            False where it holds something else; it is left as it is then.
+        """
+
+    @abstractmethod
+    @contextmanager
+    def writing(self, name: str) -> Iterator[Sink]:
+        """A file that appears under its name, whole, when the block ends without an exception."""
+        yield NotImplemented
+
+    @abstractmethod
+    def put(self, path: Path, name: str, *, move: bool = False) -> None:
+        """Bring a local file here, whole or not at all.
+
+        Args:
+            move: the local file is not needed any more: it is renamed where that is possible, and gone afterwards.
+        """
+
+    @abstractmethod
+    def get(self, name: str, path: Path) -> None:
+        """Bring a file to a local path, whole or not at all.
+
+        Raises:
+            StorageError: it is missing or cannot be read.
+        """
+
+    @abstractmethod
+    def remove(self, name: str) -> None:
+        """Remove a file if it is there."""
+
+    @abstractmethod
+    def remove_tree(self) -> None:
+        """Remove the folder with all that is in it, if it is there."""
+
+    @abstractmethod
+    def remove_unfinished(self) -> None:
+        """Remove what killed writers left directly in the folder."""
+
+    @abstractmethod
+    def free(self) -> int | None:
+        """Bytes that can still be written, or None where there is no such limit."""
+
+    def write_json(self, name: str, value: Any) -> None:
+        """Write a value as readable JSON; equal values give equal bytes."""
+        self.write_bytes(name, storage.json_bytes(value))
+
+    def read_json(self, name: str) -> Any:
+        """Read a JSON file.
+
+        Raises:
+            StorageError: it is missing or is not whole JSON.
+        """
+        try:
+            return json.loads(self.read_bytes(name))
+        except ValueError as error:
+            if isinstance(error, StorageError):
+                raise
+            raise StorageError(f"{self.url}/{name} is damaged: it is not JSON ({error})") from error
+
+
+class LocalFolder(Folder):
+    """A folder of a mounted file system."""
+
+    def __init__(self, path: Path) -> None:
+        self.local: Path = path
+        self.url = str(path)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, LocalFolder) and other.local == self.local
+
+    def __hash__(self) -> int:
+        return hash(self.local)
+
+    def child(self, name: str) -> "LocalFolder":
+        return LocalFolder(self.local / name)
+
+    def names(self) -> list[str]:
+        return [name for name, is_folder in self._entries() if not is_folder]
+
+    def folders(self) -> list[str]:
+        return [name for name, is_folder in self._entries() if is_folder]
+
+    def _entries(self) -> list[tuple[str, bool]]:
+        try:
+            with os.scandir(self.local) as entries:
+                return sorted((e.name, e.is_dir()) for e in entries if not storage.is_unfinished(e.name))
+        except FileNotFoundError:
+            return []
+
+    def tree(self) -> dict[str, int]:
+        found = {}
+        for folder, _, names in os.walk(self.local):
+            for name in names:
+                if not storage.is_unfinished(name):
+                    path = Path(folder, name)
+                    found[path.relative_to(self.local).as_posix()] = path.stat().st_size
+        return dict(sorted(found.items()))
+
+    def size(self, name: str) -> int | None:
+        return storage.file_size(self.local / name)
+
+    def read_bytes(self, name: str, offset: int = 0, length: int | None = None) -> bytes:
+        path = self.local / name
+        try:
+            with path.open("rb") as file:
+                file.seek(offset)
+                content = file.read() if length is None else file.read(length)
+        except OSError as error:
+            raise StorageError(f"{path} cannot be read: {error.strerror}") from error
+        if length is not None and len(content) != length:
+            raise StorageError(f"{path} ends before byte {offset + length}: it was cut short")
+        return content
+
+    def write_bytes(self, name: str, content: bytes | memoryview) -> None:
+        storage.write_bytes(self._place(name), content)
+
+    def swap(self, name: str, content: bytes, expected: bytes | None) -> bool:
+        path = self._place(name)
+        with path.with_name(f".{path.name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if (path.read_bytes() if path.exists() else None) != expected:
+                return False
+            storage.write_bytes(path, content)
+            return True
+
+    @contextmanager
+    def writing(self, name: str) -> Iterator[Sink]:
+        with storage.atomic_file(self._place(name)) as file:
+            yield file
+
+    def put(self, path: Path, name: str, *, move: bool = False) -> None:
+        target = self._place(name)
+        if move and path.stat().st_dev == target.parent.stat().st_dev:
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+            path.replace(target)
+            storage.sync_folder(target.parent)
+            return
+        with path.open("rb") as source, storage.atomic_file(target) as file:
+            while chunk := source.read(4 << 20):
+                view = memoryview(chunk)
+                while view:
+                    view = view[file.write(view) :]
+        if move:
+            path.unlink()
+
+    def get(self, name: str, path: Path) -> None:
+        source = self.local / name
+        try:
+            with source.open("rb"):
+                pass
+        except OSError as error:
+            raise StorageError(f"{source} cannot be read: {error.strerror}") from error
+        LocalFolder(path.parent).put(source, path.name)
+
+    def remove(self, name: str) -> None:
+        (self.local / name).unlink(missing_ok=True)
+
+    def remove_tree(self) -> None:
+        if self.local.is_dir():
+            shutil.rmtree(self.local)
+
+    def remove_unfinished(self) -> None:
+        storage.remove_unfinished(self.local)
+
+    def free(self) -> int | None:
+        place = next(place for place in (self.local, *self.local.parents) if place.is_dir())
+        return shutil.disk_usage(place).free
+
+    def _place(self, name: str) -> Path:
+        path = self.local / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return path
+
+
+def folder_at(place: str, key: str) -> Folder:
+    """The folder at an absolute path or URL.
+
+    Args:
+        place: as the user gave it, made absolute.
+        key: the setting it came from, for the message.
+
+    Raises:
+        StorageError: a URL of a kind that is not supported, or one that names no bucket.
+    """
+    return LocalFolder(storage.local_path(place, key))

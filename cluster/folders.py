@@ -266,4 +266,8 @@ def folder_at(place: str, key: str) -> Folder:
     Raises:
         StorageError: a URL of a kind that is not supported, or one that names no bucket.
     """
+    if place.startswith("s3://"):
+        from cluster.object_store import object_folder
+
+        return object_folder(place, key)
     return LocalFolder(storage.local_path(place, key))

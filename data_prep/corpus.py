@@ -171,7 +171,7 @@ class Corpus:
             StorageError: the object store cannot be reached, or there is no room for the index.
         """
         folder = folder_at(place, "corpus") if isinstance(place, str) else place
-        manifest = _read_manifest(folder)
+        manifest = read_manifest(folder)
         sizes = {name: facts["bytes"] for name, facts in manifest["files"].items()}
         sizes |= {shard["name"]: shard["bytes"] for shard in manifest["shards"]}
         if folder.local is not None:
@@ -381,7 +381,13 @@ def _check_size(folder: Folder, name: str, size: int | None, expected: int) -> N
         )
 
 
-def _read_manifest(folder: Folder) -> dict[str, Any]:
+def read_manifest(folder: Folder) -> dict[str, Any]:
+    """The manifest of a corpus.
+
+    Raises:
+        CorpusError: missing, of another format version, or altered.
+        StorageError: the object store cannot be reached.
+    """
     path = f"{folder}/{MANIFEST}"
     if folder.size(MANIFEST) is None:
         if folder.local is not None and not folder.local.is_dir():

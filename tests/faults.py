@@ -3,13 +3,11 @@
     python -m tests.faults [rounds=20] [hosts=1|2] [seed=0]
 
 One run goes on through all rounds. Each round waits for its moment, kills with SIGKILL, starts the command again if
-the driver was killed, and checks: the run resumes from the newest committed checkpoint. At the end the record of samples
-has no gap and no repeat. Prints a table: fault, seconds to the next step, steps repeated.
+the driver was killed, and checks: the run resumes from the newest committed checkpoint. At the end the record of
+samples has no gap and no repeat. Prints a table: fault, seconds to the next step, steps repeated.
 """
 
 import random
-import secrets
-import shutil
 import sys
 import tempfile
 import time
@@ -20,7 +18,7 @@ from pathlib import Path
 
 from cluster.settings import SettingsError
 from tests.corpora import image_folder, make_corpus
-from tests.two_hosts import TwoHosts, two_hosts, why_not
+from tests.two_hosts import TwoHosts
 from tests.watched_run import POLL_S, ThisMachine, WatchedRun
 
 SAVE_EVERY = 40
@@ -207,8 +205,9 @@ def main() -> None:
         key, _, value = word.partition("=")
         if key not in ("rounds", "hosts", "seed") or not value.isdigit():
             raise SettingsError(f"{word!r}: give rounds=, hosts= or seed= a number")
-        rounds, hosts, seed = (int(value) if key == name else old for name, old in
-                               (("rounds", rounds), ("hosts", hosts), ("seed", seed)))
+        rounds, hosts, seed = (
+            int(value) if key == name else old for name, old in (("rounds", rounds), ("hosts", hosts), ("seed", seed))
+        )
     random.seed(seed)
     root = Path(tempfile.mkdtemp(prefix="faults-"))
     print(f"run folder: {root}\n{HEADER}", flush=True)

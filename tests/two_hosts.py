@@ -124,7 +124,7 @@ class TwoHosts:
         else:
             words += ["--address", f"{ADDRESSES[0]}:{PORT}"]
         host.node = host.start(*words, log=self.log)
-        self.wait_for_nodes(self.alive() | {host.address} if number else {host.address})
+        self.wait_for_nodes({ADDRESSES[0], host.address})
 
     def wait_for_nodes(self, addresses: set[str], timeout: float = 90) -> None:
         """Until the head knows exactly these nodes as alive."""
@@ -200,12 +200,13 @@ def end_processes(host: Host) -> None:
 
 
 @contextmanager
-def two_hosts(folder: Path, cpus: int = 1, **extra: str) -> Iterator[TwoHosts]:
-    """Both hosts with Ray running on them, for the length of a `with` block.
+def two_hosts(folder: Path, cpus: int = 1, ray: bool = True, **extra: str) -> Iterator[TwoHosts]:
+    """Both hosts, for the length of a `with` block.
 
     Args:
         folder: for what they keep; VITFORGE_HOME is `home` inside it, on both.
         cpus: Ray's logical CPUs a host.
+        ray: start Ray on them.
         extra: environment variables on both.
     """
     name = f"vf{os.getpid()}{secrets.token_hex(2)}"
@@ -242,8 +243,9 @@ def two_hosts(folder: Path, cpus: int = 1, **extra: str) -> Iterator[TwoHosts]:
             assert holder.stdout is not None
             pair.hosts.append(Host(number, namespace, temporary, variables, holder))
             assert holder.stdout.readline() == b"ready\n"
-        pair.start_node(0)
-        pair.start_node(1)
+        if ray:
+            pair.start_node(0)
+            pair.start_node(1)
         yield pair
     finally:
         for host in pair.hosts:

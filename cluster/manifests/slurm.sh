@@ -27,6 +27,7 @@ cd "${SLURM_SUBMIT_DIR:?this script is for sbatch}"
 export RAY_AUTH_MODE=token
 RAY_AUTH_TOKEN=$(python -c 'import secrets; print(secrets.token_hex(32))')
 export RAY_AUTH_TOKEN
+export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1} # Slurm does not hand it on by itself
 
 mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
 address=$(srun --nodes=1 --ntasks=1 --nodelist="${nodes[0]}" --overlap hostname -I | tr ' ' '\n' | grep -m1 .)
@@ -74,7 +75,7 @@ while kill -0 "$stage" 2>/dev/null; do # the wait was cut short by a signal: the
     status=0
     wait "$stage" || status=$?
 done
-if [[ -n $again ]]; then
+if [[ -n $again && $status -ne 0 ]]; then
     echo "the time limit is near: back to the queue"
     scontrol requeue "$SLURM_JOB_ID"
 fi

@@ -7,6 +7,7 @@ begins the whole file again. Large objects go in parts, several at a time; downl
 import asyncio
 import functools
 import os
+import posixpath
 import re
 import uuid
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping
@@ -56,7 +57,7 @@ class ObjectFolder(Folder):
         return _arrive, (self.bucket, self.prefix, {key: os.environ[key] for key in SECRETS if key in os.environ})
 
     def child(self, name: str) -> "ObjectFolder":
-        return ObjectFolder(self.bucket, self._key(name))
+        return ObjectFolder(self.bucket, posixpath.normpath(self._key(name)))
 
     def names(self) -> list[str]:
         return self._run(self._list("Contents"))

@@ -152,7 +152,7 @@ class _Loader:
         if not found:
             return error
         return UndecodableError(
-            f"corpus {self.corpus.path} holds images that do not decode: {'; '.join(found)}. "
+            f"corpus {self.corpus} holds images that do not decode: {'; '.join(found)}. "
             "Shard the source again: images that fail are then left out and listed"
         )
 

@@ -88,7 +88,7 @@ def check_stage(settings: StageSettings, corpus: Corpus) -> None:
         SettingsError: naming the key, the value and what would do.
     """
     if settings.loss.kind == "softmax" and corpus.label_kind == "multi":
-        raise SettingsError(f"loss.kind = 'softmax', but {corpus.path} has many labels an image: use loss.kind=sigmoid")
+        raise SettingsError(f"loss.kind = 'softmax', but {corpus} has many labels an image: use loss.kind=sigmoid")
     total = duration_in_steps(settings.training.duration, settings.training.global_batch, corpus.num_samples)
     Schedule(settings.optimizer, total, settings.training.global_batch, corpus.num_samples)
     if settings.run.workers is not None:
@@ -99,7 +99,7 @@ def check_stage(settings: StageSettings, corpus: Corpus) -> None:
             "%d of the %d classes of %s have no images and cannot be learned: %s",
             len(empty),
             len(corpus.classes),
-            corpus.path,
+            corpus,
             _some(empty),
         )
     if settings.training.global_batch > corpus.num_samples:

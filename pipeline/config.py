@@ -252,6 +252,8 @@ class TrainingSettings(Settings):
     """torch.compile of each block. auto: on GPUs."""
     recompute: bool = False
     """Recompute each block in the backward pass instead of storing its activations."""
+    ema: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Decay of an exponential moving average of the weights, which is then scored and handed over; 0 keeps none."""
 
 
 class CheckpointSettings(Settings):
@@ -261,6 +263,14 @@ class CheckpointSettings(Settings):
     """How often; one is always written at the end."""
     keep: PositiveInt = 2
     """How many of the newest stay."""
+    keep_every: Length | None = None
+    """Those at multiples of this stay too."""
+    keep_best: Literal["heldout/top1", "heldout/top5", "heldout/loss"] | None = None
+    """The one that scored best by this stays too (highest share, lowest loss)."""
+    scratch: str = ""
+    """Folder on each node's own disk for checkpoints on their way. Empty: one in the system's temporary folder."""
+    background: bool = True
+    """Training goes on while a checkpoint is brought to the run's folder; false waits for it."""
 
 
 class EvaluationSettings(Settings):
@@ -292,6 +302,8 @@ class RunSettings(Settings):
     """Ray's logical CPUs a rank; null shares the cluster's among the ranks."""
     max_failures: Annotated[int, Field(ge=0)] = 3
     """How often Ray restarts the workers after a crash; each restart resumes from the newest checkpoint."""
+    allow_changes: bool = False
+    """Go on from a checkpoint of other settings or another corpus; never of another architecture or global batch."""
     collective_timeout_s: PositiveInt = 600
     """Seconds after which a collective operation that does not finish ends the run."""
 
@@ -333,6 +345,10 @@ class StageSettings(Settings):
         if self.evaluation.every is not None and self.data.heldout is None:
             raise SettingsError(
                 f"evaluation.every = {self.evaluation.every!r} has nothing to score: set data.heldout to a corpus"
+            )
+        if self.checkpoint.keep_best is not None and self.data.heldout is None:
+            raise SettingsError(
+                f"checkpoint.keep_best = {self.checkpoint.keep_best!r} has no scores to go by: set data.heldout"
             )
         if self.data.heldout is None and self.evaluation.batch != EvaluationSettings().batch:
             raise SettingsError("evaluation.batch has no effect without data.heldout: set that, or take it out")

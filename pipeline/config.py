@@ -118,22 +118,53 @@ class AugmentSettings(Settings):
     """Operations of RandAugment (arXiv 1909.13719) on each image; 0 is none."""
     randaugment_magnitude: Annotated[int, Field(ge=0, le=30)] = 10
     """Strength of RandAugment's operations."""
+    trivialaugment: bool = False
+    """TrivialAugment's wide space (arXiv 2103.10158): one operation of random strength on each image."""
+    three_augment: bool = False
+    """3-Augment (DeiT III, arXiv 2204.07118): each image is made gray, solarised or blurred."""
+    color_jitter: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Brightness, contrast and saturation times random factors from 1 - this to 1 + this; 0 is none."""
+    erasing: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Random erasing (arXiv 1708.04896): chance that a rectangle of an image becomes noise; 0 is none."""
+    erasing_area: tuple[float, float] = (0.02, 0.4)
+    """Smallest and largest share of the image that random erasing takes (timm's recipes: 0.02 to 0.3333)."""
+    erasing_aspect: tuple[float, float] = (0.3, 3.3333333333)
+    """Smallest and largest aspect ratio (height over width) of the erased rectangle."""
     mixup: Annotated[float, Field(ge=0)] = 0.0
     """Mixup (arXiv 1710.09412): both parameters of the Beta distribution of the mixing weight; 0 is none."""
+    cutmix: Annotated[float, Field(ge=0)] = 0.0
+    """CutMix (arXiv 1905.04899): the same for the share of the image that stays; with mixup, half of the steps each."""
+
+    @property
+    def changes_colors(self) -> bool:
+        """Whether pipeline/pixels.py does anything to the colours."""
+        return self.three_augment or self.color_jitter > 0
+
+    @property
+    def mixes(self) -> bool:
+        """Whether images are mixed in pairs."""
+        return self.mixup > 0 or self.cutmix > 0
 
     @model_validator(mode="after")
     def _check(self) -> "AugmentSettings":
-        for name in ("crop_area", "crop_aspect"):
+        for name in ("crop_area", "crop_aspect", "erasing_area", "erasing_aspect"):
             low, high = getattr(self, name)
-            if not 0 < low <= high or (name == "crop_area" and high > 1):
-                bound = " <= 1" if name == "crop_area" else ""
+            share = name.endswith("area")
+            if not 0 < low <= high or (share and high > 1):
+                bound = " <= 1" if share else ""
                 raise SettingsError(
                     f"data.augment.{name} = [{low}, {high}] must be two numbers with 0 < least <= most{bound}"
                 )
+        chosen = [name for name in ("randaugment_layers", "trivialaugment", "three_augment") if getattr(self, name)]
+        if len(chosen) > 1:
+            raise SettingsError(
+                f"{' and '.join(f'data.augment.{name}' for name in chosen)} are alternatives: keep one of them"
+            )
         _refuse_unread(self, "data.augment", "crop", self.crop == "inception", ("crop_area", "crop_aspect"))
         _refuse_unread(
             self, "data.augment", "randaugment_layers", self.randaugment_layers > 0, ("randaugment_magnitude",)
         )
+        _refuse_unread(self, "data.augment", "erasing", self.erasing > 0, ("erasing_area", "erasing_aspect"))
         return self
 
 
@@ -157,6 +188,8 @@ class DataSettings(Settings):
     """0 shuffles the whole corpus; W shuffles whole shards and then inside windows of W shards."""
     decode: Literal["auto", "cpu", "gpu"] = "auto"
     """Where DALI decodes; auto tries the GPU in a subprocess first and falls back to the CPU."""
+    hw_decoder_load: Annotated[float, Field(ge=0, le=1)] = 0.65
+    """Share of the JPEGs that goes to a GPU's hardware decoder, if it has one (DALI's default); try what is fastest."""
     decode_threads: PositiveInt | None = None
     """DALI's threads a rank; null shares the node's cores among its ranks."""
 
@@ -169,6 +202,7 @@ class DataSettings(Settings):
             )
         if self.std is not None and min(self.std) <= 0:
             raise SettingsError(f"data.std = {list(self.std)} must be positive")
+        _refuse_unread(self, "data", "decode", self.decode != "cpu", ("hw_decoder_load",))
         return self
 
 
@@ -352,9 +386,10 @@ class StageSettings(Settings):
             )
         if self.data.heldout is None and self.evaluation.batch != EvaluationSettings().batch:
             raise SettingsError("evaluation.batch has no effect without data.heldout: set that, or take it out")
-        if self.data.augment.mixup and self.training.global_batch % 2:
+        if self.data.augment.mixes and self.training.global_batch % 2:
             raise SettingsError(
-                f"training.global_batch = {self.training.global_batch} must be even: data.augment.mixup mixes pairs"
+                f"training.global_batch = {self.training.global_batch} must be even: data.augment.mixup and cutmix "
+                "mix pairs"
             )
         return self
 

@@ -47,7 +47,7 @@ def check_batch(global_batch: int, micro_batch: int | None, ranks: int, pairs: b
     """Refuse a global batch that does not split evenly over ranks and micro-batches.
 
     Args:
-        pairs: images mix in pairs (mixup), so that a micro-batch must be even.
+        pairs: images mix in pairs (mixup, cutmix), so that a micro-batch must be even.
 
     Raises:
         SettingsError: naming the ranks or micro-batches that would do.
@@ -62,10 +62,10 @@ def check_batch(global_batch: int, micro_batch: int | None, ranks: int, pairs: b
     if not fitting:
         raise SettingsError(
             f"training.global_batch = {global_batch} gives each of {ranks} ranks {share} images; data.augment.mixup "
-            "mixes pairs and needs an even number"
+            "and cutmix mix pairs and need an even number"
         )
     if micro_batch is not None and micro_batch not in fitting:
-        mixing = " into pairs for data.augment.mixup" if pairs and share % micro_batch == 0 else ""
+        mixing = " into pairs for data.augment.mixup or cutmix" if pairs and share % micro_batch == 0 else ""
         raise SettingsError(
             f"training.micro_batch = {micro_batch} does not split the {share} images of a rank "
             f"(training.global_batch = {global_batch} over {ranks} ranks){mixing}: use {_some(fitting, micro_batch)}"
@@ -87,7 +87,7 @@ def settle(
         SettingsError: the batch does not split, or the model does not fit at any stage.
     """
     training = settings.training
-    pairs = settings.data.augment.mixup > 0
+    pairs = settings.data.augment.mixes
     check_batch(training.global_batch, training.micro_batch, ranks, pairs)
     saved = saved or {}
     gpu = machine.gpu

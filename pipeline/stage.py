@@ -189,7 +189,7 @@ def _train(
 
 def _check_batch(settings: StageSettings, ranks: int) -> None:
     training = settings.training
-    layout.check_batch(training.global_batch, training.micro_batch, ranks, settings.data.augment.mixup > 0)
+    layout.check_batch(training.global_batch, training.micro_batch, ranks, settings.data.augment.mixes)
 
 
 def _hand_over(

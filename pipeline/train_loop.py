@@ -24,7 +24,7 @@ from models.losses import dense_targets, sigmoid_cross_entropy, softmax_cross_en
 from models.presets import train_flops
 from models.vit import VisionTransformer, VitConfig
 from models.weights import load_into, load_safetensors
-from pipeline import augment, checkpoints, decoding, layout, pictures, throughput, tracking, workers
+from pipeline import augment, checkpoints, decoding, layout, pictures, pixels, throughput, tracking, workers
 from pipeline.config import StageSettings, duration_in_steps
 from pipeline.elastic import swap_average
 from pipeline.engine import build_engine, nonfinite_flag, prepare_deepspeed, reduce_and_update, set_learning_rate
@@ -79,7 +79,7 @@ def train(job: Job) -> None:
     # The driver checked the content of the index; here the sizes do.
     corpus = Corpus.open(data.corpus, check="sizes")
     heldout = Corpus.open(data.heldout, check="sizes") if data.heldout else None
-    verdict = decoding.Verdict.for_all(workers.from_all(decoding.choose_backend(data.decode, worker.gpu)))
+    verdict = decoding.Verdict.for_all(workers.from_all(decoding.choose_backend(data, worker.gpu)))
     backend = verdict.backend
 
     # ---- model and engine ------------------------------------------------------------------------------------
@@ -199,7 +199,7 @@ def train(job: Job) -> None:
         scores = heldout is not None and (due or done == total)
         step_ids: list[NDArray[np.int64]] = []
         _seed_dropout(training.seed, step, worker.rank)
-        weight = augment.mixup_weight(data.augment.mixup, training.seed, step) if data.augment.mixup else None
+        mixing = augment.draw_mixing(data.augment, training.seed, step, data.image_size)
         set_learning_rate(engine, rate_of(step), averaging_decay(training.ema, step))
         for _ in range(plan.accumulation):
             with meter.waiting():
@@ -211,8 +211,8 @@ def train(job: Job) -> None:
             targets = dense_targets(
                 batch.rows, batch.classes, batch.weights, len(images), config.num_classes, worker.device
             )
-            if weight is not None:
-                images, targets = mix_pairs(images, weight), mix_pairs(targets, weight)
+            if mixing is not None:
+                images, targets = pixels.mix(images, targets, mixing)
             logits = engine(images.to(plan.dtype))
             if settings.loss.kind == "softmax":
                 loss = softmax_cross_entropy(logits, targets, settings.loss.label_smoothing)
@@ -270,16 +270,6 @@ def train(job: Job) -> None:
         log.info("trained %d steps in %s", total - start, duration(meter.elapsed()))
 
 
-def mix_pairs(values: torch.Tensor, weight: float) -> torch.Tensor:
-    """Mixup of neighbours: row 2i with row 2i+1 and the other way round; [B, ...] with an even B.
-
-    Partners are neighbours in the global order (position p with p xor 1), so that they are the same pairs for
-    every world size and micro-batch.
-    """
-    pairs = values.reshape(len(values) // 2, 2, *values.shape[1:])
-    return (weight * pairs + (1 - weight) * pairs.flip(1)).reshape(values.shape)
-
-
 def identity_of(settings: StageSettings, config: VitConfig, corpus: Corpus) -> dict[str, Any]:
     """What must be the same for a run to go on from a checkpoint, whatever it runs on."""
     return {
@@ -294,7 +284,7 @@ def settings_that_decide(settings: StageSettings) -> dict[str, Any]:
     values = settings.model_dump(mode="json")
     for section in ("checkpoint", "evaluation", "log", "run", "registry"):
         del values[section]
-    for key in ("corpus", "heldout", "decode", "decode_threads"):
+    for key in ("corpus", "heldout", "decode", "hw_decoder_load", "decode_threads"):
         del values["data"][key]
     for key in ("micro_batch", "zero_stage", "precision", "compile", "recompute"):
         del values["training"][key]  # the layout, and the precision, which is compared as it was settled

@@ -113,8 +113,8 @@ def summary(lives: dict[int, list[Sample]]) -> list[str]:
     for role, firsts in starts.items():
         if len(firsts) > 1:
             lines.append(
-                f"{role}: settled lives held {firsts[0].memory_mb:.0f} MB at first and {firsts[-1].memory_mb:.0f} MB at "
-                f"last (median {statistics.median(s.memory_mb for s in firsts):.0f}), {firsts[0].files} and "
+                f"{role}: settled lives held {firsts[0].memory_mb:.0f} MB at first and {firsts[-1].memory_mb:.0f} MB "
+                f"at last (median {statistics.median(s.memory_mb for s in firsts):.0f}), {firsts[0].files} and "
                 f"{firsts[-1].files} files"
             )
     return lines

@@ -84,14 +84,6 @@ def test_bare_machines_train_together_and_only_the_token_opens_them(corpus, one_
         allowed = first.run(str(PYTHON / "ray"), "job", "list", "--address", "http://127.0.0.1:8265")
         assert allowed.returncode == 0, allowed.stderr
 
-        # A node that dies comes back by itself.
-        before = dict(pair.nodes())
-        pair.kill_raylet(1)
-        deadline = time.monotonic() + 120
-        while (now := dict(pair.nodes())).get(ADDRESSES[1]) in (None, before[ADDRESSES[1]]):
-            assert time.monotonic() < deadline, (before, now, log.read_text()[-2000:])
-            time.sleep(0.5)
-
         # What KubeRay's manifests ask of a node: its probes, and the word to Ray before a pod goes.
         for host, pod in zip(pair.hosts, pods("kuberay_cluster.yaml"), strict=True):
             for probe in ("readinessProbe", "livenessProbe"):
@@ -102,6 +94,16 @@ def test_bare_machines_train_together_and_only_the_token_opens_them(corpus, one_
         assert done.returncode == 0, done.stderr
         pair.wait_for_nodes({ADDRESSES[0]})
         assert joined.wait(60) == 0  # a drained machine is about to go: it does not join again
+
+        # A node that dies comes back by itself.
+        second.start("bash", script, "join", ADDRESSES[0], "--num-cpus", "1", log=log)
+        pair.wait_for_nodes(set(ADDRESSES))
+        before = dict(pair.nodes())
+        pair.kill_raylet(1)
+        deadline = time.monotonic() + 120
+        while (now := dict(pair.nodes())).get(ADDRESSES[1]) in (None, before[ADDRESSES[1]]):
+            assert time.monotonic() < deadline, (before, now, log.read_text()[-2000:])
+            time.sleep(0.5)
 
 
 STUB = """#!/usr/bin/env bash

@@ -7,7 +7,9 @@ the driver was killed, and checks: the run resumes from the newest committed che
 samples has no gap and no repeat. Prints a table: fault, seconds to the next step, steps repeated.
 """
 
+import os
 import random
+import shutil
 import sys
 import tempfile
 import time
@@ -21,6 +23,8 @@ from tests.corpora import image_folder, make_corpus
 from tests.two_hosts import TwoHosts
 from tests.watched_run import POLL_S, ThisMachine, WatchedRun
 
+SCRATCH = Path("/dev/shm") / f"vitforge-faults-{os.getpid()}"
+"""The node's own disk: another file system than the run's folder, so that an upload is a copy."""
 SAVE_EVERY = 40
 """Steps between checkpoints."""
 WORDS = [
@@ -28,6 +32,7 @@ WORDS = [
     "training.duration=100000 steps", "training.global_batch=12", "log.every=1",
     f"checkpoint.every={SAVE_EVERY} steps", "registry.name=null", "run.name=faults",
     "run.max_failures=1000", "run.cpus_per_worker=1", "data.decode_threads=1",
+    f"checkpoint.scratch={SCRATCH}",
 ]  # fmt: skip
 IMAGES = 66
 """In the corpus; no multiple of the batch, so that a step may lie in two epochs."""
@@ -100,9 +105,15 @@ def at_random(run: WatchedRun) -> None:
 
 
 def while_saving(run: WatchedRun) -> None:
-    """A checkpoint is being written and does not count yet."""
+    """A part is being written to the node's own disk."""
     run.wait_for_steps(SAVE_EVERY // 2)
-    run.wait("a checkpoint being written", lambda: list((run.folder / "checkpoints").glob("*.partial")))
+    run.wait("a part being written", lambda: any(SCRATCH.glob("checkpoints-*/*")))
+
+
+def while_uploading(run: WatchedRun) -> None:
+    """Parts are on their way to the run's folder, and do not count yet."""
+    run.wait_for_steps(SAVE_EVERY // 2)
+    run.wait("an upload", run.uploading)
 
 
 def just_committed(run: WatchedRun) -> None:
@@ -118,6 +129,8 @@ FAULTS = [
     Fault("every worker, at random", at_random, every_rank),
     Fault("a worker, while saving", while_saving, one_rank),
     Fault("the driver, while saving", while_saving, driver),
+    Fault("a worker, while uploading", while_uploading, one_rank),
+    Fault("the driver, while uploading", while_uploading, driver),
     Fault("a worker, right after a commit", just_committed, one_rank),
     Fault("the driver, right after a commit", just_committed, driver),
 ]
@@ -196,6 +209,7 @@ def a_run(root: Path, *overrides: str) -> Iterator[WatchedRun]:
         yield WatchedRun(place, root / "home" / "runs" / "faults", words, root / "run.log")
     finally:
         place.end()
+        shutil.rmtree(SCRATCH, ignore_errors=True)
 
 
 def main() -> None:

@@ -52,7 +52,7 @@ def test_bare_machines_train_together_and_only_the_token_opens_them(corpus, one_
         first, second = pair.hosts
         first.start("bash", script, "head", ADDRESSES[0], "--num-cpus", "1", log=log)
         pair.wait_for_nodes({ADDRESSES[0]})
-        second.start("bash", script, "join", ADDRESSES[0], "--num-cpus", "1", log=log)
+        joined = second.start("bash", script, "join", ADDRESSES[0], "--num-cpus", "1", log=log)
         pair.wait_for_nodes(set(ADDRESSES))
 
         run = pair.start(*TINY, f"data.corpus={corpus.path}", "run.name=a", "run.workers=2", log=tmp_path / "run.log")
@@ -90,11 +90,17 @@ def test_bare_machines_train_together_and_only_the_token_opens_them(corpus, one_
                 done = host.run(*pod["containers"][0][probe]["exec"]["command"])
                 assert done.returncode == 0, done.stderr
         second.variables["FQ_RAY_IP"] = ADDRESSES[0]
-        before = dict(pair.nodes())
         done = second.run(*pods("kuberay_cluster.yaml")[1]["containers"][0]["lifecycle"]["preStop"]["exec"]["command"])
         assert done.returncode == 0, done.stderr
-        # The drained node ends, and the script starts it again as a new one.
-        deadline = time.monotonic() + 90
+        pair.wait_for_nodes({ADDRESSES[0]})
+        assert joined.wait(60) == 0  # a drained machine is about to go: it does not join again
+
+        # A node that dies comes back by itself.
+        second.start("bash", script, "join", ADDRESSES[0], "--num-cpus", "1", log=log)
+        pair.wait_for_nodes(set(ADDRESSES))
+        before = dict(pair.nodes())
+        pair.kill_raylet(1)
+        deadline = time.monotonic() + 120
         while (now := dict(pair.nodes())).get(ADDRESSES[1]) in (None, before[ADDRESSES[1]]):
             assert time.monotonic() < deadline, (before, now, log.read_text()[-2000:])
             time.sleep(0.5)

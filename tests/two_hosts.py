@@ -130,7 +130,8 @@ class TwoHosts:
         """Until the head knows exactly these nodes as alive."""
         deadline = time.monotonic() + timeout
         while (found := self.alive()) != addresses:
-            assert time.monotonic() < deadline, f"nodes {found}, waited for {addresses}: {self.log.read_text()[-3000:]}"
+            said = self.log.read_text()[-3000:] if self.log.exists() else ""
+            assert time.monotonic() < deadline, f"nodes {found}, waited for {addresses}: {said}"
             time.sleep(0.5)
 
     def alive(self) -> set[str]:

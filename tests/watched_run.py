@@ -114,6 +114,10 @@ class WatchedRun:
         """Steps of the checkpoints that count."""
         return committed(self.folder / "checkpoints")
 
+    def uploading(self) -> bool:
+        """Whether parts of a checkpoint are in the run's folder that does not count yet."""
+        return any(not (path / "manifest.json").exists() for path in (self.folder / "checkpoints").glob("step-*"))
+
     def newest(self) -> int:
         """Step of the newest checkpoint that counts; 0 where there is none."""
         return max(self.committed(), default=0)
@@ -162,4 +166,4 @@ def tail(path: Path, length: int = 8192) -> list[dict[str, Any]]:
 
 def committed(folder: Path) -> list[int]:
     """Steps of the checkpoints of a local run that count."""
-    return sorted(int(path.parent.name.removeprefix("step-")) for path in folder.glob("step-*[0-9]/state.json"))
+    return sorted(int(path.parent.name.split("-")[1]) for path in folder.glob("step-*/manifest.json"))

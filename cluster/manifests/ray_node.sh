@@ -34,16 +34,30 @@ head)
     exec ray start --block --head --node-ip-address "$address" --port 6379 --dashboard-host 127.0.0.1 "$@"
     ;;
 join)
-    # A node that lost its head for a while ends itself. It comes back by itself, and an elastic run grows again.
-    trap 'kill -TERM "$node" 2>/dev/null; wait "$node"; exit 0' TERM INT
+    # A node that dies, or ends itself because it lost its head for a while, comes back, and an elastic run grows again.
+    # One that was drained stays away: somebody is about to take the machine.
+    node=
+    trap 'kill -TERM $node 2>/dev/null; wait; exit 0' TERM INT
     while true; do
         ray start --block --address "$address:6379" "$@" &
         node=$!
+        started=
+        while kill -0 "$node" 2>/dev/null; do
+            if pgrep -P "$node" -x raylet >/dev/null; then
+                started=yes
+            elif [[ -n $started ]]; then # Ray 2.60 goes on waiting when its raylet ended in good order
+                sleep 3
+                kill -0 "$node" 2>/dev/null || break
+                kill -TERM "$node"
+                wait "$node" || true
+                echo "this node was drained: not started again" >&2
+                exit 0
+            fi
+            sleep 1
+        done
         wait "$node" || true
-        echo "the Ray node has ended; starting it again in 5 s" >&2
-        sleep 5 &
-        node=$!
-        wait "$node"
+        echo "the Ray node has died; starting it again in 5 s" >&2
+        sleep 5
     done
     ;;
 *)

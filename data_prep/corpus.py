@@ -217,6 +217,9 @@ class Corpus:
     def __len__(self) -> int:
         return self.num_samples
 
+    def __str__(self) -> str:
+        return str(self.path)
+
     @property
     def num_samples(self) -> int:
         """N, the number of images."""

@@ -198,7 +198,7 @@ def _boot() -> str:
     boot, space = Path("/proc/sys/kernel/random/boot_id"), Path("/proc/self/ns/pid")
     if not boot.exists() or not os.path.lexists(space):
         return ""
-    return f"{boot.read_text().strip()} {os.readlink(space)}"
+    return f"{boot.read_text().strip()} {space.readlink()}"
 
 
 _HERE = {"host": platform.node(), "boot": _boot()}

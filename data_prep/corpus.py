@@ -217,9 +217,6 @@ class Corpus:
     def __len__(self) -> int:
         return self.num_samples
 
-    def __str__(self) -> str:
-        return str(self.path)
-
     @property
     def num_samples(self) -> int:
         """N, the number of images."""

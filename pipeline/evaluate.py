@@ -62,7 +62,7 @@ def evaluate(job: Job) -> None:
     load_into(model, package.state)
     model.to(worker.device, dtype)
     data = data_settings(package, settings)
-    verdict = decoding.Verdict.for_all(workers.from_all(decoding.choose_backend(settings.decode, worker.gpu)))
+    verdict = decoding.Verdict.for_all(workers.from_all(decoding.choose_backend(data, worker.gpu)))
     backend = verdict.backend
     loader = EvalLoader(corpus, data, worker, settings.batch, backend)
     log.info("scoring %d images on %d rank(s), decoding on %s", corpus.num_samples, worker.world_size, backend)

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from cluster.command import absolute_path, leads, log
+from cluster.folders import folder_at
 from cluster.ray_runtime import REPOSITORY
 from cluster.settings import SettingsError
 from cluster.storage import read_json, write_json
@@ -147,9 +148,12 @@ def run_stage(stage: str, settings: StageSettings, start: "Start", corpus: Corpu
 
 def _newest(settings: StageSettings, start: Start, corpus: Corpus, folder: Path) -> checkpoints.Checkpoint | None:
     """The checkpoint that the run goes on from, refused if it is of another run."""
-    newest = checkpoints.newest(folder / "checkpoints")
+    total = duration_in_steps(settings.training.duration, settings.training.global_batch, corpus.num_samples)
+    # One that is handed over without a rank that would load it and fall back is verified here.
+    newest = checkpoints.newest(folder_at(str(folder), "run.home").child("checkpoints"), verify_from=total)
     if newest is not None:
-        checkpoints.check_resumable(newest, identity_of(settings, start.architecture, corpus))
+        identity = identity_of(settings, start.architecture, corpus)
+        checkpoints.check_resumable(newest, identity, settings.run.allow_changes)
     return newest
 
 
@@ -185,14 +189,14 @@ def _train(
 
 def _check_batch(settings: StageSettings, ranks: int) -> None:
     training = settings.training
-    layout.check_batch(training.global_batch, training.micro_batch, ranks, settings.data.augment.mixup > 0)
+    layout.check_batch(training.global_batch, training.micro_batch, ranks, settings.data.augment.mixes)
 
 
 def _hand_over(
     stage: str, settings: StageSettings, start: Start, corpus: Corpus, folder: Path, run: tracking.Run
 ) -> dict[str, Any]:
     """Publish the newest checkpoint's weights, draw the curves and write down how the run went."""
-    checkpoint = checkpoints.newest(folder / "checkpoints")
+    checkpoint = checkpoints.newest(folder_at(str(folder), "run.home").child("checkpoints"))
     assert checkpoint is not None
     rows = tracking.read_metrics(folder / METRICS)
     pictures.draw_curves(rows, folder / "curves.png")

@@ -73,7 +73,7 @@ def whole_state(engine):
         for piece in held.pieces
         for state, flat in held.flats[piece.flat].items()
     ]
-    pieces = {}
+    pieces: dict[str, dict[int, torch.Tensor]] = {}
     for some in workers.from_all(mine):
         for name, start, numbers in some:
             pieces.setdefault(name, {})[start] = numbers
@@ -130,6 +130,7 @@ def load_all(worker, root, options):
             engine, layout = make_engine(worker, stage, seed=1, **options.get("engine", {}))
             saved = Checkpoints(LocalFolder(root / f"stage-{saved_stage}"), CheckpointSettings(), worker)
             checkpoint = saved.newest()
+            assert checkpoint is not None
             saved.load(engine, checkpoint)
             state = whole_state(engine)
             steps = steps_of(engine)

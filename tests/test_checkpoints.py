@@ -27,7 +27,9 @@ def make_engine(seed: int = 0, averages: bool = True, width: int = 50):
     torch.manual_seed(seed)
     module = torch.nn.Sequential(torch.nn.Linear(width, width), torch.nn.Linear(width, 3, bias=False))
     guard = Guard(torch.device("cpu"))
-    optimizer = AdamW(module.parameters(), lr=0.1, fused=False, guard=guard, averages=averages, clip=0.0)
+    optimizer = AdamW(
+        [{"params": list(module.parameters())}], lr=0.1, fused=False, guard=guard, averages=averages, clip=0.0
+    )
     for group in optimizer.param_groups:
         group["ema_decay"] = 0.5
     one = SimpleNamespace(gradient_accumulation_steps=lambda: 1, train_batch_size=lambda: 4)
@@ -60,8 +62,8 @@ def open_checkpoints(folder, tmp_path):
     """Makes the checkpoints of a run; what is not an argument is the default of the settings."""
     opened = []
 
-    def make(keep_every=None, place=folder, **settings):
-        settings = CheckpointSettings(scratch=str(tmp_path / "scratch"), **settings)
+    def make(keep_every=None, place=folder, **given):
+        settings = CheckpointSettings(scratch=str(tmp_path / "scratch"), **given)
         opened.append(Checkpoints(place, settings, Worker(), keep_every))
         return opened[-1]
 
@@ -78,6 +80,13 @@ def save_steps(saved, *steps, engine=None, **state):
         saved.save(engine, step, state)
     saved.wait()
     return engine
+
+
+def whole(folder) -> checkpoints.Checkpoint:
+    """The newest, with its content verified."""
+    found = newest(folder, verify_from=0)
+    assert found is not None
+    return found
 
 
 def steps_in(folder) -> list[int]:
@@ -142,11 +151,11 @@ def test_a_damaged_checkpoint_is_passed_over_loudly(open_checkpoints, folder, da
     assert same(state_of(other), before)
     assert "falling back" in caplog.text
     assert name in caplog.text
-    assert newest(folder, verify_from=1).step == 1
+    assert whole(folder).step == 1
     # The next one takes its place, and it does not count as one of those that stay.
     save_steps(saved, 2, engine=other)
     assert steps_in(folder) == [1, 2]
-    assert newest(folder, verify_from=1).step == 2
+    assert whole(folder).step == 2
 
 
 def test_where_all_are_damaged_nothing_is_begun_anew(open_checkpoints, folder):
@@ -167,7 +176,7 @@ def test_what_was_not_committed_counts_for_nothing_and_is_removed(open_checkpoin
     save_steps(saved, 1, 2)
     last = folder.child(folder.folders()[-1])
     last.remove("manifest.json")
-    assert newest(folder).step == 1
+    assert whole(folder).step == 1
     assert open_checkpoints().newest().step == 1
     assert steps_in(folder) == [1]
 
@@ -208,7 +217,7 @@ def test_training_goes_on_while_a_checkpoint_is_brought_to_its_place(open_checkp
     timer = threading.Timer(0.3, allowed.set)
     timer.start()
     saved.save(engine, 2, {})  # waits for the one before
-    assert newest(folder).step == 1
+    assert whole(folder).step == 1
     assert saved.stall_seconds - waited >= 0.3
     saved.wait()
     other = make_engine(seed=9)
@@ -259,10 +268,11 @@ def test_killed_at_any_moment_of_a_save_the_one_before_is_whole(open_checkpoints
         [sys.executable, "-c", textwrap.dedent(KILLED), str(tmp_path), moment],
         cwd=REPOSITORY, env=environment(tmp_path), stdout=subprocess.PIPE, text=True,
     )  # fmt: skip
+    assert process.stdout is not None
     assert process.stdout.readline() == "now\n"
     process.send_signal(signal.SIGKILL)
     process.wait()
-    assert newest(folder, verify_from=0).step == 1
+    assert whole(folder).step == 1
     assert list((tmp_path / "scratch").iterdir()) != []
     saved = open_checkpoints()  # the fixture sees that the dead process's scratch is gone
     save_steps(saved, 2)
@@ -284,12 +294,12 @@ def test_a_full_disk_is_one_clear_error_and_the_one_before_stays(open_checkpoint
         saved.save(engine, 2, {})
         with pytest.raises(CheckpointError, match=r"step 2 .*No space left on device.*before it are as they were"):
             saved.save(engine, 3, {})
-        assert newest(place, verify_from=0).step == 1
+        assert whole(place).step == 1
         assert len(place.folders()) == 1
         (small / "room").mkdir()
         subprocess.run(["mount", "-o", "remount,size=1m", str(small)], check=True)
         save_steps(open_checkpoints(place=place), 3, engine=engine)
-        assert newest(place, verify_from=0).step == 3
+        assert whole(place).step == 3
     finally:
         subprocess.run(["umount", str(small)], check=True)
 
@@ -302,7 +312,7 @@ def test_a_part_that_fails_to_arrive_at_first_is_tried_again(open_checkpoints, f
     blocked.write_text("in the way")
     threading.Timer(0.2, blocked.unlink).start()
     save_steps(saved, 1)
-    assert newest(folder, verify_from=0).step == 1
+    assert whole(folder).step == 1
 
 
 def test_a_scratch_folder_that_cannot_be_used_is_named(folder, tmp_path):

@@ -1,6 +1,7 @@
 """Which samples every rank used in every step: a record to look for faults with."""
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +28,9 @@ class SampleRecord:
             raise SettingsError(f"log.samples = true appends to files, which {folder} cannot: set it to false")
         path: Path = folder.local / "samples" / f"rank-{rank:05d}.jsonl"
         path.parent.mkdir(parents=True, exist_ok=True)
+        whole = path.read_bytes().rpartition(b"\n") if path.exists() else (b"", b"", b"")
+        if whole[2]:
+            os.truncate(path, len(whole[0] + whole[1]))  # a row that a crash cut short
         self._file = path.open("a")
 
     def write(self, step: int, ids: list[NDArray[np.int64]]) -> None:

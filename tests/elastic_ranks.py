@@ -20,8 +20,14 @@ from models.vit import VisionTransformer, VitConfig
 from pipeline import workers
 from pipeline.checkpoints import Checkpoints
 from pipeline.config import CheckpointSettings, OptimizerSettings
-from pipeline.elastic import holdings
-from pipeline.engine import build_engine, prepare_deepspeed, reduce_and_update, set_learning_rate
+from pipeline.elastic import holdings, swap_average
+from pipeline.engine import (
+    build_engine,
+    nonfinite_flag,
+    prepare_deepspeed,
+    reduce_and_update,
+    set_learning_rate,
+)
 from pipeline.layout import Layout
 from pipeline.optimizer import averaging_decay
 
@@ -104,7 +110,7 @@ def report(worker, **values):
 
 
 def save_all(worker, root, options):
-    """For each stage: 4 steps, a checkpoint, 3 more steps; what is left is for load_all to compare with."""
+    """For each stage: 4 steps, a checkpoint, 3 more steps; back to the checkpoint, a step that is poisoned, 3 more."""
     for stage in options["stages"]:
         engine, layout = make_engine(worker, stage, **options.get("engine", {}))
         losses = train(engine, layout, worker, 0, 4)
@@ -112,44 +118,70 @@ def save_all(worker, root, options):
         saved.save(engine, 4, {})
         state = whole_state(engine)
         saved.wait()
-        saved.close()
         losses += train(engine, layout, worker, 4, 7)
         after = whole_state(engine)
         if worker.leads:
             groups = hyperparameters(engine)
             torch.save({"state": state, "after": after, "losses": losses, "groups": groups}, root / f"stage-{stage}.pt")
-        report(worker, saved=stage, losses=losses)
+        checkpoint = saved.newest()
+        assert checkpoint is not None
+        saved.load(engine, checkpoint)
+        restored = same(whole_state(engine), state)
+        train(engine, layout, worker, 4, 6, poison=4)
+        flags = workers.from_all(float(nonfinite_flag(engine)))
+        untouched = same(whole_state(engine), state)
+        saved.load(engine, checkpoint)
+        again = train(engine, layout, worker, 4, 7)
+        swap_average(engine)
+        averaged = whole_state(engine)
+        outputs = [engine.module.eval()(torch.ones(1, 3, 8, 8, dtype=layout.dtype)).float().sum().item()]
+        swap_average(engine)
+        report(
+            worker,
+            saved=stage,
+            losses=losses,
+            restored=restored,
+            flags=flags,
+            untouched=untouched,
+            again=again,
+            same_after=same(whole_state(engine), after),
+            swapped=all(torch.equal(averaged[f"{name} weight"], after[f"{name} ema"]) for name in names(after)),
+            outputs=outputs,
+        )
+        saved.close()
         engine.destroy()
 
 
+def names(state):
+    return sorted({key.split(" ")[0] for key in state})
+
+
 def load_all(worker, root, options):
-    """Every saved stage into every stage: what the state is then, and three steps on."""
-    for saved_stage in options["saved"]:
+    """Saved stages into other stages: what the state is then, and three steps on."""
+    for saved_stage, stage in options["pairs"]:
         known = torch.load(root / f"stage-{saved_stage}.pt")
-        for stage in options["stages"]:
-            engine, layout = make_engine(worker, stage, seed=1, **options.get("engine", {}))
-            saved = Checkpoints(LocalFolder(root / f"stage-{saved_stage}"), CheckpointSettings(), worker)
-            checkpoint = saved.newest()
-            assert checkpoint is not None
-            saved.load(engine, checkpoint)
-            state = whole_state(engine)
-            steps = steps_of(engine)
-            lower = {name: value.detach().clone() for name, value in engine.module.state_dict().items()}
-            losses = train(engine, layout, worker, 4, 7)
-            report(
-                worker,
-                saved=saved_stage,
-                stage=stage,
-                same_state=same(state, known["state"]),
-                steps=steps,
-                groups_same=hyperparameters(engine) == known["groups"],
-                losses=losses,
-                straight=known["losses"][4:],
-                same_after=same(whole_state(engine), known["after"]),
-                dtype=str(next(iter(lower.values())).dtype),
-            )
-            saved.close()
-            engine.destroy()
+        engine, layout = make_engine(worker, stage, seed=1, **options.get("engine", {}))
+        saved = Checkpoints(LocalFolder(root / f"stage-{saved_stage}"), CheckpointSettings(), worker)
+        checkpoint = saved.newest()
+        assert checkpoint is not None
+        saved.load(engine, checkpoint)
+        state = whole_state(engine)
+        steps = steps_of(engine)
+        losses = train(engine, layout, worker, 4, 7)
+        report(
+            worker,
+            saved=saved_stage,
+            stage=stage,
+            same_state=same(state, known["state"]),
+            steps=steps,
+            groups=hyperparameters(engine),
+            known_groups=known["groups"],
+            losses=losses,
+            straight=known["losses"][4:],
+            same_after=same(whole_state(engine), known["after"]),
+        )
+        saved.close()
+        engine.destroy()
 
 
 def main():

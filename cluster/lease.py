@@ -113,9 +113,7 @@ class Lease:
                 found, seen = now, time.monotonic()
 
     def _refusal(self, holder: dict[str, Any]) -> str:
-        return (
-            f"another job works in {self.folder} ({_name(holder)}): wait for it, stop it, or use another run.name"
-        )
+        return f"another job works in {self.folder} ({_name(holder)}): wait for it, stop it, or use another run.name"
 
     def _renew(self) -> None:
         renewed = time.monotonic()

@@ -321,6 +321,8 @@ class LogSettings(Settings):
 
     every: PositiveInt = 10
     """Steps between log lines and metric points."""
+    samples: bool = False
+    """Keep a record of the sample ids of every step and rank, RUN/samples/rank-*.jsonl, to look for faults."""
 
 
 class RunSettings(Settings):

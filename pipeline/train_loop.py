@@ -30,6 +30,7 @@ from pipeline.elastic import swap_average
 from pipeline.engine import build_engine, nonfinite_flag, prepare_deepspeed, reduce_and_update, set_learning_rate
 from pipeline.loader import Batch, EvalLoader, TrainLoader
 from pipeline.optimizer import averaging_decay
+from pipeline.sample_record import SampleRecord
 from pipeline.schedules import Schedule
 from pipeline.scoring import score
 
@@ -187,6 +188,7 @@ def train(job: Job) -> None:
     batches = iter(loader)
     peak = throughput.peak_flops(worker, plan.precision)
     meter = throughput.Meter(total - start, training.global_batch, train_flops(config), peak, worker.world_size)
+    record = SampleRecord(folder_at(job.folder, "run.home"), worker.rank) if settings.log.samples else None
     losses: list[torch.Tensor] = []
     unchecked: tuple[int, torch.Tensor, NDArray[np.int64]] | None = None
     for step in range(start, total):
@@ -227,6 +229,8 @@ def train(job: Job) -> None:
                 _check_finite("loss", *unchecked, worker)
             unchecked = (done, loss.detach(), batch.ids) if worker.gpu else None
             losses.append(loss.detach())
+        if record:
+            record.write(done, step_ids)
         if logged or saves:
             if unchecked:
                 _check_finite("loss", *unchecked, worker)

@@ -23,6 +23,7 @@ import torch
 import torch.distributed as dist
 
 from cluster.command import log
+from cluster.folders import Folder
 from cluster.settings import SettingsError
 from cluster.storage import sync_folder, sync_tree, write_json
 from pipeline.workers import Worker
@@ -71,6 +72,12 @@ def newest(folder: Path) -> Checkpoint | None:
             "use another run.name to begin anew"
         )
     return None
+
+
+def newest_step(folder: Folder) -> int:
+    """The step of the newest checkpoint of a run, damaged or not; -1 where there is none. Reads names only."""
+    found = [name for name in folder.child("checkpoints").folders() if not name.endswith(_PARTIAL)]
+    return int(max(found).removeprefix("step-")) if found else -1
 
 
 def _found(folder: Path) -> list[Path]:

@@ -51,10 +51,9 @@ class Heartbeat:
         if self._committed is None or self._committed[0] != step:
             self._committed = (step, time.time())
 
-    def close(self, state: str) -> None:
-        """Write a last time, with how it ended."""
+    def close(self) -> None:
+        """Write a last time."""
         self._thread.close()
-        self.update(state=state)
         try:
             self._write()
         except (OSError, ValueError) as error:

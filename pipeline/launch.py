@@ -281,6 +281,7 @@ class _Launcher:
                 failure_config=FailureConfig(max_failures=0),
             ),
         )
+        self.signals.begun.clear()
         overseer = _Overseer(self, mailbox, crew)
         watching = Every(1.0, overseer.look, "overseer")
         try:
@@ -300,6 +301,7 @@ class _Launcher:
                 return "stopped", f"{overseer.asked}; {what or _last_line(error)}"
             return "crashed", hung or what or _last_line(error)
         finally:
+            self.signals.begun.clear()
             watching.close()
             ray.kill(mailbox)
 
@@ -314,11 +316,14 @@ class _Overseer:
 
     def look(self) -> None:
         """Look once; called every second from a thread."""
+        import ray
+
+        begun = self.launcher.signals.begun
+        if not begun.is_set() and ray.get(self.mailbox.begun.remote(), timeout=30):
+            begun.set()
         if self.asked is None:
             reason = self._reason()
             if reason:
-                import ray
-
                 ray.get(self.mailbox.ask.remote(reason), timeout=30)
                 self.asked = reason
                 log.info("telling the ranks to save and stop: %s", reason)

@@ -42,6 +42,10 @@ class Oversight:
         """Whether this rank knows of a wish to stop."""
         return bool(self._reason)
 
+    def begin(self) -> None:
+        """The first step is about to be taken."""
+        self._control.begin()
+
     def at(self, phase: str, step: int) -> None:
         """Say what the rank does now; all ranks go through the same phases in the same order."""
         self._watch.at(phase, step)
@@ -61,7 +65,9 @@ class Oversight:
             thread.close()
         self._watch.close()
         if self.heartbeat:
-            self.heartbeat.close("failed" if error else "stopped" if self._reason else "ended")
+            if error:
+                self.heartbeat.update(state="failed")
+            self.heartbeat.close()
 
     def _ask(self) -> None:
         if not self._reason:

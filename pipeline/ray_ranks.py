@@ -17,6 +17,7 @@ class Mailbox:
     def __init__(self) -> None:
         self._wish: str | None = None
         self._places: dict[int, str] = {}
+        self._begun = False
         self._ended: bool | None = None
         self._verdict: str | None = None
 
@@ -35,6 +36,14 @@ class Mailbox:
     def places(self) -> dict[int, str]:
         """The nodes of the ranks that have joined."""
         return self._places
+
+    def begin(self) -> None:
+        """Rank 0 says that the first step is about to be taken."""
+        self._begun = True
+
+    def begun(self) -> bool:
+        """Whether the first step was about to be taken."""
+        return self._begun
 
     def end(self, finished: bool) -> None:
         """Rank 0 says how the ranks ended."""
@@ -58,6 +67,10 @@ class MailboxControl:
 
     def __init__(self, mailbox: Any, rank: int, attempt: int) -> None:
         self._mailbox, self._rank, self.attempt = mailbox, rank, attempt
+
+    def begin(self) -> None:
+        if self._rank == 0:
+            self._mailbox.begin.remote()
 
     def stop_wanted(self) -> str | None:
         if self._rank:

@@ -20,6 +20,9 @@ class Control(Protocol):
     attempt: int
     """How often the ranks were started before, by the same command."""
 
+    def begin(self) -> None:
+        """The first step is about to be taken: from now on there may be something to save."""
+
     def stop_wanted(self) -> str | None:
         """Why this rank should save and stop, or None. It may take a moment: ask from a thread."""
 
@@ -28,21 +31,23 @@ class Control(Protocol):
 
 
 class StopSignal:
-    """SIGTERM as a wish to save and stop; a second one ends the process at once.
+    """SIGTERM as a wish to save and stop. A second one ends the process at once; so does the first before `begun`.
 
     Attributes:
         requested: set by the first signal.
+        begun: to be set when there is something to save.
     """
 
     def __init__(self) -> None:
         self.requested = threading.Event()
+        self.begun = threading.Event()
 
     def install(self) -> None:
         """Handle the signal from now on. Ray replaces the handler when it starts: install it again then."""
         signal.signal(signal.SIGTERM, self._handle)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.requested.is_set():
+        if self.requested.is_set() or not self.begun.is_set():
             sys.exit(128 + number)
         self.requested.set()
         log.warning("told to stop: the run is saved first; a second signal stops it at once")
@@ -55,6 +60,9 @@ class SignalControl:
 
     def __init__(self, signals: StopSignal) -> None:
         self._signals = signals
+
+    def begin(self) -> None:
+        self._signals.begun.set()
 
     def stop_wanted(self) -> str | None:
         return "told to stop" if self._signals.requested.is_set() else None

@@ -75,7 +75,9 @@ def train(job: Job, control: Control) -> bool:
     folder = folder_at(job.folder, "run.home")
     agreement.check_folder(folder, worker)
     with Oversight(worker, control, folder, settings.run.name, job.lease, settings.run.hang_timeout_s) as oversight:
-        return _train(job, folder, worker, oversight)
+        finished = _train(job, folder, worker, oversight)
+        oversight.update(state="finished" if finished else "stopped")
+        return finished
 
 
 def _train(job: Job, folder: Folder, worker: workers.Worker, oversight: Oversight) -> bool:
@@ -178,8 +180,8 @@ def _train(job: Job, folder: Folder, worker: workers.Worker, oversight: Oversigh
 
     # ---- saving and scoring ----------------------------------------------------------------------------------
     skipped: list[int] = resume.state.get("skipped", []) if resume else []
-    unscored: bool = resume.state.get("unscored", False) if resume else False
-    """Whether scores are due that a wish to stop left no time for."""
+    unscored = heldout is not None and resume is not None and (resume.state.get("unscored", False) or step >= total)
+    """Whether scores are due that a wish to stop, or a crash, left no time for."""
 
     def save(step: int) -> None:
         nonlocal saved_step
@@ -249,7 +251,9 @@ def _train(job: Job, folder: Folder, worker: workers.Worker, oversight: Oversigh
 
     batches, meter = set_out()
     losses: list[torch.Tensor] = []
-    if heldout is not None and (unscored or step >= total):
+    oversight.begin()
+    listen(everything=True)
+    if unscored and not stop:
         evaluate(step)
     while step < total and not stop:
         trouble = listen()

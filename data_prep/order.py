@@ -1,8 +1,8 @@
 """The order of samples: a pure function of (seed, epoch, global position) with O(1) seek.
 
-No state is kept and nothing as long as the corpus is ever built, so a run resumes at any position, on any number
-of ranks, at once. The permutation is a Feistel network over the smallest power of two that covers the corpus,
-with cycle walking (Black and Rogaway: "Ciphers with arbitrary finite domains", CT-RSA 2002).
+Nothing as long as the corpus is ever built (with windows, a table of the shards of an epoch), so a run resumes at
+any position, on any number of ranks, at once. The permutation is a Feistel network over the smallest power of two
+that covers the corpus, with cycle walking (Black and Rogaway: "Ciphers with arbitrary finite domains", CT-RSA 2002).
 """
 
 from collections.abc import Sequence
@@ -19,6 +19,7 @@ _MIN_BITS = 8
 # What a permutation is of, told apart in the generator's last counter word: stream 0xFFFF, which no other
 # use of randomness has (counter_rng.uniform).
 OF_SAMPLES, _OF_SHARDS, _OF_WINDOW, OF_SOURCE = 0xFFFF0000, 0xFFFF0100, 0xFFFF0200, 0xFFFF0300
+_OF_PART, _OF_SUBSTITUTE = 0xFFFF0400, 0xFFFF0500
 
 
 def _mix(values: NDArray[np.uint64], key: np.uint64) -> NDArray[np.uint64]:
@@ -101,6 +102,7 @@ class SampleOrder:
         if int(self._sizes.sum()) != num_samples:
             raise ValueError(f"the shards hold {int(self._sizes.sum())} samples, not the {num_samples} of the corpus")
         self._first_ids = np.concatenate([[0], np.cumsum(self._sizes)])
+        self._epochs: dict[int, _ShuffledShards] = {}
 
     def ids(self, positions: ArrayLike) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """The samples at global positions (int64 [B], not negative, in any order).
@@ -121,17 +123,75 @@ class SampleOrder:
                 ids[here] = Permutation(self.num_samples, self.seed, int(epoch))(places[here])
         return epochs, ids
 
+    def window_at(self, position: int) -> tuple[int, int]:
+        """(epoch, window) that a position lies in; every epoch is one window where there are none."""
+        epoch, place = divmod(position, self.num_samples)
+        if not self.window:
+            return epoch, 0
+        return epoch, int(self._shuffled(epoch).windows_of(np.asarray([place]))[0])
+
+    def shards_from(self, position: int, count: int) -> list[int]:
+        """The shards in the order in which they are needed, from the window of a position on, through the epochs.
+
+        Returns:
+            `count` shards; those of one window are needed together.
+        """
+        assert self.window
+        epoch, window = self.window_at(position)
+        shards: list[int] = self._shuffled(epoch).shards[window * self.window :].tolist()
+        while len(shards) < count:
+            epoch += 1
+            shards += self._shuffled(epoch).shards.tolist()
+        return shards[:count]
+
+    def _shuffled(self, epoch: int) -> "_ShuffledShards":
+        """The shards of an epoch; kept, since a run looks at one epoch millions of times, at two at its end."""
+        found = self._epochs.get(epoch)
+        if found is None:
+            found = _ShuffledShards(self._sizes, self.window, self.seed, epoch)
+            self._epochs = {**{key: each for key, each in self._epochs.items() if abs(key - epoch) == 1}, epoch: found}
+        return found
+
     def _windowed(self, epoch: int, places: NDArray[np.int64]) -> NDArray[np.int64]:
-        shards = Permutation(len(self._sizes), self.seed, epoch, _OF_SHARDS)(np.arange(len(self._sizes)))
-        starts = np.concatenate([[0], np.cumsum(self._sizes[shards])])  # place of each permuted shard's first
-        window_starts = np.append(starts[: -1 : self.window], starts[-1])
-        windows = np.searchsorted(window_starts, places, side="right") - 1
+        shuffled = self._shuffled(epoch)
+        windows = shuffled.windows_of(places)
         inside = np.empty_like(places)
         for window in np.unique(windows):
             here = windows == window
-            start, end = int(window_starts[window]), int(window_starts[window + 1])
+            start, end = int(shuffled.window_starts[window]), int(shuffled.window_starts[window + 1])
             permute = Permutation(end - start, self.seed, epoch, _OF_WINDOW, part=int(window))
             inside[here] = start + permute(places[here] - start)
-        slots = np.searchsorted(starts, inside, side="right") - 1
-        result: NDArray[np.int64] = self._first_ids[shards[slots]] + (inside - starts[slots])
+        slots = np.searchsorted(shuffled.starts, inside, side="right") - 1
+        result: NDArray[np.int64] = self._first_ids[shuffled.shards[slots]] + (inside - shuffled.starts[slots])
         return result
+
+
+class _ShuffledShards:
+    """The shards of one epoch in their order, and the places at which they and their windows start."""
+
+    def __init__(self, sizes: NDArray[np.int64], window: int, seed: int, epoch: int) -> None:
+        self.shards = Permutation(len(sizes), seed, epoch, _OF_SHARDS)(np.arange(len(sizes)))
+        self.starts = np.concatenate([[0], np.cumsum(sizes[self.shards])])
+        self.window_starts = np.append(self.starts[:-1:window], self.starts[-1])
+
+    def windows_of(self, places: NDArray[np.int64]) -> NDArray[np.int64]:
+        return np.searchsorted(self.window_starts, places, side="right") - 1
+
+
+def seed_of_part(seed: int, part: int) -> int:
+    """The seed of the order of a part of a mixture; the first keeps the run's own."""
+    if part == 0:
+        return seed
+    words = philox4x32(check_seed(seed), part, 0, 0, _OF_PART)
+    return int(words[0]) << 32 | int(words[1])
+
+
+def substitute(num_samples: int, seed: int, sample: int, attempt: int) -> int:
+    """The sample shown in place of one that cannot be read: any of its corpus, decided by these numbers alone.
+
+    Args:
+        num_samples: of the corpus that `sample` is of.
+        attempt: 0, 1, ... as long as the substitutes cannot be read either.
+    """
+    words = philox4x32(check_seed(seed), sample & 0xFFFFFFFF, sample >> 32, attempt, _OF_SUBSTITUTE)
+    return (int(words[0]) << 32 | int(words[1])) % num_samples

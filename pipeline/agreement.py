@@ -82,19 +82,17 @@ def check_ranks(data: Mapping[str, str], worker: Worker) -> None:
         raise DisagreementError("; ".join(differences))
 
 
-def check_room(needed: float, place: Path, worker: Worker, purpose: str) -> None:
-    """Each rank must be able to write its part where it writes it.
+def check_room(needed: float, place: Path, worker: Worker) -> None:
+    """Each rank must be able to write its part of a checkpoint.
 
     Args:
         needed: bytes that this rank writes.
-        place: folder on this node's disk; it need not exist yet.
-        purpose: what for, and the setting that would change it.
+        place: where, on this node's disk.
 
     Raises:
         DisagreementError: naming the nodes that have less.
     """
-    standing = next(folder for folder in (place, *place.parents) if folder.is_dir())
-    free = shutil.disk_usage(standing).free
+    free = shutil.disk_usage(place).free
     short = sorted(
         {
             (node, there)
@@ -105,8 +103,8 @@ def check_room(needed: float, place: Path, worker: Worker, purpose: str) -> None
     if short:
         named = ", ".join(f"{node} has {there / 2**30:.1f} GiB free" for node, there in short)
         raise DisagreementError(
-            f"there is no room for {purpose}: {needed * worker.local_world_size / 2**30:.1f} GiB are needed in "
-            f"{place}, {named}"
+            f"there is no room for a checkpoint on its way: {needed * worker.local_world_size / 2**30:.1f} GiB are "
+            f"needed in {place.parent}, {named}. Make room, or set checkpoint.scratch to another disk"
         )
 
 

@@ -63,7 +63,7 @@ def evaluate(job: Job, control: Control) -> bool:
     load_into(model, package.state)
     model.to(worker.device, dtype)
     data = data_settings(package, settings)
-    verdict = decoding.Verdict.for_all(workers.from_all(decoding.choose_backend(settings.decode, worker.gpu)))
+    verdict = decoding.Verdict.for_all(workers.from_all(decoding.choose_backend(data, worker.gpu)))
     backend = verdict.backend
     loader = EvalLoader(corpus, data, worker, settings.batch, backend)
     log.info("scoring %d images on %d rank(s), decoding on %s", corpus.num_samples, worker.world_size, backend)
@@ -101,13 +101,13 @@ def main() -> None:
     names = corpus.names
     if list(package.classes) != names:
         raise SettingsError(
-            f"{package.uri} knows {len(package.classes)} classes ({', '.join(package.classes[:3])}, ...), {corpus.path}"
+            f"{package.uri} knows {len(package.classes)} classes ({', '.join(package.classes[:3])}, ...), {corpus}"
             f" has {len(names)} ({', '.join(names[:3])}, ...): score it on a corpus with its own classes, or fine-tune "
             "it on this one"
         )
     if package.activation == "softmax" and corpus.label_kind == "multi":
-        raise SettingsError(f"{package.uri} gives one class an image (softmax), {corpus.path} has many labels an image")
-    settings = settings.model_copy(update={"corpus": str(corpus.path)})
+        raise SettingsError(f"{package.uri} gives one class an image (softmax), {corpus} has many labels an image")
+    settings = settings.model_copy(update={"corpus": corpus.url})
     scratch_root = home / "tmp"  # every node sees it
     scratch_root.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=scratch_root, prefix="evaluate-") as scratch:
@@ -127,11 +127,11 @@ def main() -> None:
         if not leads():
             return
         scores = read_json(Path(job.result))
-    print(json.dumps({"model": package.uri, "corpus": str(corpus.path), **scores}, indent=1), flush=True)
+    print(json.dumps({"model": package.uri, "corpus": corpus.url, **scores}, indent=1), flush=True)
 
     made_by = package.tags.get("vitforge.mlflow_run")
     if made_by:
-        key = f"evaluate/{corpus.path.name}"
+        key = f"evaluate/{corpus.name}"
         tracking.add_scores(made_by, {f"{key}/{name}": value for name, value in scores.items()})
 
 

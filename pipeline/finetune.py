@@ -64,7 +64,7 @@ def main() -> None:
         log.info("this run began with %s and goes on with it", wanted)
     data = settings.data.model_copy(
         update={
-            "corpus": str(corpus.path),
+            "corpus": corpus.url,
             "heldout": str(heldout.path) if heldout else None,
             "mean": settings.data.mean or parent.preprocessing.mean,
             "std": settings.data.std or parent.preprocessing.std,

@@ -4,7 +4,9 @@ The file changes every few seconds as long as rank 0 is alive, whatever the step
 """
 
 import platform
+import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
 from cluster.command import log
@@ -33,23 +35,21 @@ class Heartbeat:
         folder: the run's.
         run: name of the run.
         fixed: what does not change while these ranks run.
+
+    Attributes:
+        commits: gives step and time (Unix) of the checkpoint that was committed last.
     """
 
     def __init__(self, folder: Folder, run: str, **fixed: Any) -> None:
         self._folder, self._run = folder, run
         self._values: dict[str, Any] = {"state": "starting", "step": 0, **fixed}
-        self._committed: tuple[int, float] | None = None
+        self.commits: Callable[[], tuple[int, float] | None] = lambda: None
         self._gauges = _ray_gauges()
         self._thread = Every(_LOCAL_S if folder.local else _REMOTE_S, self._write, "heartbeat")
 
     def update(self, **values: Any) -> None:
         """Change some of what is shown; written with the next beat."""
         self._values = {**self._values, **values}
-
-    def committed(self, step: int) -> None:
-        """A checkpoint of this step is complete."""
-        if self._committed is None or self._committed[0] != step:
-            self._committed = (step, time.time())
 
     def close(self) -> None:
         """Write a last time."""
@@ -62,8 +62,8 @@ class Heartbeat:
     def _write(self) -> None:
         now = time.time()
         values = dict(self._values)
-        if self._committed:
-            values |= {"checkpoint_step": self._committed[0], "checkpoint_age_seconds": now - self._committed[1]}
+        if committed := self.commits():
+            values |= {"checkpoint_step": committed[0], "checkpoint_age_seconds": now - committed[1]}
         for name, gauge in self._gauges.items():
             if values.get(name) is not None:
                 gauge.set(float(values[name]), tags={"run": self._run})
@@ -75,8 +75,6 @@ class Heartbeat:
 
 def _ray_gauges() -> dict[str, Any]:
     """Ray's gauges vitforge_*; none where Ray does not run."""
-    import sys
-
     ray = sys.modules.get("ray")
     if ray is None or not ray.is_initialized():
         return {}

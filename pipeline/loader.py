@@ -8,7 +8,7 @@ every world size that divides G sees the same samples, and a restart needs to kn
 import os
 import queue
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from data_prep.corpus import Corpus
 from data_prep.order import SampleOrder
-from pipeline import augment, decoding
+from pipeline import augment, decoding, pixels
 from pipeline.config import DataSettings
 from pipeline.workers import Worker
 
@@ -72,7 +72,7 @@ class _Loader:
 
         return source
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Generator[Batch, None, None]:
         ready: queue.Queue[Batch | BaseException | None] = queue.Queue(PREFETCH)
         stop = threading.Event()
 
@@ -116,24 +116,28 @@ class _Loader:
             raise AssertionError("the graph ended before its last batch") from error
         except RuntimeError as error:
             raise self._explain(index, error) from error
-        images = self._take(output)
+        images = self._take(output, index)
         ids = self._ids(index)
         rows, classes, weights = self.corpus.labels_of(ids)
         return Batch(images, ids, rows, classes, weights, self._real(index))
 
-    def _take(self, output: Any) -> torch.Tensor:
+    def _finish(self, images: torch.Tensor, batch: int) -> torch.Tensor:
+        """What is left to do when the images have arrived on the rank's device."""
+        return images
+
+    def _take(self, output: Any, batch: int) -> torch.Tensor:
         """DALI's output as a tensor of our own on the rank's device."""
         shared = output.as_tensor()
         device = self.worker.device
         if device.type == "cpu":
             # DALI's dynamic executor writes no other batch into memory that a tensor still holds; a copy would
             # cost a tenth of the whole loading.
-            return torch.from_dlpack(shared)
+            return self._finish(torch.from_dlpack(shared), batch)
         # The copy must be done before DALI goes on, and must not wait behind the training step on its stream.
         if self._stream is None:
             self._stream = torch.cuda.Stream(device)
         with torch.cuda.device(device), torch.cuda.stream(self._stream):
-            images = torch.from_dlpack(shared).to(device, copy=True)
+            images = self._finish(torch.from_dlpack(shared).to(device, copy=True), batch)
         self._stream.synchronize()
         images.record_stream(torch.cuda.default_stream(device))
         return images
@@ -152,7 +156,7 @@ class _Loader:
         if not found:
             return error
         return UndecodableError(
-            f"corpus {self.corpus.path} holds images that do not decode: {'; '.join(found)}. "
+            f"corpus {self.corpus} holds images that do not decode: {'; '.join(found)}. "
             "Shard the source again: images that fail are then left out and listed"
         )
 
@@ -208,10 +212,11 @@ class TrainLoader(_Loader):
         rows = self.corpus.index[ids]
         widths, heights = rows["width"].astype(np.int64), rows["height"].astype(np.int64)
         draws = augment.draw(self.settings.augment, self.seed, epochs, ids, widths, heights)
-        levels: list[NDArray[np.int32]] = []
-        for layer in range(self.settings.augment.randaugment_layers):
-            levels += [draws.operations[:, layer].copy(), draws.signs[:, layer].copy()]
-        return self.corpus.read(ids), draws.anchor, draws.shape, draws.mirror, *levels
+        return decoding.train_inputs(self.corpus.read(ids), draws)
+
+    def _finish(self, images: torch.Tensor, batch: int) -> torch.Tensor:
+        epochs, ids = self.order.ids(self.positions(batch))
+        return pixels.finish(images, self.settings, self.seed, epochs, ids)
 
     def _graph(self) -> Any:
         return decoding.train_graph(

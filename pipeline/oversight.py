@@ -1,6 +1,7 @@
 """What runs beside the training loop on a rank: the watch for hanging ranks, the wish to stop, lease, heartbeat."""
 
 import os
+from collections.abc import Callable
 from types import TracebackType
 from typing import Any
 
@@ -54,6 +55,11 @@ class Oversight:
         """Change what the heartbeat shows."""
         if self.heartbeat:
             self.heartbeat.update(**values)
+
+    def follow(self, commits: Callable[[], tuple[int, float] | None]) -> None:
+        """Show in the heartbeat which checkpoint was committed last: its step, and when (Unix)."""
+        if self.heartbeat:
+            self.heartbeat.commits = commits
 
     def __enter__(self) -> "Oversight":
         return self

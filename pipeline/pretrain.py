@@ -70,7 +70,7 @@ def main() -> None:
     corpus, heldout = open_corpora(settings.data)
     data = settings.data.model_copy(
         update={
-            "corpus": str(corpus.path),
+            "corpus": corpus.url,
             "heldout": str(heldout.path) if heldout else None,
             "mean": settings.data.mean or (0.5, 0.5, 0.5),
             "std": settings.data.std or (0.5, 0.5, 0.5),

@@ -99,7 +99,7 @@ def check_stage(settings: StageSettings, corpus: Corpus) -> None:
         SettingsError: naming the key, the value and what would do.
     """
     if settings.loss.kind == "softmax" and corpus.label_kind == "multi":
-        raise SettingsError(f"loss.kind = 'softmax', but {corpus.path} has many labels an image: use loss.kind=sigmoid")
+        raise SettingsError(f"loss.kind = 'softmax', but {corpus} has many labels an image: use loss.kind=sigmoid")
     total = duration_in_steps(settings.training.duration, settings.training.global_batch, corpus.num_samples)
     Schedule(settings.optimizer, total, settings.training.global_batch, corpus.num_samples)
     if settings.run.worker_bounds is not None:
@@ -112,7 +112,7 @@ def check_stage(settings: StageSettings, corpus: Corpus) -> None:
             "%d of the %d classes of %s have no images and cannot be learned: %s",
             len(empty),
             len(corpus.classes),
-            corpus.path,
+            corpus,
             _some(empty),
         )
     if settings.training.global_batch > corpus.num_samples:
@@ -161,9 +161,12 @@ def run_stage(stage: str, settings: StageSettings, start: "Start", corpus: Corpu
 
 def _newest(settings: StageSettings, start: Start, corpus: Corpus, folder: Folder) -> checkpoints.Checkpoint | None:
     """The checkpoint that the run goes on from, refused if it is of another run."""
-    newest = checkpoints.newest(Path(folder.url) / "checkpoints")
+    total = duration_in_steps(settings.training.duration, settings.training.global_batch, corpus.num_samples)
+    # One that is handed over without a rank that would load it and fall back is verified here.
+    newest = checkpoints.newest(folder.child("checkpoints"), verify_from=total)
     if newest is not None:
-        checkpoints.check_resumable(newest, identity_of(settings, start.architecture, corpus))
+        identity = identity_of(settings, start.architecture, corpus)
+        checkpoints.check_resumable(newest, identity, settings.run.allow_changes)
     return newest
 
 
@@ -209,7 +212,7 @@ def _train(
             settings.run.interface,
         ),
         check=lambda ranks: _check_batch(settings, ranks),
-        progress=lambda: checkpoints.newest_step(folder),
+        progress=lambda: checkpoints.newest_step(folder.child("checkpoints")),
     )
 
 
@@ -223,14 +226,14 @@ def _splits(settings: StageSettings, ranks: int) -> bool:
 
 def _check_batch(settings: StageSettings, ranks: int) -> None:
     training = settings.training
-    layout.check_batch(training.global_batch, training.micro_batch, ranks, settings.data.augment.mixup > 0)
+    layout.check_batch(training.global_batch, training.micro_batch, ranks, settings.data.augment.mixes)
 
 
 def _hand_over(
     stage: str, settings: StageSettings, start: Start, corpus: Corpus, folder: Folder, run: tracking.Run
 ) -> dict[str, Any]:
     """Publish the newest checkpoint's weights, draw the curves and write down how the run went."""
-    checkpoint = checkpoints.newest(Path(folder.url) / "checkpoints")
+    checkpoint = checkpoints.newest(folder.child("checkpoints"))
     assert checkpoint is not None
     rows = tracking.metrics_of(folder)
     with producing(folder, "curves.png") as path:

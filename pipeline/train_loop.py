@@ -7,8 +7,9 @@ but the step decides what happens in it, so that a restart continues as if it ha
 Between two steps the ranks hear what all of them have to say: that one was told to stop, that a loss is not finite.
 """
 
+import itertools
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,12 +26,14 @@ from models.losses import dense_targets, sigmoid_cross_entropy, softmax_cross_en
 from models.presets import train_flops
 from models.vit import VisionTransformer, VitConfig
 from models.weights import load_into, load_safetensors
-from pipeline import agreement, augment, checkpoints, decoding, layout, pictures, throughput, tracking, workers
+from pipeline import agreement, augment, checkpoints, decoding, layout, pictures, pixels, throughput, tracking, workers
 from pipeline.config import StageSettings, duration_in_steps
 from pipeline.consensus import Consensus
-from pipeline.engine import build_engine, prepare_deepspeed, reduce_and_update, set_learning_rate
+from pipeline.elastic import swap_average
+from pipeline.engine import build_engine, nonfinite_flag, prepare_deepspeed, reduce_and_update, set_learning_rate
 from pipeline.health import NAMES, Health, Trouble, window_of
 from pipeline.loader import Batch, EvalLoader, TrainLoader
+from pipeline.optimizer import averaging_decay
 from pipeline.oversight import Oversight
 from pipeline.run_files import INITIAL_WEIGHTS, at_hand, producing
 from pipeline.schedules import Schedule
@@ -90,48 +93,43 @@ def _train(job: Job, folder: Folder, worker: workers.Worker, oversight: Oversigh
     heldout = Corpus.open(data.heldout, check="sizes") if data.heldout else None
     hashes = {"data.corpus": corpus.corpus_hash} | ({"data.heldout": heldout.corpus_hash} if heldout else {})
     agreement.check_ranks(hashes, worker)
-    verdict = decoding.Verdict.for_all(workers.from_all(decoding.choose_backend(data.decode, worker.gpu)))
+    verdict = decoding.Verdict.for_all(workers.from_all(decoding.choose_backend(data, worker.gpu)))
     backend = verdict.backend
 
     # ---- model and engine ------------------------------------------------------------------------------------
+    def steps(text: str) -> int:
+        return duration_in_steps(text, training.global_batch, corpus.num_samples)
+
     config = VitConfig.from_json(job.architecture)
-
-    def newest() -> checkpoints.Checkpoint | None:
-        # One rank's view of the disk is everybody's: all must come to the same decisions.
-        place = Path(job.folder) / "checkpoints"
-        return workers.from_all(checkpoints.newest(place) if worker.leads else None)[0]
-
-    resume = newest()
+    keep_every = steps(settings.checkpoint.keep_every) if settings.checkpoint.keep_every else None
+    saved = checkpoints.Checkpoints(folder.child("checkpoints"), settings.checkpoint, worker, keep_every)
+    resume = saved.newest()
+    # All ranks must come to the same decisions.
     machine = layout.Machine.poorest(workers.from_all(layout.Machine.here(worker)))
     plan = layout.settle(settings, config, worker.world_size, machine, resume.state if resume else None)
-    identity = {
-        **identity_of(settings, config, corpus),
-        "world_size": worker.world_size,
-        "zero_stage": plan.zero_stage,
-        "precision": plan.precision,
-    }
-    if resume:
-        checkpoints.check_resumable(resume, identity)
+    identity = {**identity_of(settings, config, corpus), "precision": plan.precision}
 
-    def engine_at(checkpoint: checkpoints.Checkpoint | None) -> Any:
+    def check(checkpoint: checkpoints.Checkpoint) -> None:
+        checkpoints.check_resumable(checkpoint, identity, settings.run.allow_changes)
+
+    def engine_at(checkpoint: checkpoints.Checkpoint | None) -> tuple[Any, checkpoints.Checkpoint | None]:
+        """An engine as a checkpoint has it (or one before it that is whole), or as training begins."""
         torch.manual_seed(training.seed)
         model = VisionTransformer(config)
         if job.initial_weights:
             with at_hand(folder, INITIAL_WEIGHTS) as path:
                 load_into(model, load_safetensors(path))
-        engine = build_engine(model, settings.optimizer, plan, training.global_batch, worker)
-        if checkpoint:
-            checkpoints.load(engine, checkpoint)
-            log.info("resumed from %s", checkpoint.folder)
-        return engine
+        engine = build_engine(model, settings.optimizer, plan, training.global_batch, worker, training.ema > 0)
+        return engine, saved.load(engine, checkpoint, check) if checkpoint else None
 
-    engine = engine_at(resume)
+    if resume:
+        check(resume)
+    needed = layout.saved_bytes(config, worker.world_size, training.ema > 0)
+    agreement.check_room(needed, saved.scratch, worker)
+    engine, resume = engine_at(resume)
     step = saved_step = resume.step if resume else 0
 
     # ---- durations -------------------------------------------------------------------------------------------
-    def steps(text: str) -> int:
-        return duration_in_steps(text, training.global_batch, corpus.num_samples)
-
     total = steps(training.duration)
     rate_of = Schedule(settings.optimizer, total, training.global_batch, corpus.num_samples)
     checkpoint_every = steps(settings.checkpoint.every)
@@ -146,7 +144,8 @@ def _train(job: Job, folder: Folder, worker: workers.Worker, oversight: Oversigh
         run.catch_up(tracking.metrics_of(folder))
         run.tag("vitforge.decoder", f"{backend}: {verdict.why}")
         run.tag("vitforge.layout", str(plan))
-    oversight.update(state="training", step=step, total=total)
+    oversight.update(state="training", step=step, total=total, checkpoint_step=step or None)
+    oversight.follow(lambda: saved.committed)
     log.info(
         "%d steps of %d images on %d rank(s): %s, micro-batch %d x %d, ZeRO stage %d, decoding on %s, attention by %s",
         total,
@@ -182,12 +181,15 @@ def _train(job: Job, folder: Folder, worker: workers.Worker, oversight: Oversigh
     skipped: list[int] = resume.state.get("skipped", []) if resume else []
     unscored = heldout is not None and resume is not None and (resume.state.get("unscored", False) or step >= total)
     """Whether scores are due that a wish to stop, or a crash, left no time for."""
+    scored: dict[int, dict[str, float]] = {}
 
-    def save(step: int) -> None:
+    def save() -> None:
         nonlocal saved_step
         oversight.at("checkpoint", step)
         state = {
             **identity,
+            "world_size": worker.world_size,
+            "zero_stage": plan.zero_stage,
             "resolved_settings": settings.model_dump(mode="json"),
             "decoder": backend,
             "micro_batch": plan.micro_batch,
@@ -196,29 +198,30 @@ def _train(job: Job, folder: Folder, worker: workers.Worker, oversight: Oversigh
             "unscored": unscored,
             "mlflow_run": job.mlflow_run,
             "versions": checkpoints.versions(),
+            "scores": scored.get(step, {}),
         }
-        checkpoints.save(engine, Path(job.folder) / "checkpoints", step, state, worker, settings.checkpoint.keep)
+        saved.save(engine, step, state)
         saved_step = step
         if run and metrics_file:
             metrics_file.publish()
             run.flush()
-        if oversight.heartbeat:
-            oversight.heartbeat.committed(step)
 
-    def evaluate(step: int) -> None:
+    def evaluate() -> None:
         nonlocal unscored
         assert heldout is not None
-        batch = 0
+        batches = itertools.count(1)
 
         def goes_on() -> bool:
-            nonlocal batch
-            oversight.at(f"evaluation batch {batch}", step)
-            batch += 1
+            oversight.at(f"evaluation, batch {next(batches)}", step)
             listen()
             return not stop
 
         loader = EvalLoader(heldout, data, worker, settings.evaluation.batch, backend)
+        if training.ema:
+            swap_average(engine)
         scores = score(engine.module, loader, settings.loss.kind, plan.dtype, goes_on)
+        if training.ema:
+            swap_average(engine)
         unscored = scores is None
         if scores is None:
             log.info("step %d: not scored, the run was told to stop; it will be when it goes on", step)
@@ -231,8 +234,9 @@ def _train(job: Job, folder: Folder, worker: workers.Worker, oversight: Oversigh
             scores.loss,
             scores.images,
         )
+        named = {f"heldout/{key}": value for key, value in scores.as_metrics().items()}
+        scored[step] = named
         if run and metrics_file:
-            named = {f"heldout/{key}": value for key, value in scores.as_metrics().items()}
             metrics_file.write(step, named)
             run.metrics(step, named)
             run.flush()
@@ -241,7 +245,7 @@ def _train(job: Job, folder: Folder, worker: workers.Worker, oversight: Oversigh
     began = step
     peak = throughput.peak_flops(worker, plan.precision)
 
-    def set_out() -> tuple[Iterator[Batch], throughput.Meter]:
+    def set_out() -> tuple[Generator[Batch, None, None], throughput.Meter]:
         """The batches from `step` on, and a meter for them."""
         loader = TrainLoader(
             corpus, data, training.seed, worker, training.global_batch, plan.micro_batch, step, total, backend, skipped
@@ -254,37 +258,36 @@ def _train(job: Job, folder: Folder, worker: workers.Worker, oversight: Oversigh
     oversight.begin()
     listen(everything=True)
     if unscored and not stop:
-        evaluate(step)
+        evaluate()
     while step < total and not stop:
         trouble = listen()
         if stop:
             break
         if trouble is None:
-            done = step + 1
             # The first step after a start shows that it goes; the record has the same steps with and without restarts.
-            recorded = done % settings.log.every == 0 or done in (1, total)
-            logged = recorded or done == began + 1
-            saves = done % checkpoint_every == 0 or done == total
-            due = evaluate_every is not None and done % evaluate_every == 0
-            scores = heldout is not None and (due or done == total)
+            recorded = (step + 1) % settings.log.every == 0 or step + 1 in (1, total)
+            logged = recorded or step == began
+            saves = (step + 1) % checkpoint_every == 0 or step + 1 == total
+            due = evaluate_every is not None and (step + 1) % evaluate_every == 0
+            scores = heldout is not None and (due or step + 1 == total)
             step_ids: list[NDArray[np.int64]] = []
             _seed_dropout(training.seed, step, worker.rank)
-            weight = augment.mixup_weight(data.augment.mixup, training.seed, step) if data.augment.mixup else None
-            set_learning_rate(engine, rate_of(step))
+            mixing = augment.draw_mixing(data.augment, training.seed, step, data.image_size)
+            set_learning_rate(engine, rate_of(step), averaging_decay(training.ema, step))
             for _ in range(plan.accumulation):
-                oversight.at("first step" if step == began else "waiting for data", done)
+                oversight.at("first step" if step == began else "waiting for data", step + 1)
                 with meter.waiting():
                     batch = next(batches)
                 if step == 0 and worker.leads and run and not losses:
                     _show_batch(batch, corpus, settings, folder, run)
-                oversight.at("first step" if step == began else "computing", done)
+                oversight.at("first step" if step == began else "computing", step + 1)
                 step_ids.append(batch.ids)
                 images = batch.images
                 targets = dense_targets(
                     batch.rows, batch.classes, batch.weights, len(images), config.num_classes, worker.device
                 )
-                if weight is not None:
-                    images, targets = mix_pairs(images, weight), mix_pairs(targets, weight)
+                if mixing is not None:
+                    images, targets = pixels.mix(images, targets, mixing)
                 logits = engine(images.to(plan.dtype))
                 if settings.loss.kind == "softmax":
                     loss = softmax_cross_entropy(logits, targets, settings.loss.label_smoothing)
@@ -293,26 +296,25 @@ def _train(job: Job, folder: Folder, worker: workers.Worker, oversight: Oversigh
                 engine.backward(loss)
                 norm = reduce_and_update(engine, measure=logged or saves)
                 losses.append(loss.detach())
-            step = done
             mean = torch.stack(losses[-plan.accumulation :]).mean()
-            health.took(step, window_of(step - 1, skipped), np.concatenate(step_ids), mean, _bad(engine, norm))
-            # What is recorded or saved, all that led to it was looked at.
+            health.took(step + 1, window_of(step, skipped), np.concatenate(step_ids), mean, nonfinite_flag(engine))
+            step += 1
+            # Before anything is recorded or saved, all that led to it is looked at.
             if logged or saves or scores:
                 trouble = listen(everything=True)
         if trouble is not None:
             skipped = health.handle(trouble, skipped, folder, corpus)
-            resume = newest()
-            step = saved_step = resume.step if resume else 0
-            batches.close()  # type: ignore[attr-defined]
+            batches.close()
             engine.destroy()
-            engine = engine_at(resume)
+            saved.wait()
+            engine, resume = engine_at(saved.newest())
+            began = step = saved_step = resume.step if resume else 0
             consensus.settle()
             health.forget()
             losses.clear()
             if metrics_file:
                 metrics_file.close()
                 metrics_file = tracking.MetricsFile(folder, step)
-            began = step
             batches, meter = set_out()
             continue
         oversight.update(step=step)
@@ -322,7 +324,7 @@ def _train(job: Job, folder: Folder, worker: workers.Worker, oversight: Oversigh
                 "loss": _mean_over_ranks(losses),
                 "learning_rate": rate_of(step - 1),
                 "gradient_norm": norm,
-                **meter.measure(step - began),
+                **meter.measure(step - began, saved.stall_seconds),
             }
             oversight.update(loss=values["loss"], images_per_second=values["images_per_second"])
             log.info("%s", log_line(step, total, values, meter.seconds_left(step - began)))
@@ -334,37 +336,36 @@ def _train(job: Job, folder: Folder, worker: workers.Worker, oversight: Oversigh
         if scores:
             # Before the checkpoint: a restart from it must not find the scores missing.
             with meter.paused():
-                evaluate(step)
+                evaluate()
         if saves:
             with meter.paused():
-                save(step)
+                save()
             losses.clear()  # so that a restart from here averages over the same steps
 
     # ---- the end ---------------------------------------------------------------------------------------------
-    if stop and step > saved_step:
-        save(step)
-    if stop and (step < total or unscored):
-        log.info("stopped at step %d of %d, saved; the same command goes on from there", step, total)
+    if step > saved_step:
+        trouble = listen(everything=True)
+        if trouble is None:
+            save()
+        else:
+            health.handle(trouble, skipped, folder, corpus)
+            step = saved_step  # what came after is not worth keeping
+    oversight.at("checkpoint", step)
+    saved.wait()
+    saved.close()
     if run and metrics_file:
         run.flush()
         metrics_file.publish()
         metrics_file.close()
-    batches.close()  # type: ignore[attr-defined]
+    batches.close()
     engine.destroy()
     dist.barrier()
-    if step > began:
+    finished = step >= total and not unscored
+    if not finished:
+        log.info("stopped at step %d of %d, which is saved; the same command goes on from there", step, total)
+    elif step > began:
         log.info("trained %d steps in %s", step - began, duration(meter.elapsed()))
-    return step >= total and not unscored
-
-
-def mix_pairs(values: torch.Tensor, weight: float) -> torch.Tensor:
-    """Mixup of neighbours: row 2i with row 2i+1 and the other way round; [B, ...] with an even B.
-
-    Partners are neighbours in the global order (position p with p xor 1), so that they are the same pairs for
-    every world size and micro-batch.
-    """
-    pairs = values.reshape(len(values) // 2, 2, *values.shape[1:])
-    return (weight * pairs + (1 - weight) * pairs.flip(1)).reshape(values.shape)
+    return finished
 
 
 def identity_of(settings: StageSettings, config: VitConfig, corpus: Corpus) -> dict[str, Any]:
@@ -381,10 +382,10 @@ def settings_that_decide(settings: StageSettings) -> dict[str, Any]:
     values = settings.model_dump(mode="json")
     for section in ("checkpoint", "evaluation", "health", "log", "run", "registry"):
         del values[section]
-    for key in ("corpus", "heldout", "decode", "decode_threads"):
+    for key in ("corpus", "heldout", "decode", "hw_decoder_load", "decode_threads"):
         del values["data"][key]
     for key in ("micro_batch", "zero_stage", "precision", "compile", "recompute"):
-        del values["training"][key]
+        del values["training"][key]  # the layout, and the precision, which is compared as it was settled
     return values
 
 
@@ -400,6 +401,8 @@ def log_line(step: int, total: int, values: dict[str, float], seconds_left: floa
     if "mfu" in values:
         parts.append(f"MFU {100 * values['mfu']:.1f} %")
     parts.append(f"data wait {100 * values['data_wait']:.1f} %")
+    if values["checkpoint_stall"]:
+        parts.append(f"checkpoint stall {100 * values['checkpoint_stall']:.1f} %")
     if step < total:
         parts.append(f"{duration(seconds_left)} left")
     return ", ".join(parts)
@@ -408,12 +411,6 @@ def log_line(step: int, total: int, values: dict[str, float], seconds_left: floa
 def _seed_dropout(seed: int, step: int, rank: int) -> None:
     """Dropout and stochastic depth start each step from a state that only seed, step and rank decide."""
     torch.manual_seed((seed * 0x9E3779B97F4A7C15 + step * 0xC2B2AE3D27D4EB4F + rank * 0x165667B19E3779F9) % 2**63)
-
-
-def _bad(engine: Any, norm: float | None) -> torch.Tensor:
-    """Not 0 if a gradient was not finite, as far as it can be told."""
-    # DeepSpeed passes over an update whose gradient is not finite, in silence; the samples would be lost.
-    return torch.tensor(float(engine.skipped_steps or (norm is not None and not np.isfinite(norm))))
 
 
 def _mean_over_ranks(losses: list[torch.Tensor]) -> float:

@@ -2,7 +2,6 @@
 
 import datetime
 import os
-import platform
 import socket
 from dataclasses import dataclass
 from typing import Any
@@ -52,6 +51,11 @@ def from_all(value: Any) -> list[Any]:
     return values
 
 
+def node() -> str:
+    """The name of this machine, for messages."""
+    return socket.gethostname()
+
+
 def under_torchrun() -> bool:
     """Whether torchrun started this process: it is then a rank itself, and Ray is not needed."""
     return "TORCHELASTIC_RUN_ID" in os.environ
@@ -71,8 +75,7 @@ def choose_interface(named: str | None, address: str | None) -> None:
     addresses = {name: [entry.address for entry in entries] for name, entries in psutil.net_if_addrs().items()}
     if named is not None and named not in addresses:
         raise ValueError(
-            f"run.interface = {named!r}: {platform.node()} has no such network interface; it has "
-            f"{', '.join(sorted(addresses))}"
+            f"run.interface = {named!r}: {node()} has no such network interface; it has {', '.join(sorted(addresses))}"
         )
     if named is None:
         named = next((name for name, there in addresses.items() if address in there), None)

@@ -35,7 +35,7 @@ def free_port() -> int:
 def torchrun(ranks: int, home: Path, *words: str) -> subprocess.CompletedProcess[str]:
     """A stage under torchrun, to its end."""
     return subprocess.run(
-        _torchrun_command(ranks, words),
+        torchrun_command(ranks, words),
         cwd=REPOSITORY,
         env=environment(home),
         capture_output=True,
@@ -50,7 +50,7 @@ def torchrun_killed(ranks: int, home: Path, metrics: Path, step: int, *words: st
     Returns the last step that it recorded.
     """
     process = subprocess.Popen(
-        _torchrun_command(ranks, words),
+        torchrun_command(ranks, words),
         cwd=REPOSITORY,
         env=environment(home),
         stdout=subprocess.DEVNULL,
@@ -70,7 +70,7 @@ def torchrun_killed(ranks: int, home: Path, metrics: Path, step: int, *words: st
     return max(losses(metrics))
 
 
-def _torchrun_command(ranks: int, words: tuple[str, ...]) -> list[str]:
+def torchrun_command(ranks: int, words: tuple[str, ...]) -> list[str]:
     return [
         sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks),
         "--master-addr", "127.0.0.1", "--master-port", str(free_port()), *words,

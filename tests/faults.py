@@ -231,7 +231,7 @@ def two_host_faults(pair: TwoHosts) -> list[Fault]:
 # ---- the rounds --------------------------------------------------------------------------------------------------
 
 
-def play(run: WatchedRun, fault: Fault, timeout: float = 400) -> Round:
+def play(run: WatchedRun, fault: Fault, timeout: float = 900) -> Round:
     """One fault, from before it to the first step after it.
 
     Raises:

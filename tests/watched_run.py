@@ -146,7 +146,7 @@ class WatchedRun:
             file.seek(self._log_from)
             return file.read().decode(errors="replace")
 
-    def wait(self, what: str, reached: Callable[[], Any], timeout: float = 300, poll: float = POLL_S) -> Any:
+    def wait(self, what: str, reached: Callable[[], Any], timeout: float = 900, poll: float = POLL_S) -> Any:
         """Until `reached()` is true, asked every `poll` seconds; gives what it returned.
 
         Raises:
@@ -159,7 +159,7 @@ class WatchedRun:
             time.sleep(poll)
         return value
 
-    def wait_for_steps(self, count: int, timeout: float = 300) -> None:
+    def wait_for_steps(self, count: int, timeout: float = 900) -> None:
         """Until this life of the driver has resumed, if it has what from, and `count` more steps are recorded."""
         if self.newest():
             self.wait("the resume", self.resumed, timeout)

@@ -8,7 +8,7 @@ every world size that divides G sees the same samples, and a restart needs to kn
 import os
 import queue
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -72,7 +72,7 @@ class _Loader:
 
         return source
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Generator[Batch, None, None]:
         ready: queue.Queue[Batch | BaseException | None] = queue.Queue(PREFETCH)
         stop = threading.Event()
 
@@ -167,6 +167,7 @@ class TrainLoader(_Loader):
     Args:
         global_batch: images an optimizer step, over all ranks.
         micro_batch: images a batch of this loader; divides global_batch / world size.
+        skipped: windows of the order (of global_batch positions each) that no step uses.
     """
 
     def __init__(
@@ -180,6 +181,7 @@ class TrainLoader(_Loader):
         start: int,
         stop: int,
         backend: decoding.Backend,
+        skipped: Sequence[int] = (),
     ) -> None:
         share = global_batch // worker.world_size
         assert share * worker.world_size == global_batch
@@ -187,12 +189,16 @@ class TrainLoader(_Loader):
         super().__init__(corpus, worker, (stop - start) * (share // micro_batch))
         self.settings, self.seed, self.backend = settings, seed, backend
         self.global_batch, self.micro_batch, self.start, self.share = global_batch, micro_batch, start, share
+        self.skipped = sorted(skipped)
         self.order = SampleOrder(corpus.num_samples, seed, corpus.shard_sizes, settings.shuffle_window)
 
     def positions(self, batch: int) -> NDArray[np.int64]:
         """[micro_batch] global positions of one of this loader's batches."""
         step, micro = divmod(batch, self.share // self.micro_batch)
-        first = (self.start + step) * self.global_batch + self.worker.rank * self.share + micro * self.micro_batch
+        window = self.start + step
+        for left_out in self.skipped:
+            window += left_out <= window
+        first = window * self.global_batch + self.worker.rank * self.share + micro * self.micro_batch
         return np.arange(first, first + self.micro_batch, dtype=np.int64)
 
     def _ids(self, batch: int) -> NDArray[np.int64]:

@@ -63,6 +63,10 @@ class CorpusError(storage.StorageError):
     """A corpus that is missing, unfinished or damaged; the message names the file and says what would do."""
 
 
+class ShardError(CorpusError):
+    """A shard none of whose samples can be read: it is gone, or cannot be fetched."""
+
+
 def image_check(data: Any) -> int:
     """The checksum kept for a sample: low 32 bits of xxh3_64 of the encoded image."""
     return xxhash.xxh3_64_intdigest(data) & 0xFFFFFFFF
@@ -262,7 +266,7 @@ class Corpus:
                 try:
                     opened = self._open_shards[shard] = _OpenShard(path)
                 except OSError as error:
-                    raise CorpusError(f"{path} cannot be opened: {error.strerror}. {_REPAIR}") from error
+                    raise ShardError(f"{path} cannot be opened: {error.strerror}. {_REPAIR}") from error
                 if len(self._open_shards) > _MAX_OPEN_SHARDS:
                     self._open_shards.popitem(last=False)
             else:

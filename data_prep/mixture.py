@@ -202,6 +202,7 @@ class Mixture:
                 f"data.mixture_classes = separate needs parts of different names, got {', '.join(self._part_names)}: "
                 "give them as {corpus: ..., weight: ..., name: ...}"
             )
+        self._shard_starts = [np.concatenate([[0], np.cumsum(part.shard_sizes, dtype=np.int64)]) for part in self.parts]
         self._number_classes()
 
     @classmethod
@@ -293,27 +294,30 @@ class Mixture:
         """The shards of samples (int64 [B]), numbered through over the parts."""
         which = np.asarray(ids, np.int64)
         shards = np.empty_like(which)
-        before = np.cumsum([0, *(len(part.shard_sizes) for part in self.parts)])
         for part, places, own in self._by_part(which):
-            shards[places] = self.parts[part].index["shard"][own] + before[part]
+            before = sum(len(starts) - 1 for starts in self._shard_starts[:part])
+            shards[places] = np.searchsorted(self._shard_starts[part], own, side="right") - 1 + before
         return shards
 
     def substitute(self, sample: int, seed: int, attempt: int) -> int:
         """The sample shown in place of one that cannot be read: one of the same part (data_prep/order.py)."""
         part = int(self.part_of([sample])[0])
         first = int(self.first_ids[part])
-        own = substitute(self.parts[part].num_samples, seed_of_part(seed, part), sample - first, attempt)
-        return first + own
+        return first + substitute(self._shard_starts[part], seed_of_part(seed, part), sample - first, attempt)
+
+    def origin(self, sample: int) -> str:
+        """Where a sample came from (`Corpus.origin`)."""
+        part = int(self.part_of([sample])[0])
+        return self.parts[part].origin(sample - int(self.first_ids[part]))
 
     def describe(self, sample: int) -> str:
-        """A sample for messages: its number, where it came from, its corpus."""
+        """A sample for messages: its number in its corpus, and where it came from."""
         part = int(self.part_of([sample])[0])
-        own = sample - int(self.first_ids[part])
         try:
-            origin = self.parts[part].origin(own)
-        except CorpusError:  # the file of origins is gone too
-            origin = "origin unknown"
-        return f"sample {own} of {self.parts[part]} ({origin})"
+            origin = self.origin(sample)
+        except CorpusError:  # that is lost too
+            origin = "of unknown origin"
+        return f"sample {sample - int(self.first_ids[part])} of {self.parts[part]} ({origin})"
 
     def _by_part(self, ids: NDArray[np.int64]) -> list[tuple[int, NDArray[np.int64], NDArray[np.int64]]]:
         """For each part that some of the ids are of: (part, their places, their numbers in the part)."""

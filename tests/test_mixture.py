@@ -84,7 +84,7 @@ def corpora(tmp_path_factory) -> list[Corpus]:
 
 
 @given(st.lists(st.integers(1, 50), min_size=1, max_size=3), SEEDS, st.lists(st.integers(0, 3), min_size=3, max_size=3))
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=4, deadline=None)
 def test_each_part_is_gone_through_in_its_own_order_without_gap_or_repetition(corpora, weights, seed, windows):
     mixture = Mixture(corpora[: len(weights)], weights)
     order = MixedOrder(mixture, seed, windows[: len(weights)])

@@ -8,11 +8,12 @@ import fcntl
 import json
 import os
 import shutil
+import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, BinaryIO, Protocol
 
 from cluster import storage
 from cluster.storage import StorageError
@@ -90,6 +91,16 @@ class Folder(ABC):
     def writing(self, name: str) -> Iterator[Sink]:
         """A file that appears under its name, whole, when the block ends without an exception."""
         yield NotImplemented
+
+    @contextmanager
+    def building(self, name: str) -> Iterator[BinaryIO]:
+        """As `writing`, but the bytes go into an unbuffered file of this node, which has a descriptor.
+
+        Where the folder is not of a mounted file system, the file is in TMPDIR until it is sent.
+        """
+        with tempfile.TemporaryFile(buffering=0) as file:  # which has no name: a killed process leaves nothing
+            yield file
+            self.put(Path(f"/proc/self/fd/{file.fileno()}"), name)
 
     @abstractmethod
     def put(self, path: Path, name: str, *, move: bool = False) -> None:
@@ -208,6 +219,11 @@ class LocalFolder(Folder):
 
     @contextmanager
     def writing(self, name: str) -> Iterator[Sink]:
+        with self.building(name) as file:
+            yield file
+
+    @contextmanager
+    def building(self, name: str) -> Iterator[BinaryIO]:
         with storage.atomic_file(self._place(name)) as file:
             yield file
 
@@ -266,4 +282,8 @@ def folder_at(place: str, key: str) -> Folder:
     Raises:
         StorageError: a URL of a kind that is not supported, or one that names no bucket.
     """
+    if place.startswith("s3://"):
+        from cluster.object_store import object_folder
+
+        return object_folder(place, key)
     return LocalFolder(storage.local_path(place, key))

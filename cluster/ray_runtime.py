@@ -6,6 +6,7 @@ about, from the environment at the moment it is imported.
 
 import logging
 import os
+import re
 import secrets
 import threading
 from collections.abc import Iterator
@@ -19,6 +20,10 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 
 FORWARDED = ("VITFORGE_", "MLFLOW_", "AWS_", "NCCL_", "GLOO_", "OMP_", "RAY_TRAIN_")
 """Environment variables that begin so go along to every worker; on a running cluster Ray takes none by itself."""
+
+_SECRET = re.compile("SECRET|PASSWORD|TOKEN|ACCESS_KEY")
+"""Names that do not: Ray writes what it is to set into its logs. The workers of a private cluster inherit them, and
+the credentials of an object store travel inside pickled folders (cluster/object_store.py)."""
 
 os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -64,7 +69,9 @@ def ray_session(min_cpus: int = 1) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
-    variables = {name: value for name, value in os.environ.items() if name.startswith(FORWARDED)}
+    variables = {
+        name: value for name, value in os.environ.items() if name.startswith(FORWARDED) and not _SECRET.search(name)
+    }
     if not in_unpacked_job():
         # A submitted job's working folder is on every worker's path already, at a place that differs by node.
         path = [str(REPOSITORY), *filter(None, [os.environ.get("PYTHONPATH")])]

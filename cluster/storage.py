@@ -1,7 +1,6 @@
-"""Files as every stage writes and reads them: complete under their name, or not there at all.
+"""Files of mounted file systems as every stage writes and reads them: complete under their name, or not there.
 
-All paths go through this module, so that object stores (`s3://`) can be added here and nowhere else. This version
-serves paths that are mounted on every node (local disk, NFS, Lustre) and refuses URLs with one message.
+What may also lie on an object store goes through `cluster.folders.Folder`.
 """
 
 import json
@@ -36,7 +35,7 @@ def local_path(path: str, key: str) -> Path:
     if "://" in path:
         scheme = path.split("://")[0]
         raise StorageError(
-            f"{key} = {path!r}: {scheme}:// is not supported yet, only paths of a file system that every node "
+            f"{key} = {path!r}: {scheme}:// cannot be used here, only a path of a file system that every node "
             f"mounts; copy or mount the data and give that path"
         )
     return Path(path)

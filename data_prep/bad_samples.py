@@ -114,21 +114,18 @@ class BadSamples:
         return None
 
 
-def check_share(bad: int, read: int, share: float, described: Sequence[str]) -> None:
-    """Stop when too many samples are bad.
+def too_many(bad: int, read: int, share: float) -> bool:
+    """Whether a run must stop: more of the samples read are bad than ALWAYS_ALLOWED and than that share of them."""
+    return bad > max(ALWAYS_ALLOWED, share * read)
 
-    Args:
-        bad: how many of the samples read were, over all ranks.
-        read: samples read, over all ranks.
-        share: of the samples read, that may be bad (data.max_bad_share).
-        described: some of the bad ones.
 
-    Raises:
-        CorpusError: more than ALWAYS_ALLOWED and more than that share; names them.
-    """
-    if bad > max(ALWAYS_ALLOWED, share * read):
-        raise CorpusError(
+class TooManyBadSamples(CorpusError):  # noqa: N818 - it says what was found
+    """More samples are bad than a run accepts; the message names the first of them."""
+
+    def __init__(self, bad: int, read: int, share: float, described: Sequence[str]) -> None:
+        names = "\n  ".join(dict.fromkeys(described[:NAMED]))
+        super().__init__(
             f"{bad:,} of {read:,} samples could not be read or decoded, more than data.max_bad_share = {share:g} "
-            "allows. Look at the corpus with data_prep/verify.py, or raise data.max_bad_share. "
-            + "\n  ".join([f"The first {len(described)}:", *described])
+            "allows. Look at the corpus with data_prep/verify.py, or raise data.max_bad_share. Some of them:\n  "
+            + names
         )

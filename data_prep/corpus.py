@@ -21,16 +21,21 @@ import json
 import os
 import threading
 from collections import OrderedDict
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import xxhash
 from numpy.typing import ArrayLike, NDArray
 
 from cluster import storage
+from cluster.folders import Folder, folder_at
+from cluster.storage import StorageError
 from data_prep.columns import LABEL_DTYPE, ragged_take
+from data_prep.corpus_cache import cache_folder, fetch_files
+from data_prep.shard_cache import ShardCache
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
@@ -53,13 +58,16 @@ SAMPLE_DTYPE = np.dtype(
 )
 """A row of the index, 28 bytes."""
 
+CACHE_BYTES = 100 * 10**9
+"""What the shards of object stores may take on a node where nothing else is said."""
+
 _MAX_OPEN_SHARDS = 256
 
 _REPAIR = "Running the same shard command again writes what is missing or cut short"
 _REPAIR_MANIFEST = f"Remove {MANIFEST} and run the same shard command again: it is built anew from the finished shards"
 
 
-class CorpusError(storage.StorageError):
+class CorpusError(StorageError):
     """A corpus that is missing, unfinished or damaged; the message names the file and says what would do."""
 
 
@@ -82,30 +90,61 @@ def manifest_hash(manifest: dict[str, Any]) -> str:
     return hashlib.sha256(canonical.encode()).hexdigest()
 
 
+class Shards(Protocol):
+    """The tars of a corpus as files of this node."""
+
+    def path(self, shard: int) -> Path:
+        """Where a shard is, whole; fetched first if need be."""
+
+    def open(self, shard: int) -> int:
+        """A descriptor of a shard's file; the caller closes it."""
+
+    def renew(self, shard: int) -> bool:
+        """Look for damage in this node's copy of a shard and put that right; False where the shard itself has it."""
+
+
+class _LocalShards:
+    """Shards that lie on a mounted file system."""
+
+    def __init__(self, folder: Path, names: list[str]) -> None:
+        self._folder, self._names = folder, names
+
+    def path(self, shard: int) -> Path:
+        return self._folder / self._names[shard]
+
+    def open(self, shard: int) -> int:
+        return os.open(self.path(shard), os.O_RDONLY)
+
+    def renew(self, shard: int) -> bool:
+        return False
+
+
 class _OpenShard:
     """A read-only file that closes when nobody holds it any more, so that a cache may drop it during a read."""
 
-    def __init__(self, path: Path) -> None:
-        self.descriptor = os.open(path, os.O_RDONLY)
+    def __init__(self, descriptor: int) -> None:
+        self.descriptor = descriptor
 
     def __del__(self) -> None:
-        if hasattr(self, "descriptor"):
-            os.close(self.descriptor)
+        os.close(self.descriptor)
 
 
 class Corpus:
     """A corpus opened for reading; safe to use from several threads; a pickled one opens again where it arrives.
 
     Attributes:
-        path: of its folder.
+        folder: of it.
+        path: where its index and labels are on this node: its folder, or for an object store what the cache holds.
         manifest: the content of manifest.json.
         index: SAMPLE_DTYPE [N], memory-mapped.
     """
 
-    def __init__(self, path: Path, manifest: dict[str, Any]) -> None:
+    def __init__(self, folder: Folder, path: Path, manifest: dict[str, Any], cache_bytes: int) -> None:
         """Use `Corpus.open`."""
+        self.folder = folder
         self.path = path
         self.manifest = manifest
+        self._cache_bytes = cache_bytes
         self.index: NDArray[np.void] = np.memmap(path / INDEX, SAMPLE_DTYPE, "r")
         if self.label_kind == "multi":
             self._label_pointers = np.memmap(path / LABEL_POINTERS, "<u8", "r")
@@ -117,34 +156,71 @@ class Corpus:
         self._lock = threading.Lock()
 
     @classmethod
-    def open(cls, path: str, check: Literal["content", "sizes"] = "content") -> "Corpus":
+    def open(
+        cls, place: str | Folder, check: Literal["content", "sizes"] = "content", cache_bytes: int = CACHE_BYTES
+    ) -> "Corpus":
         """Open a corpus after checking its manifest, its index and the presence and size of every shard.
 
-        `check="sizes"` leaves out the checksum of the index, for a process whose parent has looked at it already.
+        `check="sizes"` leaves out the checksum of the index, and on an object store the look at the shards, for a
+        process whose parent has looked at them already.
 
         The content of the shards is checked sample by sample as it is read (and whole by data_prep/verify.py).
 
+        Args:
+            place: its folder.
+            check: how much is checked.
+            cache_bytes: what the shards of object stores may take on this node.
+
         Raises:
             CorpusError: missing, unfinished, of another format version, cut short or altered.
+            StorageError: the object store cannot be reached, or there is no room for the index.
         """
-        folder = storage.local_path(path, "corpus")
+        folder = folder_at(place, "corpus") if isinstance(place, str) else place
         manifest = _read_manifest(folder)
-        for name, facts in manifest["files"].items():
-            _check_size(folder / name, facts["bytes"])
-            if check == "content" and storage.hash_file(folder / name) != facts["xxh3_128"]:
-                raise CorpusError(f"{folder / name} is damaged: its checksum is not the manifest's. {_REPAIR}")
-        for shard in manifest["shards"]:
-            _check_size(folder / shard["name"], shard["bytes"])
-        return cls(folder, manifest)
+        sizes = {name: facts["bytes"] for name, facts in manifest["files"].items()}
+        sizes |= {shard["name"]: shard["bytes"] for shard in manifest["shards"]}
+        if folder.local is not None:
+            for name, size in sizes.items():
+                _check_size(folder, name, folder.size(name), size)
+            for name, facts in manifest["files"].items():
+                if check == "content" and storage.hash_file(folder.local / name) != facts["xxh3_128"]:
+                    raise CorpusError(f"{folder}/{name} is damaged: its checksum is not the manifest's. {_REPAIR}")
+            return cls(folder, folder.local, manifest, cache_bytes)
+        if check == "content":
+            there = folder.tree()
+            for name, size in sizes.items():
+                _check_size(folder, name, there.get(name), size)
+        here = fetch_files(folder, manifest["files"], manifest["corpus_hash"], check=check == "content")
+        return cls(folder, here, manifest, cache_bytes)
 
-    def __reduce__(self) -> tuple[Any, tuple[str]]:
-        return Corpus.open, (str(self.path),)
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Corpus.open, (self.folder, "sizes", self._cache_bytes)
+
+    def __str__(self) -> str:
+        return self.url
+
+    @property
+    def url(self) -> str:
+        """Its folder as people write it: a path, or s3://BUCKET/PREFIX."""
+        return self.folder.url
+
+    @property
+    def name(self) -> str:
+        """Of its folder."""
+        return self.url.rstrip("/").rpartition("/")[2]
+
+    @cached_property
+    def shards(self) -> Shards:
+        """The tars, as files of this node."""
+        shards = self.manifest["shards"]
+        names = [shard["name"] for shard in shards]
+        if self.folder.local is not None:
+            return _LocalShards(self.folder.local, names)
+        sizes, checksums = [shard["bytes"] for shard in shards], [shard["xxh3_128"] for shard in shards]
+        return ShardCache(self.folder, names, sizes, checksums, cache_folder() / "shards", self._cache_bytes)
 
     def __len__(self) -> int:
         return self.num_samples
-
-    def __str__(self) -> str:
-        return str(self.path)
 
     @property
     def num_samples(self) -> int:
@@ -222,9 +298,22 @@ class Corpus:
             opened = self._shard(shard)
             count = os.preadv(opened.descriptor, [image.data], offset)
             if count != length or image_check(image) != check:
-                self._report_damage(int(which[place]), opened)
+                image = self._read_again(int(which[place]))
             images.append(image)
         return images
+
+    def prefetch(self, order: Sequence[int], ahead: int) -> None:
+        """Say in which order shards will be read from now on; of an object store the first `ahead` are fetched.
+
+        See `ShardCache.prefetch`.
+        """
+        if not isinstance(self.shards, ShardCache):
+            return
+        self.shards.prefetch(order, ahead)
+        with self._lock:  # what the cache has let go of takes room on the disk as long as it is open
+            for shard, opened in list(self._open_shards.items()):
+                if os.fstat(opened.descriptor).st_nlink == 0:
+                    del self._open_shards[shard]
 
     def origin(self, sample: int) -> str:
         """Where a sample came from: the path of its image inside the source.
@@ -237,13 +326,15 @@ class Corpus:
         with self._lock:
             lines = self._origins.get(shard)
         if lines is None:
-            path = (self.path / self.manifest["shards"][shard]["name"]).with_suffix(".origins")
+            name = f"{self.manifest['shards'][shard]['name'].removesuffix('.tar')}.origins"
             try:
-                lines = path.read_text(encoding="utf-8").split("\n")[:-1]
-            except OSError as error:
-                raise CorpusError(f"{path} cannot be read: {error.strerror}. {_REPAIR}") from error
+                lines = self.folder.read_bytes(name).decode("utf-8").split("\n")[:-1]
+            except StorageError as error:
+                raise CorpusError(f"{error}. {_REPAIR}") from error
             if len(lines) != self.shard_sizes[shard]:
-                raise CorpusError(f"{path} has {len(lines)} lines for {self.shard_sizes[shard]} samples. {_REPAIR}")
+                raise CorpusError(
+                    f"{self.folder}/{name} has {len(lines)} lines for {self.shard_sizes[shard]} samples. {_REPAIR}"
+                )
             with self._lock:
                 self._origins[shard] = lines
                 while len(self._origins) > 8:
@@ -254,63 +345,76 @@ class Corpus:
         which = np.asarray(ids, dtype=np.int64).reshape(-1)
         if which.size and not (which.min() >= 0 and which.max() < self.num_samples):
             raise CorpusError(
-                f"sample ids must lie in 0..{self.num_samples - 1}, got {which.min()}..{which.max()} ({self.path})"
+                f"sample ids must lie in 0..{self.num_samples - 1}, got {which.min()}..{which.max()} ({self})"
             )
         return which
 
     def _shard(self, shard: int) -> _OpenShard:
         with self._lock:
             opened = self._open_shards.get(shard)
-            if opened is None:
-                path = self.path / self.manifest["shards"][shard]["name"]
-                try:
-                    opened = self._open_shards[shard] = _OpenShard(path)
-                except OSError as error:
-                    raise ShardError(f"{path} cannot be opened: {error.strerror}. {_REPAIR}") from error
-                if len(self._open_shards) > _MAX_OPEN_SHARDS:
-                    self._open_shards.popitem(last=False)
-            else:
+            if opened is not None:
                 self._open_shards.move_to_end(shard)
-            return opened
+                return opened
+        try:
+            opened = _OpenShard(self.shards.open(shard))  # which may take long, and other threads read meanwhile
+        except StorageError as error:
+            raise ShardError(str(error)) from error
+        except OSError as error:
+            name = self.manifest["shards"][shard]["name"]
+            raise ShardError(f"{self.folder}/{name} cannot be opened: {error.strerror}. {_REPAIR}") from error
+        with self._lock:
+            self._open_shards[shard] = opened
+            if len(self._open_shards) > _MAX_OPEN_SHARDS:
+                self._open_shards.popitem(last=False)
+        return opened
 
-    def _report_damage(self, sample: int, opened: _OpenShard) -> None:
+    def _read_again(self, sample: int) -> NDArray[np.uint8]:
+        """Read a sample whose bytes were not those that were written; this node's copy of its shard may be at fault."""
         row = self.index[sample]
-        name = self.manifest["shards"][int(row["shard"])]["name"]
+        shard, offset = int(row["shard"]), int(row["offset"])
+        if self.shards.renew(shard):
+            with self._lock:
+                self._open_shards.pop(shard, None)
+        opened = self._shard(shard)
+        image = np.empty(int(row["length"]), np.uint8)
+        if os.preadv(opened.descriptor, [image.data], offset) == len(image) and image_check(image) == row["check"]:
+            return image
         # the 512 bytes before an image are its tar header, which begins with the member's name
-        header = os.pread(opened.descriptor, 100, max(int(row["offset"]) - 512, 0))
+        header = os.pread(opened.descriptor, 100, max(offset - 512, 0))
         member = header.split(b"\0")[0].decode("ascii", "backslashreplace")
+        name = self.manifest["shards"][shard]["name"]
         raise CorpusError(
-            f"{self.path / name} is damaged: sample {sample} (member {member!r}, {int(row['length'])} bytes at offset "
-            f"{int(row['offset'])}) is not what was written. To write this shard again, remove "
+            f"{self.folder}/{name} is damaged: sample {sample} (member {member!r}, {len(image)} bytes at offset "
+            f"{offset}) is not what was written. To write this shard again, remove "
             f"{Path(name).stem}.record.json and run the same shard command"
         )
 
 
-def _check_size(path: Path, expected: int) -> None:
-    size = storage.file_size(path)
+def _check_size(folder: Folder, name: str, size: int | None, expected: int) -> None:
     if size is None:
-        raise CorpusError(f"{path} is missing. {_REPAIR}")
+        raise CorpusError(f"{folder}/{name} is missing. {_REPAIR}")
     if size != expected:
         raise CorpusError(
-            f"{path} has {size} bytes where the manifest says {expected}: cut short or altered. {_REPAIR}"
+            f"{folder}/{name} has {size} bytes where the manifest says {expected}: cut short or altered. {_REPAIR}"
         )
 
 
-def _read_manifest(folder: Path) -> dict[str, Any]:
-    if not folder.is_dir():
-        raise CorpusError(f"no corpus at {folder}: there is no such folder")
-    path = folder / MANIFEST
-    if not path.is_file():
-        unfinished = (folder / PLAN).is_file()
+def _read_manifest(folder: Folder) -> dict[str, Any]:
+    path = f"{folder}/{MANIFEST}"
+    if folder.size(MANIFEST) is None:
+        if folder.local is not None and not folder.local.is_dir():
+            raise CorpusError(f"no corpus at {folder}: there is no such folder")
         advice = (
-            "its sharding has not finished; run the same shard command again to go on"
-            if unfinished
-            else "make one with `python data_prep/shard.py SOURCE DESTINATION`"
+            "make one with `python data_prep/shard.py SOURCE DESTINATION`"
+            if folder.size(PLAN) is None
+            else "its sharding has not finished; run the same shard command again to go on"
         )
         raise CorpusError(f"no corpus at {folder}: {MANIFEST} is missing; {advice}")
     try:
-        manifest = storage.read_json(path)
-    except storage.StorageError as error:
+        manifest = folder.read_json(MANIFEST)
+    except OSError:
+        raise
+    except StorageError as error:
         raise CorpusError(f"{error}. {_REPAIR_MANIFEST}") from error
     if not isinstance(manifest, dict) or "format_version" not in manifest:
         raise CorpusError(f"{path} is not the manifest of a corpus. {_REPAIR_MANIFEST}")

@@ -2,15 +2,17 @@
 
 import json
 import platform
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import xxhash
 
-from cluster import storage
+from cluster.folders import Folder
 from data_prep.columns import Labels
 from data_prep.corpus import (
     FORMAT_VERSION,
@@ -22,6 +24,10 @@ from data_prep.corpus import (
     manifest_hash,
 )
 from data_prep.shard_task import read_rows, remove_shard
+
+_AHEAD = 16
+_T = TypeVar("_T")
+_U = TypeVar("_U")
 
 
 class CorpusPlan(Protocol):
@@ -58,8 +64,8 @@ class CorpusPlan(Protocol):
 class _HashedFile:
     """A file that is written in order and hashed on the way."""
 
-    def __init__(self, path: Path) -> None:
-        self._context = storage.atomic_file(path)
+    def __init__(self, folder: Folder, name: str) -> None:
+        self._context = folder.writing(name)
         self._file = self._context.__enter__()
         self._digest = xxhash.xxh3_128()
         self.size = 0
@@ -77,7 +83,19 @@ class _HashedFile:
         return {"bytes": self.size, "xxh3_128": self._digest.hexdigest()}
 
 
-def assemble(folder: Path, plan: CorpusPlan, records: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def _read_ahead(function: Callable[[_T], _U], items: Iterable[_T]) -> Iterator[_U]:
+    """The results of a function that waits for storage, in order, some at a time."""
+    with ThreadPoolExecutor(_AHEAD) as pool:
+        running: deque[Future[_U]] = deque()
+        for item in items:
+            running.append(pool.submit(function, item))
+            if len(running) > _AHEAD:
+                yield running.popleft().result()
+        while running:
+            yield running.popleft().result()
+
+
+def assemble(folder: Folder, plan: CorpusPlan, records: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Write what belongs to the corpus as a whole, the manifest last; returns the manifest.
 
     Args:
@@ -91,13 +109,13 @@ def assemble(folder: Path, plan: CorpusPlan, records: Sequence[dict[str, Any]]) 
     labels_so_far = 0
     files: dict[str, Any] = {}
     many = plan.label_kind == "multi"
-    index = _HashedFile(folder / INDEX)
-    label_rows = _HashedFile(folder / LABELS) if many else None
-    pointers = _HashedFile(folder / LABEL_POINTERS) if many else None
+    index = _HashedFile(folder, INDEX)
+    label_rows = _HashedFile(folder, LABELS) if many else None
+    pointers = _HashedFile(folder, LABEL_POINTERS) if many else None
     if pointers is not None:
         pointers.write(np.zeros(1, "<u8").tobytes())
-    for number, record in enumerate(filled):
-        rows, labels = read_rows(folder, record["name"])
+    parts = _read_ahead(lambda record: read_rows(folder, record["name"]), filled)
+    for number, (rows, labels) in enumerate(parts):
         rows["shard"] = number
         index.write(rows.tobytes())
         if isinstance(labels, Labels) and label_rows is not None and pointers is not None:
@@ -115,7 +133,7 @@ def assemble(folder: Path, plan: CorpusPlan, records: Sequence[dict[str, Any]]) 
         *({"origin": origin, "reason": reason} for origin, reason in plan.left_out),
         *(entry for record in records for entry in record["quarantined"]),
     ]
-    quarantine = _HashedFile(folder / QUARANTINE)
+    quarantine = _HashedFile(folder, QUARANTINE)
     for entry in quarantined:
         quarantine.write((json.dumps(entry, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace"))
     files[QUARANTINE] = quarantine.close()
@@ -147,7 +165,7 @@ def assemble(folder: Path, plan: CorpusPlan, records: Sequence[dict[str, Any]]) 
         },
     }
     manifest["corpus_hash"] = manifest_hash(manifest)
-    storage.write_json(folder / MANIFEST, manifest)
+    folder.write_json(MANIFEST, manifest)
     for record in records:
         if not record["samples"]:  # every image was quarantined; a tar without samples is one that readers stumble over
             remove_shard(folder, record["name"])

@@ -1,57 +1,61 @@
 """What every command that makes a corpus has around its work: the destination's checks, Ray tasks, the summary."""
 
+import heapq
 import json
-import shutil
+import random
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
-from cluster import storage
 from cluster.command import Progress, duration, log
+from cluster.folders import Folder
+from cluster.storage import StorageError
 from data_prep.corpus import MANIFEST, PLAN, QUARANTINE, Corpus, CorpusError
 from data_prep.corpus_assembly import CorpusPlan
-from data_prep.shard_task import finished_record, remove_shard
+from data_prep.shard_task import finished_records, remove_shard
 from data_prep.sources import SourceError
 
 _ATTEMPTS = 4
+_PAUSE, _LONGEST_PAUSE = 0.5, 60.0
+"""Seconds before a shard is tried again that could not be written: a failing disk or network may need time."""
 GO_ON = "The finished shards stay; run the same command again to go on"
 _PATIENCE = 0.25
 """Share of a corpus's images that may fail to decode before a warning stands in the summary."""
 
 
-def check_places(source: Path, folder: Path) -> None:
+def check_places(source: Folder, folder: Folder) -> None:
     """Refuse a destination that cannot be one, before the source is looked at.
 
     Raises:
         SourceError: it lies inside the source.
         CorpusError: it is a file.
     """
-    inside, outside = folder.resolve(), source.resolve()
-    if inside == outside or outside in inside.parents:
+    if source.local is not None and folder.local is not None:
+        inside, outside = folder.local.resolve(), source.local.resolve()
+        is_inside = inside == outside or outside in inside.parents
+    else:
+        is_inside = f"{folder}/".startswith(f"{source}/")
+    if is_inside:
         raise SourceError(f"destination {folder} lies inside the source {source}: give a folder beside it")
-    if folder.exists() and not folder.is_dir():
+    if folder.local is not None and folder.local.exists() and not folder.local.is_dir():
         raise CorpusError(f"destination {folder} is a file: give a folder")
 
 
-def finished_before(folder: Path, plan: CorpusPlan) -> Corpus | None:
+def finished_before(folder: Folder, plan: CorpusPlan) -> Corpus | None:
     """The corpus if an earlier run finished it; None if there is work to do.
 
     Raises:
         CorpusError: the folder holds another corpus or files that are none of ours.
     """
-    if not folder.is_dir():
-        return None
-    found = [path.name for path in folder.iterdir() if not storage.is_unfinished(path.name)]
+    found = sorted([*folder.names(), *folder.folders()])
     if not found:
         return None
     if PLAN not in found:
         raise CorpusError(
-            f"destination {folder} is not empty and was not made by sharding (it has {sorted(found)[0]!r}): "
-            f"give another folder"
+            f"destination {folder} is not empty and was not made by sharding (it has {found[0]!r}): give another folder"
         )
-    there = storage.read_json(folder / PLAN)
+    there = folder.read_json(PLAN)
     if there != plan.describe():
         raise CorpusError(
             f"destination {folder} holds another corpus, made from another source or with other settings "
@@ -60,12 +64,12 @@ def finished_before(folder: Path, plan: CorpusPlan) -> Corpus | None:
     if MANIFEST not in found:
         return None
     try:
-        corpus = Corpus.open(str(folder))
+        corpus = Corpus.open(folder)
     except CorpusError as error:
         log.warning("%s; writing that again", str(error).split(". ")[0])
         return None
     names = [shard["name"] for shard in corpus.manifest["shards"]]
-    return corpus if all(finished_record(folder, name, plan.plan_hash) for name in names) else None
+    return corpus if len(finished_records(folder, names, plan.plan_hash)) == len(names) else None
 
 
 def _in_words(plan: dict[str, Any]) -> str:
@@ -75,43 +79,42 @@ def _in_words(plan: dict[str, Any]) -> str:
     return ", ".join([*counts, str(plan["settings"])])
 
 
-def check_room(folder: Path, needed: float) -> None:
+def check_room(folder: Folder, needed: float) -> None:
     """Refuse a destination with less than `needed` bytes free.
 
     Raises:
         CorpusError: it has less.
     """
-    free = shutil.disk_usage(next(place for place in (folder, *folder.parents) if place.is_dir())).free
-    if needed > free:
+    free = folder.free()
+    if free is not None and needed > free:
         raise CorpusError(
             f"destination {folder} has {in_megabytes(free)} free, {in_megabytes(needed)} are needed: make room there"
         )
 
 
-def begin(folder: Path, plan: CorpusPlan, names: list[str]) -> dict[str, dict[str, Any]]:
+def begin(folder: Folder, plan: CorpusPlan, names: list[str]) -> dict[str, dict[str, Any]]:
     """Make the folder and write the plan; returns the records of the shards that are finished already, by name."""
-    folder.mkdir(parents=True, exist_ok=True)
-    storage.remove_unfinished(folder)
-    storage.write_json(folder / PLAN, plan.describe())
-    records = {name: finished_record(folder, name, plan.plan_hash) for name in names}
-    finished = {name: record for name, record in records.items() if record is not None}
+    folder.remove_unfinished()
+    folder.write_json(PLAN, plan.describe())
+    finished = finished_records(folder, names, plan.plan_hash)
     if finished:
         log.info("%d of %d shards are finished already", len(finished), len(names))
     return finished
 
 
-def remove_unfinished_corpus(folder: Path, names: list[str]) -> None:
+def remove_unfinished_corpus(folder: Folder, names: list[str]) -> None:
     """Take back what `begin` and the tasks have written."""
     for name in names:
         remove_shard(folder, name)
-    (folder / PLAN).unlink()
-    folder.rmdir()
+    folder.remove(PLAN)
+    if folder.local is not None:
+        folder.local.rmdir()
 
 
 def run_tasks(
     function: Callable[[Any], dict[str, Any]],
     tasks: Mapping[str, Callable[[], Any]],
-    folder: Path,
+    folder: Folder,
     workers: int,
     progress: Progress,
     units: Callable[[str], int],
@@ -131,7 +134,7 @@ def run_tasks(
 
     Raises:
         SourceError: the source is at fault.
-        StorageError: the file system failed in several attempts.
+        StorageError: the storage failed in several attempts, or in a way that no other attempt cures.
     """
     if not tasks:
         return {}
@@ -140,41 +143,56 @@ def run_tasks(
     with ray_session():
         import ray
 
-        # A failing disk or network is tried again, also on another node; a source that is wrong is not.
-        remote = ray.remote(num_cpus=1, max_retries=_ATTEMPTS - 1, retry_exceptions=[OSError])(function)
+        remote = ray.remote(num_cpus=1, max_retries=_ATTEMPTS - 1)(function)  # retried where a node or worker dies
         at_once = workers or 2 * max(1, int(ray.cluster_resources().get("CPU", 1)))
         progress.started = time.monotonic()
         records: dict[str, dict[str, Any]] = {}
         running: dict[Any, str] = {}
+        failures: Counter[str] = Counter()
+        again: list[tuple[float, str]] = []  # (when, name), the earliest first
         done_bytes, note = 0, ""
-        waiting = iter(tasks.items())
+        waiting = iter(tasks)
         while True:
-            while len(running) < at_once and (following := next(waiting, None)) is not None:
-                name, make_task = following
-                running[remote.remote(make_task())] = name
-            if not running:
+            while again and len(running) < at_once and again[0][0] <= time.monotonic():
+                name = heapq.heappop(again)[1]
+                running[remote.remote(tasks[name]())] = name
+            while len(running) + len(again) < at_once and (following := next(waiting, None)) is not None:
+                running[remote.remote(tasks[following]())] = following
+            if not running and not again:
                 log.info("%s", progress.line(note))
                 return records
-            done, _ = ray.wait(list(running), num_returns=1)
+            patience = max(0.0, again[0][0] - time.monotonic()) if again else None
+            if not running:
+                time.sleep(patience or 0)
+                continue
+            done, _ = ray.wait(list(running), num_returns=1, timeout=patience)
+            if not done:
+                continue
             name = running.pop(done[0])
-            records[name] = _result(ray, done[0], name, folder)
+            try:
+                records[name] = _result(ray, done[0])
+            except OSError as error:
+                failures[name] += 1
+                if failures[name] == _ATTEMPTS:
+                    raise StorageError(
+                        f"{name} in {folder} could not be written in {_ATTEMPTS} attempts: {error}. {GO_ON}"
+                    ) from error
+                pause = random.uniform(0.5, 1) * min(_LONGEST_PAUSE, _PAUSE * 4 ** failures[name])
+                log.warning("%s could not be written (%s), again in %.0f s", name, error, pause)
+                heapq.heappush(again, (time.monotonic() + pause, name))
+                continue
             done_bytes += records[name]["sizes"][".tar"]
             note = f"{done_bytes / 1e6 / max(time.monotonic() - progress.started, 1e-9):,.0f} MB/s"
             progress.update(units(name), note)
 
 
-def _result(ray: Any, reference: Any, name: str, folder: Path) -> dict[str, Any]:
+def _result(ray: Any, reference: Any) -> dict[str, Any]:
     try:
         record: dict[str, Any] = ray.get(reference)
         return record
     except ray.exceptions.RayTaskError as error:
-        cause = error.cause
-        if isinstance(cause, SourceError):
-            raise SourceError(str(cause)) from error
-        if isinstance(cause, OSError):
-            raise storage.StorageError(
-                f"{name} in {folder} could not be written in {_ATTEMPTS} attempts: {cause}. {GO_ON}"
-            ) from error
+        if isinstance(error.cause, (SourceError, OSError, StorageError)):
+            raise error.cause from error
         raise
 
 
@@ -183,7 +201,7 @@ def log_summary(corpus: Corpus, seconds: float) -> None:
     manifest = corpus.manifest
     log.info(
         "wrote %s: %s images of %s classes in %d shards, %s, in %s",
-        corpus.path, f"{corpus.num_samples:,}", f"{len(corpus.classes):,}", len(manifest["shards"]),
+        corpus, f"{corpus.num_samples:,}", f"{len(corpus.classes):,}", len(manifest["shards"]),
         in_megabytes(manifest["num_bytes"]), duration(seconds),
     )  # fmt: skip
     if manifest["quarantined"]:
@@ -191,7 +209,7 @@ def log_summary(corpus: Corpus, seconds: float) -> None:
             reasons = Counter(json.loads(line)["reason"] for line in lines)
         log.warning(
             "%s images are left out, listed in %s: %s",
-            f"{manifest['quarantined']:,}", corpus.path / QUARANTINE, reasons_in_words(reasons),
+            f"{manifest['quarantined']:,}", f"{corpus}/{QUARANTINE}", reasons_in_words(reasons),
         )  # fmt: skip
         if manifest["quarantined"] > _PATIENCE * (corpus.num_samples + manifest["quarantined"]):
             log.warning("that is a large share of the source: is it whole?")

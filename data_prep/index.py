@@ -19,6 +19,7 @@ from pydantic import Field
 
 from cluster import storage
 from cluster.command import Progress, absolute_path, log, run_command
+from cluster.folders import Folder, LocalFolder, folder_at
 from cluster.settings import Settings, parse_command
 from data_prep.corpus import FORMAT_VERSION, Corpus
 from data_prep.corpus_assembly import assemble
@@ -35,7 +36,7 @@ from data_prep.corpus_jobs import (
     run_tasks,
 )
 from data_prep.index_task import IndexTask, index_tar
-from data_prep.shard_task import finished_record, read_rows
+from data_prep.shard_task import finished_records, read_rows
 from data_prep.sources import SourceError, refuse_compression
 from data_prep.tar_headers import TarError, iterate_members
 from data_prep.webdataset_tars import iterate_samples
@@ -50,7 +51,7 @@ and are listed with the reason in DESTINATION/quarantine.jsonl. A run that was i
 the same command is given again.
 
   SOURCE       a folder of .tar files, one .tar file, or a pattern in quotes such as '/data/in1k/train-*.tar'
-  DESTINATION  a new folder; for hard links on the same file system as the tars
+  DESTINATION  a new folder; for hard links on the same file system as the tars; with tars=copy it may be on S3
 
 example:
   python data_prep/index.py '/data/imagenet1k-wds/train-*.tar' /data/corpora/in1k-train classes=/data/classes.txt
@@ -146,32 +147,32 @@ def index_corpus(settings: IndexSettings) -> Corpus:
     """
     started = time.monotonic()
     source = storage.local_path(absolute_path(settings.source, "source"), "source")
-    folder = storage.local_path(absolute_path(settings.destination, "destination"), "destination")
-    check_places(source, folder)
+    folder = folder_at(absolute_path(settings.destination, "destination"), "destination")
+    check_places(LocalFolder(source), folder)
     plan = _make_plan(settings, source)
     finished = finished_before(folder, plan)
     if finished is not None:
         log.info("%s is finished already (%s images): nothing to do", folder, f"{finished.num_samples:,}")
         return finished
     if settings.tars == "copy":
-        missing = [
-            size
-            for tar, size in zip(plan.tars, plan.sizes, strict=True)
-            if finished_record(folder, tar.name, plan.plan_hash) is None
-        ]
-        check_room(folder, sum(missing))
+        there = finished_records(folder, [tar.name for tar in plan.tars], plan.plan_hash)
+        check_room(folder, sum(size for tar, size in zip(plan.tars, plan.sizes, strict=True) if tar.name not in there))
     else:
         _check_links(folder, plan.tars)
     try:
         corpus = _make_corpus(folder, plan, settings)
     except OSError as error:
+        if isinstance(error, storage.StorageError):
+            raise
         raise storage.StorageError(f"{folder} cannot be written: {error}. {GO_ON}") from error
     log_summary(corpus, time.monotonic() - started)
     return corpus
 
 
-def _check_links(folder: Path, tars: tuple[Path, ...]) -> None:
-    place = next(place for place in (folder, *folder.parents) if place.is_dir())
+def _check_links(folder: Folder, tars: tuple[Path, ...]) -> None:
+    if folder.local is None:
+        raise SourceError(f"tars cannot be hard-linked into {folder}: give tars=copy")
+    place = next(place for place in (folder.local, *folder.local.parents) if place.is_dir())
     elsewhere = next((tar for tar in tars if tar.stat().st_dev != place.stat().st_dev), None)
     if elsewhere is not None:
         raise SourceError(
@@ -180,7 +181,7 @@ def _check_links(folder: Path, tars: tuple[Path, ...]) -> None:
         )
 
 
-def _make_corpus(folder: Path, plan: IndexPlan, settings: IndexSettings) -> Corpus:
+def _make_corpus(folder: Folder, plan: IndexPlan, settings: IndexSettings) -> Corpus:
     names = [tar.name for tar in plan.tars]
     records = begin(folder, plan, names)
     tasks = {
@@ -201,7 +202,7 @@ def _make_corpus(folder: Path, plan: IndexPlan, settings: IndexSettings) -> Corp
         raise SourceError(
             f"no sample of source {plan.root} can be used: {reasons_in_words(reasons) or 'there is none'}"
         )
-    storage.remove_unfinished(folder)
+    folder.remove_unfinished()
     if plan.named_classes is None:
         largest = max(_largest(folder, record["name"]) for record in in_order)
         if largest < 0:
@@ -209,10 +210,10 @@ def _make_corpus(folder: Path, plan: IndexPlan, settings: IndexSettings) -> Corp
             raise SourceError(f"no sample of source {plan.root} has a label")
         plan = replace(plan, classes=[str(number) for number in range(largest + 1)])
     assemble(folder, plan, in_order)
-    return Corpus.open(str(folder))
+    return Corpus.open(folder)
 
 
-def _largest(folder: Path, name: str) -> int:
+def _largest(folder: Folder, name: str) -> int:
     """The largest class number of a shard, -1 where no sample has a label."""
     rows, labels = read_rows(folder, name)
     numbers = rows["label"] if labels is None else labels.rows["class"]

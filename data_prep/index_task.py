@@ -1,7 +1,6 @@
 """Indexes one WebDataset tar written by others: the work of one Ray task. Done twice, it gives the same bytes."""
 
 import os
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from cluster import storage
+from cluster.folders import Folder
 from data_prep.columns import Labels
 from data_prep.corpus import SAMPLE_DTYPE, image_check
 from data_prep.image_check import UnusableImage, check_image
@@ -29,7 +29,7 @@ from data_prep.webdataset_tars import (
 class IndexTask:
     """All that is needed to index one tar."""
 
-    folder: Path
+    folder: Folder
     """Of the corpus."""
     source: Path
     """The tar; its name is that of the shard."""
@@ -53,8 +53,7 @@ def index_tar(task: IndexTask) -> dict[str, Any]:
         SourceError: the tar is gone, damaged, has changed since it was listed, or cannot be linked.
         OSError: the file system fails; worth another try.
     """
-    path = task.folder / task.source.name
-    _place(task, path)
+    path = _place(task)
     columns: list[tuple[int, int, int, int, int, int, int]] = []
     labels: list[list[tuple[int, float]]] = []
     origins: list[str] = []
@@ -110,8 +109,8 @@ def _read(descriptor: int, offset: int, size: int) -> bytes:
     return b"".join(parts)
 
 
-def _place(task: IndexTask, path: Path) -> None:
-    """Bring the tar into the corpus under its own name; `path` is complete or absent at any time."""
+def _place(task: IndexTask) -> Path:
+    """Bring the tar into the corpus under its own name; returns where it can be read on this node."""
     try:
         source = task.source.resolve(strict=True)
     except FileNotFoundError:
@@ -119,12 +118,14 @@ def _place(task: IndexTask, path: Path) -> None:
             f"{task.source} is not there on node {os.uname().nodename}: it must be mounted at the same path on every "
             f"node of the cluster"
         ) from None
+    name, local = task.source.name, task.folder.local
     if task.copy:
-        with storage.atomic_file(path) as file, source.open("rb") as content:
-            shutil.copyfileobj(content, file, 4 << 20)
-        return
+        task.folder.put(source, name)
+        return source if local is None else local / name
+    assert local is not None
+    path = local / name
     if path.exists() and path.samefile(source):
-        return
+        return path
     temporary = storage.temporary_path(path)
     try:
         os.link(source, temporary)
@@ -135,4 +136,5 @@ def _place(task: IndexTask, path: Path) -> None:
             f"{task.source} cannot be hard-linked into {task.folder} ({error.strerror}): give tars=copy, or a "
             f"destination on the same file system"
         ) from error
-    storage.sync_folder(path.parent)
+    storage.sync_folder(local)
+    return path

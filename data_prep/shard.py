@@ -14,6 +14,7 @@ from pydantic import Field
 
 from cluster import storage
 from cluster.command import Progress, absolute_path, log, run_command
+from cluster.folders import Folder, LocalFolder, folder_at
 from cluster.settings import Settings, parse_command
 from data_prep.corpus import Corpus
 from data_prep.corpus_assembly import assemble
@@ -31,7 +32,7 @@ from data_prep.corpus_jobs import (
 )
 from data_prep.label_files import list_labelled, read_words
 from data_prep.shard_plan import Plan
-from data_prep.shard_task import finished_record, write_shard
+from data_prep.shard_task import finished_records, write_shard
 from data_prep.sources import SourceError, list_source
 
 _INDEX_BYTES = 200
@@ -45,7 +46,7 @@ same command is given again, and a finished corpus is left as it is.
 
   SOURCE       an image folder (one sub-folder of images for each class), or a tar of one tar for each class
                (ImageNet-21k and ImageNet-1k as they are distributed), or with labels=FILE any folder of images
-  DESTINATION  a new folder, on storage that every node mounts
+  DESTINATION  a new folder, on storage that every node mounts or on S3 (s3://BUCKET/FOLDER)
 
 example:
   python data_prep/shard.py /data/imagenet21k.tar /data/in21k words=/data/words.txt shard_mb=512
@@ -92,18 +93,21 @@ def shard_corpus(settings: ShardSettings) -> Corpus:
     """
     started = time.monotonic()
     source = storage.local_path(absolute_path(settings.source, "source"), "source")
-    folder = storage.local_path(absolute_path(settings.destination, "destination"), "destination")
-    check_places(source, folder)
+    folder = folder_at(absolute_path(settings.destination, "destination"), "destination")
+    check_places(LocalFolder(source), folder)
     plan = _make_plan(settings, source)
     finished = finished_before(folder, plan)
     if finished is not None:
         log.info("%s is finished already (%s images): nothing to do", folder, f"{finished.num_samples:,}")
         return finished
-    missing = [k for k in range(len(plan)) if finished_record(folder, plan.name(k), plan.plan_hash) is None]
-    check_room(folder, (plan.total_bytes + _INDEX_BYTES * len(plan.listing)) * len(missing) / len(plan))
+    there = finished_records(folder, [plan.name(shard) for shard in range(len(plan))], plan.plan_hash)
+    missing = 1 - len(there) / len(plan)
+    check_room(folder, (plan.total_bytes + _INDEX_BYTES * len(plan.listing)) * missing)
     try:
         corpus = _make_corpus(folder, plan, settings.workers)
     except OSError as error:
+        if isinstance(error, storage.StorageError):
+            raise
         raise storage.StorageError(f"{folder} cannot be written: {error}. {GO_ON}") from error
     log_summary(corpus, time.monotonic() - started)
     return corpus
@@ -127,18 +131,18 @@ def _make_plan(settings: ShardSettings, source: Path) -> Plan:
     return plan
 
 
-def _make_corpus(folder: Path, plan: Plan, workers: int) -> Corpus:
+def _make_corpus(folder: Folder, plan: Plan, workers: int) -> Corpus:
     records = _write_shards(folder, plan, workers)
     if not any(record["samples"] for record in records):
         reasons = Counter(entry["reason"] for record in records for entry in record["quarantined"])
         remove_unfinished_corpus(folder, [record["name"] for record in records])
         raise SourceError(f"no image of source {plan.root} can be decoded: {reasons_in_words(reasons)}")
-    storage.remove_unfinished(folder)
+    folder.remove_unfinished()
     assemble(folder, plan, records)
-    return Corpus.open(str(folder))
+    return Corpus.open(folder)
 
 
-def _write_shards(folder: Path, plan: Plan, workers: int) -> list[dict[str, Any]]:
+def _write_shards(folder: Folder, plan: Plan, workers: int) -> list[dict[str, Any]]:
     """Write the shards that are not finished yet; returns the records of all, in their order."""
     shards = {plan.name(shard): shard for shard in range(len(plan))}
     records = begin(folder, plan, list(shards))

@@ -10,6 +10,7 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
+from cluster.folders import Folder
 from data_prep.columns import Labels, Strings
 from data_prep.corpus import FORMAT_VERSION
 from data_prep.order import OF_SOURCE, Permutation
@@ -24,7 +25,7 @@ _BYTES_BESIDE_IMAGE = 3 * BLOCK + BLOCK // 2
 class ShardTask:
     """All that is needed to write one shard, small enough to be sent to a worker."""
 
-    folder: Path
+    folder: Folder
     """Of the corpus."""
     name: str
     """Of the tar."""
@@ -99,7 +100,7 @@ class Plan:
         """Images planned for a shard."""
         return int(self.bounds[shard + 1] - self.bounds[shard])
 
-    def task(self, shard: int, folder: Path) -> ShardTask:
+    def task(self, shard: int, folder: Folder) -> ShardTask:
         """The work of writing one shard into a corpus folder."""
         listing = self.listing
         rows = self.order[self.bounds[shard] : self.bounds[shard + 1]]

@@ -4,13 +4,14 @@ import io
 import json
 import os
 from collections.abc import Sequence
-from pathlib import Path
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from cluster import storage
+from cluster.folders import Folder
+from cluster.storage import StorageError
 from data_prep.columns import Labels
 from data_prep.corpus import SAMPLE_DTYPE, image_check
 from data_prep.image_check import UnusableImage, check_image
@@ -22,35 +23,53 @@ from data_prep.tar_shards import ShardWriter
 SHARD_FILES = (".tar", ".idx", ".origins", ".rows.npz")
 """Suffixes of a shard's files beside its record."""
 
+_RECORDS_AT_ONCE = 16
+"""Records that are read at a time: on an object store each waits for the network."""
+
 MAX_IMAGE_BYTES = 2**32 - 1
 """What the index's column holds; a tar could hold twice as much."""
 
 
-def record_path(folder: Path, name: str) -> Path:
-    """The record of the shard whose tar has this name."""
-    return (folder / name).with_suffix(".record.json")
+def record_name(name: str) -> str:
+    """Of the record of the shard whose tar has this name."""
+    return shard_file(name, ".record.json")
 
 
-def shard_file(folder: Path, name: str, suffix: str) -> Path:
-    """A file of the shard whose tar has this name."""
-    return (folder / name).with_suffix(suffix)
+def shard_file(name: str, suffix: str) -> str:
+    """Name of a file of the shard whose tar has this name."""
+    return name.removesuffix(".tar") + suffix
 
 
-def remove_shard(folder: Path, name: str) -> None:
+def remove_shard(folder: Folder, name: str) -> None:
     """Remove a shard's files, the record first, so that no record is ever without its files."""
-    for path in (record_path(folder, name), *(shard_file(folder, name, suffix) for suffix in SHARD_FILES)):
-        path.unlink(missing_ok=True)
+    for file in (record_name(name), *(shard_file(name, suffix) for suffix in SHARD_FILES)):
+        folder.remove(file)
 
 
-def finished_record(folder: Path, name: str, plan_hash: str) -> dict[str, Any] | None:
-    """The record of a shard that an earlier run finished under the same plan, or None where it must be written."""
-    try:
-        record: dict[str, Any] = storage.read_json(record_path(folder, name))
-        sizes: dict[str, int] = record["sizes"]
-        intact = all(storage.file_size(shard_file(folder, name, suffix)) == sizes[suffix] for suffix in SHARD_FILES)
-        return record if record["plan_hash"] == plan_hash and intact else None
-    except (storage.StorageError, KeyError, TypeError):
-        return None
+def finished_records(folder: Folder, names: Sequence[str], plan_hash: str) -> dict[str, dict[str, Any]]:
+    """The records, by name, of those shards that an earlier run finished under the same plan.
+
+    Raises:
+        OSError: an object store went on failing.
+    """
+    there = folder.tree()
+
+    def record_of(name: str) -> dict[str, Any] | None:
+        if record_name(name) not in there:
+            return None
+        try:
+            record: dict[str, Any] = folder.read_json(record_name(name))
+            sizes: dict[str, int] = record["sizes"]
+            intact = all(there.get(shard_file(name, suffix)) == sizes[suffix] for suffix in SHARD_FILES)
+            return record if record["plan_hash"] == plan_hash and intact else None
+        except OSError:
+            raise
+        except (StorageError, KeyError, TypeError):
+            return None
+
+    with ThreadPoolExecutor(_RECORDS_AT_ONCE) as pool:
+        records = pool.map(record_of, names)
+        return {name: record for name, record in zip(names, records, strict=True) if record is not None}
 
 
 def write_shard(task: ShardTask) -> dict[str, Any]:
@@ -71,7 +90,7 @@ def write_shard(task: ShardTask) -> dict[str, Any]:
             f"source {task.root} is not there on node {os.uname().nodename}: it must be mounted at the same path on "
             f"every node of the cluster"
         )
-    with storage.atomic_file(task.folder / task.name) as file:
+    with task.folder.building(task.name) as file:
         writer = ShardWriter(file, "json" if isinstance(task.labels, Labels) else "cls")
         done = 0
         for images in read_groups(task.root, task.names, task.sizes, task.offsets):
@@ -101,7 +120,7 @@ def write_shard(task: ShardTask) -> dict[str, Any]:
 
 
 def commit_shard(
-    folder: Path,
+    folder: Folder,
     name: str,
     plan_hash: str,
     rows: NDArray[np.void],
@@ -130,7 +149,7 @@ def commit_shard(
         ".rows.npz": _rows_file(rows, labels),
     }
     for suffix, content in contents.items():
-        storage.write_bytes(shard_file(folder, name, suffix), content)
+        folder.write_bytes(shard_file(name, suffix), content)
     record = {
         "name": name,
         "plan_hash": plan_hash,
@@ -139,13 +158,14 @@ def commit_shard(
         "sizes": {".tar": size, **{suffix: len(content) for suffix, content in contents.items()}},
         "quarantined": [{"origin": origin, "reason": reason} for origin, reason in quarantined],
     }
-    storage.write_json(record_path(folder, name), record)
+    folder.write_json(record_name(name), record)
     return record
 
 
-def read_rows(folder: Path, name: str) -> tuple[NDArray[np.void], Labels | None]:
+def read_rows(folder: Folder, name: str) -> tuple[NDArray[np.void], Labels | None]:
     """A finished shard's part of the index (its column `shard` is not set) and, with many labels, its labels."""
-    with np.load(shard_file(folder, name, ".rows.npz"), allow_pickle=False) as arrays:
+    content = folder.read_bytes(shard_file(name, ".rows.npz"))
+    with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
         if "labels" not in arrays:
             return arrays["rows"], None
         return arrays["rows"], Labels(arrays["labels"], arrays["pointers"])

@@ -38,7 +38,7 @@ class ShowSettings(Settings):
     """Settings of showing a corpus."""
 
     corpus: str
-    """Folder of the corpus."""
+    """Folder of the corpus; may be on S3 (s3://BUCKET/FOLDER)."""
     output: str = "."
     """Folder for the pictures; made if it is not there."""
     images: int = Field(48, ge=1, le=1000)
@@ -67,7 +67,7 @@ def draw(corpus: Corpus, distributions: Sequence[Distribution], output: Path, im
         CorpusError: a chosen image is damaged.
         StorageError: the folder cannot be written.
     """
-    name = corpus.path.resolve().name
+    name = corpus.name
     sheet, histograms = output / f"{name}-images.png", output / f"{name}-histograms.png"
     count = min(images, corpus.num_samples)
     chosen = Permutation(corpus.num_samples, seed)(np.arange(count))
@@ -87,7 +87,7 @@ def describe(corpus: Corpus, distributions: Sequence[Distribution], classes: int
     """What is in a corpus, line by line; `classes` of the largest and as many of the smallest classes are listed."""
     manifest = corpus.manifest
     kind = "one class an image" if corpus.label_kind == "single" else "many weighted labels an image"
-    yield f"{corpus.path}: {corpus.num_samples:,} images of {len(corpus.classes):,} classes ({kind})"
+    yield f"{corpus}: {corpus.num_samples:,} images of {len(corpus.classes):,} classes ({kind})"
     sizes = [shard["bytes"] for shard in manifest["shards"]]
     yield (
         f"{len(sizes):,} shards, {_size(sum(sizes))} ({_size(min(sizes))} to {_size(max(sizes))} each), "
@@ -109,7 +109,7 @@ def describe(corpus: Corpus, distributions: Sequence[Distribution], classes: int
 
 def _left_out(corpus: Corpus) -> Iterator[str]:
     count = corpus.manifest["quarantined"]
-    yield f"left out: {count:,} images" + (f", listed in {corpus.path / QUARANTINE}" if count else "")
+    yield f"left out: {count:,} images" + (f", listed in {corpus}/{QUARANTINE}" if count else "")
     if count:
         with (corpus.path / QUARANTINE).open(encoding="utf-8") as lines:
             reasons = Counter(json.loads(line)["reason"] for line in lines)

@@ -2,8 +2,10 @@
 
 import os
 import sys
+import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 if __package__ in (None, ""):  # run as a script: the repository root belongs on the path, not this folder
@@ -15,8 +17,10 @@ from numpy.typing import NDArray
 
 from cluster import storage
 from cluster.command import Progress, absolute_path, log, run_command
+from cluster.folders import Folder
 from cluster.settings import Settings, parse_command
 from data_prep.corpus import INDEX, Corpus, CorpusError, image_check
+from data_prep.shard_task import shard_file
 from data_prep.tar_headers import Member, TarError, iterate_members
 from data_prep.webdataset_tars import UnusableSample, dali_index, dali_index_line, iterate_samples, parse_label
 
@@ -24,6 +28,8 @@ DESCRIPTION = """
 Check a corpus from end to end: the manifest against its own hash, index and labels against their checksums, every
 shard against its checksum, every image and label in it against the index, and the counts of the manifest. Names each
 shard and sample that is wrong, and exits with an error if there is one.
+
+Shards on S3 are fetched into TMPDIR for it, one for each CPU at a time.
 
 example:
   python data_prep/verify.py /data/in21k
@@ -36,7 +42,7 @@ class VerifySettings(Settings):
     """Settings of verification."""
 
     corpus: str
-    """Folder of the corpus."""
+    """Folder of the corpus; may be on S3 (s3://BUCKET/FOLDER)."""
 
 
 def main() -> None:
@@ -52,12 +58,12 @@ def main() -> None:
             log.error("%s", problem)
     if problems:
         raise CorpusError(
-            f"{corpus.path}: {problems} problems found. To write a damaged shard again, remove its .record.json and "
+            f"{corpus}: {problems} problems found. To write a damaged shard again, remove its .record.json and "
             f"run the same shard command"
         )
     log.info(
         "%s is whole: %s samples in %d shards, %s bytes, corpus hash %s",
-        corpus.path, f"{corpus.num_samples:,}", len(corpus.shard_sizes), f"{corpus.manifest['num_bytes']:,}",
+        corpus, f"{corpus.num_samples:,}", len(corpus.shard_sizes), f"{corpus.manifest['num_bytes']:,}",
         corpus.corpus_hash,
     )  # fmt: skip
 
@@ -96,20 +102,20 @@ def _check_counts(corpus: Corpus) -> Iterator[str]:
 def check_shard(corpus: Corpus, shard: int, first_id: int) -> Iterator[str]:
     """What is wrong with one shard whose first sample has this id."""
     facts = corpus.manifest["shards"][shard]
-    path = corpus.path / facts["name"]
-    if storage.hash_file(path) != facts["xxh3_128"]:
-        yield f"{path}: its checksum is not the manifest's"
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
+    place = f"{corpus}/{facts['name']}"
+    with _on_this_node(corpus.folder, facts["name"]) as path:
+        if storage.hash_file(path) != facts["xxh3_128"]:
+            yield f"{place}: its checksum is not the manifest's"
+        descriptor = os.open(path, os.O_RDONLY)
         try:
-            members = iterate_members(descriptor, 0, facts["bytes"], str(path))
+            members = iterate_members(descriptor, 0, facts["bytes"], place)
             samples = {pair[0].offset: pair for pair in _pairs(members, _label_extension(corpus))}
+            yield from _check_samples(corpus, shard, first_id, descriptor, samples)
         except TarError as error:
             yield str(error)
             return
-        yield from _check_samples(corpus, shard, first_id, descriptor, samples)
-    finally:
-        os.close(descriptor)
+        finally:
+            os.close(descriptor)
     try:
         if facts["samples"]:
             corpus.origin(first_id)
@@ -117,9 +123,21 @@ def check_shard(corpus: Corpus, shard: int, first_id: int) -> Iterator[str]:
         yield str(error)
     offsets = corpus.index["offset"][first_id : first_id + facts["samples"]].tolist()
     lines = [dali_index_line(samples[offset]) for offset in offsets if offset in samples]
-    index_path = path.with_suffix(".idx")
-    if not index_path.is_file() or index_path.read_bytes() != dali_index(lines):
-        yield f"{index_path} is missing or is not the index of its tar"
+    index_name = shard_file(facts["name"], ".idx")
+    size = corpus.folder.size(index_name)
+    if size is None or corpus.folder.read_bytes(index_name) != dali_index(lines):
+        yield f"{corpus}/{index_name} is missing or is not the index of its tar"
+
+
+@contextmanager
+def _on_this_node(folder: Folder, name: str) -> Iterator[Path]:
+    """A file as it is where it lies, not as a cache may have it."""
+    if folder.local is not None:
+        yield folder.local / name
+        return
+    with tempfile.TemporaryDirectory(prefix="vitforge-verify-") as scratch:
+        folder.get(name, Path(scratch, name))
+        yield Path(scratch, name)
 
 
 def _label_extension(corpus: Corpus) -> str:
@@ -140,7 +158,7 @@ def _check_samples(
 ) -> Iterator[str]:
     """What is wrong with the samples of a shard; `samples` are image and label by the image's offset in the tar."""
     facts = corpus.manifest["shards"][shard]
-    path = corpus.path / facts["name"]
+    path = f"{corpus}/{facts['name']}"
     ids = np.arange(first_id, first_id + facts["samples"])
     rows, classes, weights = corpus.labels_of(ids)
     pointers = np.searchsorted(rows, np.arange(len(ids) + 1))

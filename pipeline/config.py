@@ -118,22 +118,53 @@ class AugmentSettings(Settings):
     """Operations of RandAugment (arXiv 1909.13719) on each image; 0 is none."""
     randaugment_magnitude: Annotated[int, Field(ge=0, le=30)] = 10
     """Strength of RandAugment's operations."""
+    trivialaugment: bool = False
+    """TrivialAugment's wide space (arXiv 2103.10158): one operation of random strength on each image."""
+    three_augment: bool = False
+    """3-Augment (DeiT III, arXiv 2204.07118): each image is made gray, solarised or blurred."""
+    color_jitter: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Brightness, contrast and saturation times random factors from 1 - this to 1 + this; 0 is none."""
+    erasing: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Random erasing (arXiv 1708.04896): chance that a rectangle of an image becomes noise; 0 is none."""
+    erasing_area: tuple[float, float] = (0.02, 0.4)
+    """Smallest and largest share of the image that random erasing takes (timm's recipes: 0.02 to 0.3333)."""
+    erasing_aspect: tuple[float, float] = (0.3, 3.3333333333)
+    """Smallest and largest aspect ratio (height over width) of the erased rectangle."""
     mixup: Annotated[float, Field(ge=0)] = 0.0
     """Mixup (arXiv 1710.09412): both parameters of the Beta distribution of the mixing weight; 0 is none."""
+    cutmix: Annotated[float, Field(ge=0)] = 0.0
+    """CutMix (arXiv 1905.04899): the same for the share of the image that stays; with mixup, half of the steps each."""
+
+    @property
+    def changes_colors(self) -> bool:
+        """Whether pipeline/pixels.py does anything to the colours."""
+        return self.three_augment or self.color_jitter > 0
+
+    @property
+    def mixes(self) -> bool:
+        """Whether images are mixed in pairs."""
+        return self.mixup > 0 or self.cutmix > 0
 
     @model_validator(mode="after")
     def _check(self) -> "AugmentSettings":
-        for name in ("crop_area", "crop_aspect"):
+        for name in ("crop_area", "crop_aspect", "erasing_area", "erasing_aspect"):
             low, high = getattr(self, name)
-            if not 0 < low <= high or (name == "crop_area" and high > 1):
-                bound = " <= 1" if name == "crop_area" else ""
+            share = name.endswith("area")
+            if not 0 < low <= high or (share and high > 1):
+                bound = " <= 1" if share else ""
                 raise SettingsError(
                     f"data.augment.{name} = [{low}, {high}] must be two numbers with 0 < least <= most{bound}"
                 )
+        chosen = [name for name in ("randaugment_layers", "trivialaugment", "three_augment") if getattr(self, name)]
+        if len(chosen) > 1:
+            raise SettingsError(
+                f"{' and '.join(f'data.augment.{name}' for name in chosen)} are alternatives: keep one of them"
+            )
         _refuse_unread(self, "data.augment", "crop", self.crop == "inception", ("crop_area", "crop_aspect"))
         _refuse_unread(
             self, "data.augment", "randaugment_layers", self.randaugment_layers > 0, ("randaugment_magnitude",)
         )
+        _refuse_unread(self, "data.augment", "erasing", self.erasing > 0, ("erasing_area", "erasing_aspect"))
         return self
 
 
@@ -171,11 +202,13 @@ class DataSettings(Settings):
     shuffle_window: Annotated[int, Field(ge=0)] | None = None
     """0 shuffles all images; W shuffles whole shards, then inside windows of W. Null: 0 on disks, a W for s3://."""
     cache_gb: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 100.0
-    """What shards from s3:// may take on each node, in $VITFORGE_CACHE or ~/.cache/vitforge; at most 80 % of the disk."""
+    """What shards from s3:// may take on a node, in $VITFORGE_CACHE or ~/.cache/vitforge; at most 80 % of the disk."""
     max_bad_share: Annotated[float, Field(ge=0, le=1)] = 0.001
     """Share of images that may be unreadable; they are replaced and counted. More (and more than 10) stop the run."""
     decode: Literal["auto", "cpu", "gpu"] = "auto"
     """Where DALI decodes; auto tries the GPU in a subprocess first and falls back to the CPU."""
+    hw_decoder_load: Annotated[float, Field(ge=0, le=1)] = 0.65
+    """Share of the JPEGs that goes to a GPU's hardware decoder, if it has one (DALI's default); try what is fastest."""
     decode_threads: PositiveInt | None = None
     """DALI's threads a rank; null shares the node's cores among its ranks."""
 
@@ -197,6 +230,7 @@ class DataSettings(Settings):
             )
         if self.std is not None and min(self.std) <= 0:
             raise SettingsError(f"data.std = {list(self.std)} must be positive")
+        _refuse_unread(self, "data", "decode", self.decode != "cpu", ("hw_decoder_load",))
         return self
 
 
@@ -280,6 +314,8 @@ class TrainingSettings(Settings):
     """torch.compile of each block. auto: on GPUs."""
     recompute: bool = False
     """Recompute each block in the backward pass instead of storing its activations."""
+    ema: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Decay of an exponential moving average of the weights, which is then scored and handed over; 0 keeps none."""
 
 
 class CheckpointSettings(Settings):
@@ -289,6 +325,14 @@ class CheckpointSettings(Settings):
     """How often; one is always written at the end."""
     keep: PositiveInt = 2
     """How many of the newest stay."""
+    keep_every: Length | None = None
+    """Those at multiples of this stay too."""
+    keep_best: Literal["heldout/top1", "heldout/top5", "heldout/loss"] | None = None
+    """The one that scored best by this stays too (highest share, lowest loss)."""
+    scratch: str = ""
+    """Folder on each node's own disk for checkpoints on their way. Empty: one in the system's temporary folder."""
+    background: bool = True
+    """Training goes on while a checkpoint is brought to the run's folder; false waits for it."""
 
 
 class EvaluationSettings(Settings):
@@ -320,6 +364,8 @@ class RunSettings(Settings):
     """Ray's logical CPUs a rank; null shares the cluster's among the ranks."""
     max_failures: Annotated[int, Field(ge=0)] = 3
     """How often Ray restarts the workers after a crash; each restart resumes from the newest checkpoint."""
+    allow_changes: bool = False
+    """Go on from a checkpoint of other settings or another corpus; never of another architecture or global batch."""
     collective_timeout_s: PositiveInt = 600
     """Seconds after which a collective operation that does not finish ends the run."""
 
@@ -362,11 +408,16 @@ class StageSettings(Settings):
             raise SettingsError(
                 f"evaluation.every = {self.evaluation.every!r} has nothing to score: set data.heldout to a corpus"
             )
+        if self.checkpoint.keep_best is not None and self.data.heldout is None:
+            raise SettingsError(
+                f"checkpoint.keep_best = {self.checkpoint.keep_best!r} has no scores to go by: set data.heldout"
+            )
         if self.data.heldout is None and self.evaluation.batch != EvaluationSettings().batch:
             raise SettingsError("evaluation.batch has no effect without data.heldout: set that, or take it out")
-        if self.data.augment.mixup and self.training.global_batch % 2:
+        if self.data.augment.mixes and self.training.global_batch % 2:
             raise SettingsError(
-                f"training.global_batch = {self.training.global_batch} must be even: data.augment.mixup mixes pairs"
+                f"training.global_batch = {self.training.global_batch} must be even: data.augment.mixup and cutmix "
+                "mix pairs"
             )
         return self
 

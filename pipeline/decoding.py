@@ -8,16 +8,20 @@ CPU's before a run uses it. Which backend ran is recorded: pixels are exact only
 import io
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
 
 from cluster.command import log
-from pipeline.augment import RANDAUGMENT_OPERATIONS
+from pipeline import augment, pixels
 from pipeline.config import DataSettings
 
 Backend = Literal["cpu", "gpu-slice", "gpu-roi"]
@@ -30,20 +34,33 @@ MAX_PROBE_DIFFERENCE = 4.0
 """Mean absolute difference from the CPU's pixels (0 to 255) above which a GPU decoder is not trusted."""
 
 
+def train_inputs(encoded: list[NDArray[np.uint8]], draws: augment.Draws) -> tuple[Any, ...]:
+    """A batch as `train_graph` wants it."""
+    levels = []
+    for layer in range(draws.operations.shape[1]):
+        levels += [values[:, layer].copy() for values in (draws.operations, draws.magnitudes, draws.signs)]
+    return encoded, draws.anchor, draws.shape, draws.mirror, *levels
+
+
 def train_graph(
     source: Source, batch: int, settings: DataSettings, backend: Backend, threads: int, device_id: int | None
 ) -> Any:
-    """Graph of: encoded bytes, crop anchor, crop shape, mirror[, operation and sign a RandAugment layer].
+    """Graph of what `train_inputs` gives.
 
     Returns:
-        A built DALI pipeline whose `run()` gives float32 [batch, 3, S, S], S = settings.image_size.
+        A built DALI pipeline whose `run()` gives float32 [batch, 3, S, S], S = settings.image_size: normalised, or from
+        0 to 255 if the settings change colours, for pipeline/pixels.py to go on.
     """
     from nvidia.dali import fn, pipeline_def, types
-    from nvidia.dali.auto_aug import core, rand_augment
+    from nvidia.dali.auto_aug import core, rand_augment, trivial_augment
 
-    side, layers = settings.image_size, settings.augment.randaugment_layers
-    suite = rand_augment.get_rand_augment_suite(use_shape=False, max_translate_abs=round(side * 100 / 224))
-    assert len(suite) == RANDAUGMENT_OPERATIONS
+    side, trivial = settings.image_size, settings.augment.trivialaugment
+    layers = 1 if trivial else settings.augment.randaugment_layers
+    if trivial:
+        suite = trivial_augment.get_trivial_augment_wide_suite()
+    else:
+        suite = rand_augment.get_rand_augment_suite(use_shape=False, max_translate_abs=round(side * 100 / 224))
+    assert len(suite) == augment.OPERATIONS
 
     # Choosing an operation by sample is conditional execution.
     @pipeline_def(
@@ -56,44 +73,65 @@ def train_graph(
     )
     def graph() -> Any:
         encoded, anchor, shape, mirror, *levels = fn.external_source(
-            source=source, num_outputs=4 + 2 * layers, batch=True
+            source=source, num_outputs=4 + 3 * layers, batch=True
         )
         resize = {"size": [side, side], "interp_type": types.INTERP_LINEAR, "antialias": True}
-        if backend == "gpu-roi":
-            images = fn.decoders.image(encoded, device="mixed", output_type=types.RGB)
-            start = fn.cast(anchor, dtype=types.FLOAT)
-            images = fn.resize(images, roi_start=start, roi_end=start + fn.cast(shape, dtype=types.FLOAT), **resize)
+        place: dict[str, Any] = {"axis_names": "HW", "normalized_anchor": False, "normalized_shape": False}
+        decoder = _decoder(settings, backend)
+        if backend == "cpu":
+            images = fn.decoders.image_slice(encoded, anchor, shape, **place, **decoder)
+            resizer = _Resizer(batch, side, threads)
+            images = fn.python_function(images, function=resizer, batch_processing=True, output_layouts="HWC")
+        elif backend == "gpu-slice":
+            images = fn.resize(fn.decoders.image_slice(encoded, anchor, shape, **place, **decoder), **resize)
         else:
-            images = fn.decoders.image_slice(
-                encoded,
-                anchor,
-                shape,
-                axis_names="HW",
-                normalized_anchor=False,
-                normalized_shape=False,
-                device="cpu" if backend == "cpu" else "mixed",
-                output_type=types.RGB,
-            )
-            images = fn.resize(images, **resize)
+            start = fn.cast(anchor, dtype=types.FLOAT)
+            end = start + fn.cast(shape, dtype=types.FLOAT)
+            images = fn.resize(fn.decoders.image(encoded, **decoder), roi_start=start, roi_end=end, **resize)
         for layer in range(layers):
-            operation, sign = levels[2 * layer], levels[2 * layer + 1]
-            # The sign is random where the operation has a direction; both are fed, not drawn by DALI, whose
+            operation, magnitude, sign = levels[3 * layer : 3 * layer + 3]
+            # The sign is random where the operation has a direction; all are fed, not drawn by DALI, whose
             # own generators depend on the place in the batch.
-            magnitude = core.signed_bin(settings.augment.randaugment_magnitude, random_sign=sign)
             images = core.select(
                 suite,
                 operation,
                 data=images,
-                magnitude_bin=magnitude,
-                num_magnitude_bins=31,
+                magnitude_bin=core.signed_bin(magnitude, random_sign=sign),
+                num_magnitude_bins=augment.MAGNITUDES,
                 fill_value=128,
                 interp_type=types.INTERP_LINEAR,
             )
-        return _normalise(images, settings, mirror=mirror)
+        return _normalise(images, settings, as_is=settings.augment.changes_colors, mirror=mirror)
 
     pipeline = graph()
     pipeline.build()
     return pipeline
+
+
+class _Resizer:
+    """Resizes a batch of crops on the CPU, in torch: 0.3 CPU-ms an image where DALI's own operator takes 1.0.
+
+    Bilinear and antialiased on 8-bit pixels, as that: within one level of 255 of Pillow, and nearer to it than DALI.
+    """
+
+    def __init__(self, batch: int, side: int, threads: int) -> None:
+        # Not made anew each time: fresh memory costs as much as filling it. DALI copies it before the next call.
+        self._pixels = torch.empty((batch, side, side, 3), dtype=torch.uint8)
+        self._threads = threads
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="vitforge-resize")
+
+    def __call__(self, images: list[NDArray[np.uint8]]) -> list[NDArray[np.uint8]]:
+        """uint8 [H, W, 3], of any sizes -> uint8 [side, side, 3]."""
+        # A list for each thread: handing over single images costs more than some of them.
+        parts = [range(first, len(images), self._threads) for first in range(self._threads)]
+        list(self._pool.map(lambda part: self._resize(images, part), parts))
+        return list(self._pixels.numpy()[: len(images)])
+
+    def _resize(self, images: list[NDArray[np.uint8]], rows: Iterable[int]) -> None:
+        for row in rows:
+            pixels, target = (values.permute(2, 0, 1) for values in (torch.from_numpy(images[row]), self._pixels[row]))
+            size = list(target.shape[1:])
+            target.copy_(F.interpolate(pixels[None], size=size, mode="bilinear", antialias=True)[0])
 
 
 def eval_graph(
@@ -107,7 +145,7 @@ def eval_graph(
     @pipeline_def(batch_size=batch, num_threads=threads, device_id=device_id, prefetch_queue_depth=2, exec_dynamic=True)
     def graph() -> Any:
         encoded = fn.external_source(source=source, num_outputs=1, batch=True)[0]
-        images = fn.decoders.image(encoded, device="cpu" if backend == "cpu" else "mixed", output_type=types.RGB)
+        images = fn.decoders.image(encoded, **_decoder(settings, backend))
         if settings.eval_resize is None:
             images = fn.resize(images, size=[side, side], interp_type=types.INTERP_LINEAR, antialias=True)
         else:
@@ -121,7 +159,15 @@ def eval_graph(
     return pipeline
 
 
-def _normalise(images: Any, settings: DataSettings, **extra: Any) -> Any:
+def _decoder(settings: DataSettings, backend: Backend) -> dict[str, Any]:
+    from nvidia.dali import types
+
+    if backend == "cpu":
+        return {"device": "cpu", "output_type": types.RGB}
+    return {"device": "mixed", "output_type": types.RGB, "hw_decoder_load": settings.hw_decoder_load}
+
+
+def _normalise(images: Any, settings: DataSettings, as_is: bool = False, **extra: Any) -> Any:
     from nvidia.dali import fn, types
 
     assert settings.mean is not None, "the stage fills these in"
@@ -130,8 +176,8 @@ def _normalise(images: Any, settings: DataSettings, **extra: Any) -> Any:
         images,
         dtype=types.FLOAT,
         output_layout="CHW",
-        mean=[255 * value for value in settings.mean],
-        std=[255 * value for value in settings.std],
+        mean=0.0 if as_is else [255 * value for value in settings.mean],
+        std=1.0 if as_is else [255 * value for value in settings.std],
         **extra,
     )
 
@@ -150,12 +196,15 @@ class Verdict:
 
 
 @cache
-def choose_backend(decode: Literal["auto", "cpu", "gpu"], gpu: bool) -> Verdict:
+def choose_backend(settings: DataSettings, gpu: bool) -> Verdict:
     """Settle where to decode: each GPU path is tried in a subprocess and compared with the CPU's pixels.
+
+    It is tried as the run will use it: with its image size, augmentation and share of the hardware decoder.
 
     Raises:
         ValueError: the GPU was demanded and there is none, or none of its paths works; the message says why.
     """
+    decode = settings.decode
     if decode == "cpu" or (decode == "auto" and not gpu):
         return Verdict("cpu", "as set" if decode == "cpu" else "no GPU")
     if not gpu:
@@ -163,7 +212,7 @@ def choose_backend(decode: Literal["auto", "cpu", "gpu"], gpu: bool) -> Verdict:
     reasons: list[str] = []
     candidates: tuple[Backend, ...] = ("gpu-slice", "gpu-roi")
     for backend in candidates:
-        verdict = probe(backend)
+        verdict = probe(backend, settings)
         if verdict is None:
             return Verdict(backend, "; ".join([*reasons, "it passed the start-up probe"]))
         reasons.append(f"{backend}: {verdict}")
@@ -173,9 +222,9 @@ def choose_backend(decode: Literal["auto", "cpu", "gpu"], gpu: bool) -> Verdict:
     return Verdict("cpu", "; ".join(reasons))
 
 
-def probe(backend: Backend, timeout_s: float = 120.0) -> str | None:
-    """Try one GPU backend in a subprocess. None if it works, otherwise what went wrong."""
-    command = [sys.executable, "-m", "pipeline.decoding", backend]
+def probe(backend: Backend, settings: DataSettings, timeout_s: float = 180.0) -> str | None:
+    """Try one backend in a subprocess, as a run with these settings uses it. None if it works, else what went wrong."""
+    command = [sys.executable, "-m", "pipeline.decoding", backend, settings.model_dump_json()]
     try:
         done = subprocess.run(
             command, capture_output=True, text=True, timeout=timeout_s, cwd=Path(__file__).resolve().parents[1]
@@ -190,7 +239,7 @@ def probe(backend: Backend, timeout_s: float = 120.0) -> str | None:
     return None
 
 
-def _probe_images(count: int = 16) -> list[np.ndarray[Any, Any]]:
+def _probe_images(count: int) -> list[np.ndarray[Any, Any]]:
     """JPEGs of several sizes with smooth content, as photographs have (decoders differ most at hard edges)."""
     from PIL import Image
 
@@ -207,34 +256,43 @@ def _probe_images(count: int = 16) -> list[np.ndarray[Any, Any]]:
     return encoded
 
 
-def _run_probe(backend: Backend) -> None:
+def _run_probe(backend: Backend, settings: DataSettings) -> None:
     from PIL import Image
 
-    images = _probe_images()
-    sizes = np.array([Image.open(io.BytesIO(data.tobytes())).size[::-1] for data in images], np.int64)
-    settings = DataSettings(corpus="", image_size=224, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
+    # Twice as many images as operations: each is applied with both signs.
+    encoded = _probe_images(2 * augment.OPERATIONS)
+    count = len(encoded)
+    sizes = np.array([Image.open(io.BytesIO(data.tobytes())).size for data in encoded], np.int64)
+    epochs, ids = np.zeros(count, np.int64), np.arange(count)
+    operation = np.arange(count, dtype=np.int32)[:, None]
 
     def source(batch: int) -> tuple[Any, ...]:
         if batch >= 2:
             raise StopIteration
-        mirror = np.arange(len(images), dtype=np.int32) % 2
-        return images, sizes // 5, sizes // 2 + batch, mirror
+        draws = augment.draw(settings.augment, batch, epochs, ids, sizes[:, 0], sizes[:, 1])
+        every = np.broadcast_to(operation, draws.operations.shape)
+        return train_inputs(
+            encoded, replace(draws, operations=every % augment.OPERATIONS, signs=every // augment.OPERATIONS)
+        )
 
-    pixels = {}
+    found = {}
     for name in ("cpu", backend):
         device = None if name == "cpu" else 0
-        runs = []
-        for graph in (
-            train_graph(source, len(images), settings, name, threads=2, device_id=device),
-            eval_graph(lambda batch: source(batch)[:1], len(images), settings, name, threads=2, device_id=device),
+        batches = []
+        for training, graph in (
+            (True, train_graph(source, count, settings, name, threads=2, device_id=device)),
+            (False, eval_graph(lambda batch: source(batch)[:1], count, settings, name, threads=2, device_id=device)),
         ):
-            runs += [graph.run()[0] for _ in range(2)]
-        pixels[name] = np.stack([np.array((r.as_cpu() if name != "cpu" else r).as_tensor()) for r in runs])
-    difference = np.abs(pixels["cpu"] - pixels[backend]) * 127.5
+            for seed in range(2):
+                images = torch.from_dlpack(graph.run()[0].as_tensor()).clone()
+                batches.append(pixels.finish(images, settings, seed, epochs, ids) if training else images)
+        found[name] = torch.stack(batches).cpu()
+    assert settings.std is not None
+    difference = (found["cpu"] - found[backend]).abs() * 255 * torch.tensor(settings.std).view(3, 1, 1)
     if difference.mean() > MAX_PROBE_DIFFERENCE:
         raise SystemExit(f"pixels differ from the CPU's by {difference.mean():.1f} of 255 on average")
     print(f"pixels differ from the CPU's by {difference.mean():.2f} of 255 on average, {difference.max():.0f} at most")
 
 
 if __name__ == "__main__":
-    _run_probe(sys.argv[1])  # type: ignore[arg-type]
+    _run_probe(sys.argv[1], DataSettings.model_validate_json(sys.argv[2]))  # type: ignore[arg-type]

@@ -29,7 +29,7 @@ from models.weights import load_into
 from pipeline import decoding, packages, tracking, workers
 from pipeline.config import DataSettings, EvaluateSettings
 from pipeline.launch import run_ranks
-from pipeline.loader import EvalLoader
+from pipeline.loader import EvalLoader, check_bad
 from pipeline.scoring import score
 from pipeline.stage import home_folder
 
@@ -62,12 +62,14 @@ def evaluate(job: Job) -> None:
     load_into(model, package.state)
     model.to(worker.device, dtype)
     data = data_settings(package, settings)
-    verdict = decoding.Verdict.for_all(workers.from_all(decoding.choose_backend(settings.decode, worker.gpu)))
+    verdict = decoding.Verdict.for_all(workers.from_all(decoding.choose_backend(data, worker.gpu)))
     backend = verdict.backend
     loader = EvalLoader(corpus, data, worker, settings.batch, backend)
     log.info("scoring %d images on %d rank(s), decoding on %s", corpus.num_samples, worker.world_size, backend)
     began = time.perf_counter()
     scores = score(model, loader, package.activation, dtype)
+    if bad := check_bad(loader, corpus.num_samples, data.max_bad_share):
+        log.warning("%d images cannot be read or decoded and were left out: %s", bad, "; ".join(loader.bad.described))
     if worker.leads:
         rate = scores.images / (time.perf_counter() - began)
         write_json(Path(job.result), {**asdict(scores), "images_per_second": rate})
@@ -98,13 +100,13 @@ def main() -> None:
     names = corpus.names
     if list(package.classes) != names:
         raise SettingsError(
-            f"{package.uri} knows {len(package.classes)} classes ({', '.join(package.classes[:3])}, ...), {corpus.path}"
+            f"{package.uri} knows {len(package.classes)} classes ({', '.join(package.classes[:3])}, ...), {corpus}"
             f" has {len(names)} ({', '.join(names[:3])}, ...): score it on a corpus with its own classes, or fine-tune "
             "it on this one"
         )
     if package.activation == "softmax" and corpus.label_kind == "multi":
-        raise SettingsError(f"{package.uri} gives one class an image (softmax), {corpus.path} has many labels an image")
-    settings = settings.model_copy(update={"corpus": str(corpus.path)})
+        raise SettingsError(f"{package.uri} gives one class an image (softmax), {corpus} has many labels an image")
+    settings = settings.model_copy(update={"corpus": corpus.url})
     scratch_root = home / "tmp"  # every node sees it
     scratch_root.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=scratch_root, prefix="evaluate-") as scratch:
@@ -123,11 +125,11 @@ def main() -> None:
         if not leads():
             return
         scores = read_json(Path(job.result))
-    print(json.dumps({"model": package.uri, "corpus": str(corpus.path), **scores}, indent=1), flush=True)
+    print(json.dumps({"model": package.uri, "corpus": corpus.url, **scores}, indent=1), flush=True)
 
     made_by = package.tags.get("vitforge.mlflow_run")
     if made_by:
-        key = f"evaluate/{corpus.path.name}"
+        key = f"evaluate/{corpus.name}"
         tracking.add_scores(made_by, {f"{key}/{name}": value for name, value in scores.items()})
 
 

@@ -47,7 +47,7 @@ def check_batch(global_batch: int, micro_batch: int | None, ranks: int, pairs: b
     """Refuse a global batch that does not split evenly over ranks and micro-batches.
 
     Args:
-        pairs: images mix in pairs (mixup), so that a micro-batch must be even.
+        pairs: images mix in pairs (mixup, cutmix), so that a micro-batch must be even.
 
     Raises:
         SettingsError: naming the ranks or micro-batches that would do.
@@ -62,10 +62,10 @@ def check_batch(global_batch: int, micro_batch: int | None, ranks: int, pairs: b
     if not fitting:
         raise SettingsError(
             f"training.global_batch = {global_batch} gives each of {ranks} ranks {share} images; data.augment.mixup "
-            "mixes pairs and needs an even number"
+            "and cutmix mix pairs and need an even number"
         )
     if micro_batch is not None and micro_batch not in fitting:
-        mixing = " into pairs for data.augment.mixup" if pairs and share % micro_batch == 0 else ""
+        mixing = " into pairs for data.augment.mixup or cutmix" if pairs and share % micro_batch == 0 else ""
         raise SettingsError(
             f"training.micro_batch = {micro_batch} does not split the {share} images of a rank "
             f"(training.global_batch = {global_batch} over {ranks} ranks){mixing}: use {_some(fitting, micro_batch)}"
@@ -80,13 +80,14 @@ def settle(
     Args:
         ranks: world size.
         machine: what the poorest of the ranks has.
-        saved: state of the checkpoint that is resumed: what it was written with takes the place of "auto" and null.
+        saved: state of the checkpoint that is resumed: what it was written with takes the place of "auto" and null,
+            on another number of ranks as far as it fits there.
 
     Raises:
         SettingsError: the batch does not split, or the model does not fit at any stage.
     """
     training = settings.training
-    pairs = settings.data.augment.mixup > 0
+    pairs = settings.data.augment.mixes
     check_batch(training.global_batch, training.micro_batch, ranks, pairs)
     saved = saved or {}
     gpu = machine.gpu
@@ -100,13 +101,14 @@ def settle(
         needed = state_bytes(config, precision, zero_stage, ranks)
         return needed + micro_batch * activation_bytes(config, precision, training.recompute) <= budget
 
+    same_ranks = saved.get("world_size") == ranks
+    least = 1 if precision == "bf16" else 0
     if training.zero_stage != "auto":
         zero_stage = training.zero_stage
-    elif "zero_stage" in saved:
+    elif saved and (same_ranks or (saved["zero_stage"] >= least and fits(saved["zero_stage"], smallest))):
         zero_stage = saved["zero_stage"]
     else:
         # Without ZeRO DeepSpeed keeps no usable master weights in bf16; on one rank stage 1 shards nothing.
-        least = 1 if precision == "bf16" else 0
         candidates = range(least, 4 if ranks > 1 else least + 1)
         fitting = [candidate for candidate in candidates if fits(candidate, smallest)]
         if not fitting:
@@ -125,7 +127,9 @@ def settle(
             "auto, or training.precision=fp32"
         )
     micro_batch = training.micro_batch or saved.get("micro_batch")
-    if micro_batch is None or share % micro_batch:
+    if micro_batch not in _micro_batches(share, pairs) or not (
+        training.micro_batch or same_ranks or fits(zero_stage, micro_batch)
+    ):
         sizes = [size for size in sizes if gpu or size <= LARGEST_CPU_MICRO_BATCH] or sizes[:1]
         micro_batch = max((size for size in sizes if fits(zero_stage, size)), default=sizes[0])
     if precision == "bf16" and zero_stage == 1 and share != micro_batch:

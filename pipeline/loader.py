@@ -17,19 +17,24 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from numpy.typing import NDArray
 
 from cluster.command import log
-from data_prep.bad_samples import BadSamples
+from data_prep.bad_samples import BadSamples, TooManyBadSamples, too_many
 from data_prep.corpus import Corpus
 from data_prep.image_check import UnusableImage, check_image
 from data_prep.mixture import MixedOrder, Mixture
-from pipeline import augment, decoding
+from data_prep.shard_cache import PLANNED
+from pipeline import augment, decoding, pixels, workers
 from pipeline.config import DataSettings
+from pipeline.corpora import check_cache, shuffle_windows
 from pipeline.workers import Worker
 
 PREFETCH = 2
 """Decoded batches that wait ready for the training loop, beside those inside DALI."""
+_SHARDS_AHEAD = 4
+"""Shards of an object store that an evaluation fetches before it comes to them."""
 
 
 @dataclass(frozen=True)
@@ -122,7 +127,7 @@ class _Loader:
                         graph = self._start_at(index)
                     contents = self._under_way.pop(index)
                     rows, classes, weights = self.corpus.labels_of(contents.ids)
-                    made = Batch(self._take(batch), contents.ids, rows, classes, weights, contents.real)
+                    made = Batch(self._take(batch, contents), contents.ids, rows, classes, weights, contents.real)
                     if not put((made, contents.bad)):
                         return
                 put(None)
@@ -168,19 +173,23 @@ class _Loader:
             return None
         return output
 
-    def _take(self, output: Any) -> torch.Tensor:
+    def _finish(self, images: torch.Tensor, contents: _Contents) -> torch.Tensor:
+        """What is left to do when the images have arrived on the rank's device."""
+        return images
+
+    def _take(self, output: Any, contents: _Contents) -> torch.Tensor:
         """DALI's output as a tensor of our own on the rank's device."""
         shared = output.as_tensor()
         device = self.worker.device
         if device.type == "cpu":
             # DALI's dynamic executor writes no other batch into memory that a tensor still holds; a copy would
             # cost a tenth of the whole loading.
-            return torch.from_dlpack(shared)
+            return self._finish(torch.from_dlpack(shared), contents)
         # The copy must be done before DALI goes on, and must not wait behind the training step on its stream.
         if self._stream is None:
             self._stream = torch.cuda.Stream(device)
         with torch.cuda.device(device), torch.cuda.stream(self._stream):
-            images = torch.from_dlpack(shared).to(device, copy=True)
+            images = self._finish(torch.from_dlpack(shared).to(device, copy=True), contents)
         self._stream.synchronize()
         images.record_stream(torch.cuda.default_stream(device))
         return images
@@ -265,7 +274,10 @@ class TrainLoader(_Loader):
         super().__init__(corpus, settings, worker, micro_batch, (stop - start) * (share // micro_batch), backend)
         self.seed, self.global_batch, self.start, self.share = seed, global_batch, start, share
         self.skipped = sorted(skipped)
-        self.order = MixedOrder(self.corpus, seed, [settings.shuffle_window] * len(self.corpus.parts))
+        self.windows = shuffle_windows(self.corpus, settings)
+        check_cache(self.corpus, self.windows)
+        self.order = MixedOrder(self.corpus, seed, self.windows)
+        self._reached: list[tuple[int, int] | None] = [None] * len(self.windows)
 
     def positions(self, batch: int) -> NDArray[np.int64]:
         """[micro_batch] global positions of one of this loader's batches."""
@@ -276,8 +288,19 @@ class TrainLoader(_Loader):
         first = window * self.global_batch + self.worker.rank * self.share + micro * self.size
         return np.arange(first, first + self.size, dtype=np.int64)
 
+    def _look_ahead(self, position: int) -> None:
+        """When a part comes to another window, say which shards it will need from now on."""
+        for part, window in enumerate(self.windows):
+            if window and (reached := self.order.window_at(part, position)) != self._reached[part]:
+                self._reached[part] = reached
+                count = max(2 * window, min(PLANNED, 2 * len(self.corpus.parts[part].shard_sizes)))
+                shards = self.order.shards_from(part, position, count)
+                self.corpus.parts[part].prefetch(shards, ahead=2 * window)
+
     def _contents(self, batch: int) -> _Contents:
-        epochs, ids = self.order.ids(self.positions(batch))
+        positions = self.positions(batch)
+        self._look_ahead(int(positions[0]))
+        epochs, ids = self.order.ids(positions)
         images, bad = [], []
         for place, image in enumerate(self.bad.read(ids)):
             if image is None:
@@ -289,10 +312,10 @@ class TrainLoader(_Loader):
     def _inputs(self, contents: _Contents) -> tuple[Any, ...]:
         widths, heights = self.corpus.image_sizes(contents.ids)
         draws = augment.draw(self.settings.augment, self.seed, contents.epochs, contents.ids, widths, heights)
-        levels: list[NDArray[np.int32]] = []
-        for layer in range(self.settings.augment.randaugment_layers):
-            levels += [draws.operations[:, layer].copy(), draws.signs[:, layer].copy()]
-        return contents.images, draws.anchor, draws.shape, draws.mirror, *levels
+        return decoding.train_inputs(contents.images, draws)
+
+    def _finish(self, images: torch.Tensor, contents: _Contents) -> torch.Tensor:
+        return pixels.finish(images, self.settings, self.seed, contents.epochs, contents.ids)
 
     def _graph(self, source: decoding.Source, size: int) -> Any:
         threads, device = _threads(self.settings, self.worker), self.worker.dali_device(self.backend)
@@ -307,21 +330,33 @@ class EvalLoader(_Loader):
     """
 
     def __init__(
-        self,
-        corpus: Corpus | Mixture,
-        settings: DataSettings,
-        worker: Worker,
-        batch: int,
-        backend: decoding.Backend,
+        self, corpus: Corpus | Mixture, settings: DataSettings, worker: Worker, batch: int, backend: decoding.Backend
     ) -> None:
         share = -(-corpus.num_samples // worker.world_size)
         super().__init__(corpus, settings, worker, batch, -(-share // batch), backend)
         self.first = min(worker.rank * share, corpus.num_samples)
         self.last = min(self.first + share, corpus.num_samples)
+        assert len(self.corpus.parts) == 1
+        self._shard = -1
+
+    def __iter__(self) -> Iterator[Batch]:
+        try:
+            yield from super().__iter__()
+        finally:
+            self.corpus.parts[0].prefetch([], ahead=0)  # training needs the room again
+            self._shard = -1
+
+    def _look_ahead(self, ids: NDArray[np.int64]) -> None:
+        if ids.size:
+            now, last = self.corpus.shards_of([ids[0], self.last - 1]).tolist()
+            if now != self._shard:
+                self._shard = now
+                self.corpus.parts[0].prefetch(range(now, last + 1), ahead=_SHARDS_AHEAD)
 
     def _contents(self, batch: int) -> _Contents:
         wanted = np.arange(self.first + batch * self.size, self.first + (batch + 1) * self.size, dtype=np.int64)
         wanted = wanted[wanted < self.last]
+        self._look_ahead(wanted)
         read = list(zip(wanted.tolist(), self.bad.read(wanted), strict=True))
         shown = [(sample, image) for sample, image in read if image is not None]
         bad = [sample for sample, image in read if image is None]
@@ -338,6 +373,22 @@ class EvalLoader(_Loader):
     def _graph(self, source: decoding.Source, size: int) -> Any:
         threads, device = _threads(self.settings, self.worker), self.worker.dali_device(self.backend)
         return decoding.eval_graph(source, size, self.settings, self.backend, threads, device)
+
+
+def check_bad(loader: _Loader, read: int, share: float) -> int:
+    """Bad samples of all ranks' loaders so far, of `read` that were due; all ranks call it.
+
+    Raises:
+        CorpusError: on every rank, if they are more than that share (data_prep/bad_samples.py); names them.
+    """
+    bad = torch.tensor(loader.bad.count, device=loader.worker.device)
+    if dist.is_initialized():
+        dist.all_reduce(bad)
+    number = int(bad)
+    if too_many(number, read, share):
+        described = [text for texts in workers.from_all(loader.bad.described) for text in texts]
+        raise TooManyBadSamples(number, read, share, described)
+    return number
 
 
 def _threads(settings: DataSettings, worker: Worker) -> int:

@@ -17,15 +17,17 @@ from typing import Any
 import torch
 
 from cluster.command import absolute_path, leads, log
+from cluster.folders import folder_at
 from cluster.ray_runtime import REPOSITORY
 from cluster.settings import SettingsError
 from cluster.storage import read_json, write_json
-from data_prep.corpus import Corpus
+from data_prep.mixture import Mixture
 from models.preprocess import Preprocessing
 from models.vit import VitConfig
 from models.weights import save_safetensors
 from pipeline import checkpoints, layout, packages, pictures, tracking
-from pipeline.config import DataSettings, StageSettings, duration_in_steps
+from pipeline.config import StageSettings, duration_in_steps
+from pipeline.corpora import some
 from pipeline.launch import run_ranks
 from pipeline.schedules import Schedule
 from pipeline.train_loop import METRICS, Job, identity_of, train
@@ -59,36 +61,14 @@ def home_folder(home: str) -> Path:
     return Path(path)
 
 
-def open_corpora(data: DataSettings) -> tuple[Corpus, Corpus | None]:
-    """The training and held-out corpus of a stage.
-
-    Raises:
-        ValueError: one of them is missing or damaged, or their classes differ.
-    """
-    corpus = Corpus.open(absolute_path(data.corpus, "data.corpus"))
-    heldout = Corpus.open(absolute_path(data.heldout, "data.heldout")) if data.heldout else None
-    if heldout is not None and heldout.label_kind != corpus.label_kind:
-        raise SettingsError(
-            f"data.heldout = {data.heldout!r} has {heldout.label_kind} labels, data.corpus {corpus.label_kind}: shard "
-            "both the same way"
-        )
-    if heldout is not None and heldout.classes != corpus.classes:
-        raise SettingsError(
-            f"data.heldout = {data.heldout!r} has other classes than data.corpus "
-            f"({len(heldout.classes)}: {_some(heldout.classes)}; not {len(corpus.classes)}: {_some(corpus.classes)}): "
-            "shard both from the same class names"
-        )
-    return corpus, heldout
-
-
-def check_stage(settings: StageSettings, corpus: Corpus) -> None:
+def check_stage(settings: StageSettings, corpus: Mixture) -> None:
     """Everything about a stage that can be refused before anything expensive starts.
 
     Raises:
         SettingsError: naming the key, the value and what would do.
     """
     if settings.loss.kind == "softmax" and corpus.label_kind == "multi":
-        raise SettingsError(f"loss.kind = 'softmax', but {corpus.path} has many labels an image: use loss.kind=sigmoid")
+        raise SettingsError(f"loss.kind = 'softmax', but {corpus} has many labels an image: use loss.kind=sigmoid")
     total = duration_in_steps(settings.training.duration, settings.training.global_batch, corpus.num_samples)
     Schedule(settings.optimizer, total, settings.training.global_batch, corpus.num_samples)
     if settings.run.workers is not None:
@@ -99,8 +79,8 @@ def check_stage(settings: StageSettings, corpus: Corpus) -> None:
             "%d of the %d classes of %s have no images and cannot be learned: %s",
             len(empty),
             len(corpus.classes),
-            corpus.path,
-            _some(empty),
+            corpus,
+            some(empty),
         )
     if settings.training.global_batch > corpus.num_samples:
         log.warning(
@@ -110,7 +90,7 @@ def check_stage(settings: StageSettings, corpus: Corpus) -> None:
         )
 
 
-def run_stage(stage: str, settings: StageSettings, start: "Start", corpus: Corpus) -> dict[str, Any]:
+def run_stage(stage: str, settings: StageSettings, start: "Start", corpus: Mixture) -> dict[str, Any]:
     """Train on all ranks and hand the model over. A rerun resumes, and repeats nothing that was finished.
 
     Args:
@@ -145,18 +125,21 @@ def run_stage(stage: str, settings: StageSettings, start: "Start", corpus: Corpu
             return _hand_over(stage, settings, start, corpus, folder, run)
 
 
-def _newest(settings: StageSettings, start: Start, corpus: Corpus, folder: Path) -> checkpoints.Checkpoint | None:
+def _newest(settings: StageSettings, start: Start, corpus: Mixture, folder: Path) -> checkpoints.Checkpoint | None:
     """The checkpoint that the run goes on from, refused if it is of another run."""
-    newest = checkpoints.newest(folder / "checkpoints")
+    total = duration_in_steps(settings.training.duration, settings.training.global_batch, corpus.num_samples)
+    # One that is handed over without a rank that would load it and fall back is verified here.
+    newest = checkpoints.newest(folder_at(str(folder), "run.home").child("checkpoints"), verify_from=total)
     if newest is not None:
-        checkpoints.check_resumable(newest, identity_of(settings, start.architecture, corpus))
+        identity = identity_of(settings, start.architecture, corpus)
+        checkpoints.check_resumable(newest, identity, settings.run.allow_changes)
     return newest
 
 
 def _train(
     settings: StageSettings,
     start: Start,
-    corpus: Corpus,
+    corpus: Mixture,
     newest: checkpoints.Checkpoint | None,
     folder: Path,
     home: Path,
@@ -185,14 +168,14 @@ def _train(
 
 def _check_batch(settings: StageSettings, ranks: int) -> None:
     training = settings.training
-    layout.check_batch(training.global_batch, training.micro_batch, ranks, settings.data.augment.mixup > 0)
+    layout.check_batch(training.global_batch, training.micro_batch, ranks, settings.data.augment.mixes)
 
 
 def _hand_over(
-    stage: str, settings: StageSettings, start: Start, corpus: Corpus, folder: Path, run: tracking.Run
+    stage: str, settings: StageSettings, start: Start, corpus: Mixture, folder: Path, run: tracking.Run
 ) -> dict[str, Any]:
     """Publish the newest checkpoint's weights, draw the curves and write down how the run went."""
-    checkpoint = checkpoints.newest(folder / "checkpoints")
+    checkpoint = checkpoints.newest(folder_at(str(folder), "run.home").child("checkpoints"))
     assert checkpoint is not None
     rows = tracking.read_metrics(folder / METRICS)
     pictures.draw_curves(rows, folder / "curves.png")
@@ -287,7 +270,7 @@ def recorded_parent(settings: StageSettings) -> str | None:
     return read_json(path).get("parent") if path.exists() else None
 
 
-def _lineage(stage: str, corpus: Corpus, start: Start) -> dict[str, str]:
+def _lineage(stage: str, corpus: Mixture, start: Start) -> dict[str, str]:
     tags = {
         "vitforge.stage": stage,
         "vitforge.corpus": corpus.corpus_hash,
@@ -323,7 +306,3 @@ def print_result(result: dict[str, Any]) -> None:
     """The last lines of a stage, for people and for programs that read its standard output."""
     if result:
         print(json.dumps(result, indent=1), flush=True)
-
-
-def _some(names: list[str], count: int = 5) -> str:
-    return ", ".join(names[:count]) + (", ..." if len(names) > count else "")

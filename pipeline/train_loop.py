@@ -18,15 +18,19 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 
 from cluster.command import duration, log, set_up_logging
-from data_prep.corpus import Corpus
+from cluster.folders import folder_at
+from data_prep.mixture import Mixture
 from models.losses import dense_targets, sigmoid_cross_entropy, softmax_cross_entropy
 from models.presets import train_flops
 from models.vit import VisionTransformer, VitConfig
 from models.weights import load_into, load_safetensors
-from pipeline import augment, checkpoints, decoding, layout, pictures, throughput, tracking, workers
+from pipeline import augment, checkpoints, decoding, layout, pictures, pixels, throughput, tracking, workers
 from pipeline.config import StageSettings, duration_in_steps
-from pipeline.engine import build_engine, prepare_deepspeed, reduce_and_update, set_learning_rate
-from pipeline.loader import Batch, EvalLoader, TrainLoader
+from pipeline.corpora import describe_order, open_corpora, shuffle_windows
+from pipeline.elastic import swap_average
+from pipeline.engine import build_engine, nonfinite_flag, prepare_deepspeed, reduce_and_update, set_learning_rate
+from pipeline.loader import Batch, EvalLoader, TrainLoader, check_bad
+from pipeline.optimizer import averaging_decay
 from pipeline.schedules import Schedule
 from pipeline.scoring import score
 
@@ -74,35 +78,33 @@ def train(job: Job) -> None:
 
     # ---- data ------------------------------------------------------------------------------------------------
     # The driver checked the content of the index; here the sizes do.
-    corpus = Corpus.open(data.corpus, check="sizes")
-    heldout = Corpus.open(data.heldout, check="sizes") if data.heldout else None
-    verdict = decoding.Verdict.for_all(workers.from_all(decoding.choose_backend(data.decode, worker.gpu)))
+    corpus, heldout = open_corpora(data, check="sizes")
+    verdict = decoding.Verdict.for_all(workers.from_all(decoding.choose_backend(data, worker.gpu)))
     backend = verdict.backend
 
     # ---- model and engine ------------------------------------------------------------------------------------
     config = VitConfig.from_json(job.architecture)
     # One rank's view of the disk and of the machines is everybody's: all must come to the same decisions.
-    resume = workers.from_all(checkpoints.newest(folder / "checkpoints") if worker.leads else None)[0]
+    every = settings.checkpoint.keep_every
+    keep_every = duration_in_steps(every, training.global_batch, corpus.num_samples) if every else None
+    place = folder_at(job.folder, "run.home").child("checkpoints")
+    saved = checkpoints.Checkpoints(place, settings.checkpoint, worker, keep_every)
+    resume = saved.newest()
     machine = layout.Machine.poorest(workers.from_all(layout.Machine.here(worker)))
     plan = layout.settle(settings, config, worker.world_size, machine, resume.state if resume else None)
-    identity = {
-        **identity_of(settings, config, corpus),
-        "world_size": worker.world_size,
-        "zero_stage": plan.zero_stage,
-        "precision": plan.precision,
-    }
+    identity = {**identity_of(settings, config, corpus), "precision": plan.precision}
+
+    def check(checkpoint: checkpoints.Checkpoint) -> None:
+        checkpoints.check_resumable(checkpoint, identity, settings.run.allow_changes)
+
     if resume:
-        checkpoints.check_resumable(resume, identity)
+        check(resume)
     torch.manual_seed(training.seed)
     model = VisionTransformer(config)
     if job.initial_weights:
         load_into(model, load_safetensors(Path(job.initial_weights)))
-    engine = build_engine(model, settings.optimizer, plan, training.global_batch, worker)
-    start = 0
-    if resume:
-        checkpoints.load(engine, resume)
-        start = resume.step
-        log.info("resumed from %s", resume.folder)
+    engine = build_engine(model, settings.optimizer, plan, training.global_batch, worker, averages=training.ema > 0)
+    start = saved.load(engine, resume, check).step if resume else 0
 
     # ---- durations -------------------------------------------------------------------------------------------
     def steps(text: str) -> int:
@@ -135,35 +137,47 @@ def train(job: Job) -> None:
         throughput.attention_backend(config, plan, worker.device),
     )
 
+    scored: dict[int, dict[str, float]] = {}
+
     def save(step: int) -> None:
         samples = step * training.global_batch
         state = {
             **identity,
+            "world_size": worker.world_size,
+            "zero_stage": plan.zero_stage,
             "resolved_settings": settings.model_dump(mode="json"),
             "decoder": backend,
             "micro_batch": plan.micro_batch,
             "samples_consumed": samples,
             "mlflow_run": job.mlflow_run,
             "versions": checkpoints.versions(),
+            "scores": scored.get(step, {}),
         }
-        checkpoints.save(engine, folder / "checkpoints", step, state, worker, settings.checkpoint.keep)
+        saved.save(engine, step, state)
         if run:
             run.flush()
 
     def evaluate(step: int) -> None:
         assert heldout is not None
         loader = EvalLoader(heldout, data, worker, settings.evaluation.batch, backend)
+        if training.ema:
+            swap_average(engine)
         scores = score(engine.module, loader, settings.loss.kind, plan.dtype)
+        if training.ema:
+            swap_average(engine)
+        bad = check_bad(loader, heldout.num_samples, data.max_bad_share)
         log.info(
-            "step %d: held-out top-1 %.2f %%, top-5 %.2f %%, loss %.4f (%d images)",
+            "step %d: held-out top-1 %.2f %%, top-5 %.2f %%, loss %.4f (%d images%s)",
             step,
             100 * scores.top1,
             100 * scores.top5,
             scores.loss,
             scores.images,
+            f", {bad} bad ones left out" if bad else "",
         )
+        named = {f"heldout/{key}": value for key, value in scores.as_metrics().items()}
+        scored[step] = named
         if run and metrics_file:
-            named = {f"heldout/{key}": value for key, value in scores.as_metrics().items()}
             metrics_file.write(step, named)
             run.metrics(step, named)
             run.flush()
@@ -172,6 +186,8 @@ def train(job: Job) -> None:
     loader = TrainLoader(
         corpus, data, training.seed, worker, training.global_batch, plan.micro_batch, start, total, backend
     )
+    if mixing_of_windows := describe_order(corpus, loader.order, loader.windows, training.global_batch):
+        log.info("%s", mixing_of_windows)
     batches = iter(loader)
     peak = throughput.peak_flops(worker, plan.precision)
     meter = throughput.Meter(total - start, training.global_batch, train_flops(config), peak, worker.world_size)
@@ -187,8 +203,8 @@ def train(job: Job) -> None:
         scores = heldout is not None and (due or done == total)
         step_ids: list[NDArray[np.int64]] = []
         _seed_dropout(training.seed, step, worker.rank)
-        weight = augment.mixup_weight(data.augment.mixup, training.seed, step) if data.augment.mixup else None
-        set_learning_rate(engine, rate_of(step))
+        mixing = augment.draw_mixing(data.augment, training.seed, step, data.image_size)
+        set_learning_rate(engine, rate_of(step), averaging_decay(training.ema, step))
         for _ in range(plan.accumulation):
             with meter.waiting():
                 batch = next(batches)
@@ -199,8 +215,8 @@ def train(job: Job) -> None:
             targets = dense_targets(
                 batch.rows, batch.classes, batch.weights, len(images), config.num_classes, worker.device
             )
-            if weight is not None:
-                images, targets = mix_pairs(images, weight), mix_pairs(targets, weight)
+            if mixing is not None:
+                images, targets = pixels.mix(images, targets, mixing)
             logits = engine(images.to(plan.dtype))
             if settings.loss.kind == "softmax":
                 loss = softmax_cross_entropy(logits, targets, settings.loss.label_smoothing)
@@ -230,6 +246,8 @@ def train(job: Job) -> None:
                 "gradient_norm": norm,
                 **meter.measure(done - start),
             }
+            if bad := check_bad(loader, (done - start) * training.global_batch, data.max_bad_share):
+                values["bad_samples"] = bad
             log.info("%s", log_line(done, total, values, meter.seconds_left(done - start)))
             if recorded:
                 losses.clear()
@@ -248,6 +266,8 @@ def train(job: Job) -> None:
         evaluate(total)
 
     # ---- the end ---------------------------------------------------------------------------------------------
+    saved.wait()
+    saved.close()
     if run:
         run.flush()
     engine.destroy()
@@ -256,23 +276,11 @@ def train(job: Job) -> None:
         log.info("trained %d steps in %s", total - start, duration(meter.elapsed()))
 
 
-def mix_pairs(values: torch.Tensor, weight: float) -> torch.Tensor:
-    """Mixup of neighbours: row 2i with row 2i+1 and the other way round; [B, ...] with an even B.
-
-    Partners are neighbours in the global order (position p with p xor 1), so that they are the same pairs for
-    every world size and micro-batch.
-    """
-    pairs = values.reshape(len(values) // 2, 2, *values.shape[1:])
-    return (weight * pairs + (1 - weight) * pairs.flip(1)).reshape(values.shape)
-
-
-def identity_of(settings: StageSettings, config: VitConfig, corpus: Corpus) -> dict[str, Any]:
+def identity_of(settings: StageSettings, config: VitConfig, corpus: Mixture) -> dict[str, Any]:
     """What must be the same for a run to go on from a checkpoint, whatever it runs on."""
-    return {
-        "architecture": config.to_json(),
-        "corpus_hash": corpus.corpus_hash,
-        "settings": settings_that_decide(settings),
-    }
+    decide = settings_that_decide(settings)
+    decide["data"]["shuffle_window"] = shuffle_windows(corpus, settings.data)
+    return {"architecture": config.to_json(), "corpus_hash": corpus.corpus_hash, "settings": decide}
 
 
 def settings_that_decide(settings: StageSettings) -> dict[str, Any]:
@@ -280,10 +288,20 @@ def settings_that_decide(settings: StageSettings) -> dict[str, Any]:
     values = settings.model_dump(mode="json")
     for section in ("checkpoint", "evaluation", "log", "run", "registry"):
         del values[section]
-    for key in ("corpus", "heldout", "decode", "decode_threads"):
+    for key in (
+        "corpus",
+        "mixture",
+        "mixture_classes",
+        "heldout",
+        "cache_gb",
+        "max_bad_share",
+        "decode",
+        "hw_decoder_load",
+        "decode_threads",
+    ):
         del values["data"][key]
     for key in ("micro_batch", "zero_stage", "precision", "compile", "recompute"):
-        del values["training"][key]
+        del values["training"][key]  # the layout, and the precision, which is compared as it was settled
     return values
 
 
@@ -299,6 +317,8 @@ def log_line(step: int, total: int, values: dict[str, float], seconds_left: floa
     if "mfu" in values:
         parts.append(f"MFU {100 * values['mfu']:.1f} %")
     parts.append(f"data wait {100 * values['data_wait']:.1f} %")
+    if "bad_samples" in values:
+        parts.append(f"{values['bad_samples']:,.0f} bad samples replaced")
     if step < total:
         parts.append(f"{duration(seconds_left)} left")
     return ", ".join(parts)
@@ -320,12 +340,11 @@ def _check_finite(what: str, step: int, value: torch.Tensor, ids: NDArray[np.int
 
 
 def _check_skipped(engine: Any, step: int) -> None:
-    """DeepSpeed passes over an update whose gradient is not finite, in silence; the samples would be lost."""
-    if engine.skipped_steps:
+    """An update whose gradient is not finite is not applied, nor is any after it."""
+    if float(nonfinite_flag(engine)):
         raise NonFiniteError(
-            f"the gradient of {engine.skipped_steps} step(s) shortly before step {step} was not finite, and DeepSpeed "
-            "skipped them: the last checkpoint is from before. A lower optimizer.learning_rate or a longer "
-            "optimizer.warmup would do"
+            f"the gradient became infinite or not a number shortly before step {step}; it was not applied, and the "
+            "last checkpoint is from before. A lower optimizer.learning_rate or a longer optimizer.warmup would do"
         )
 
 
@@ -352,7 +371,7 @@ def _check_shared_folder(folder: Path, worker: workers.Worker) -> None:
         )
 
 
-def _show_batch(batch: Batch, corpus: Corpus, settings: StageSettings, folder: Path, run: tracking.Run) -> None:
+def _show_batch(batch: Batch, corpus: Mixture, settings: StageSettings, folder: Path, run: tracking.Run) -> None:
     names = [""] * len(batch.images)
     for row, label in zip(batch.rows, batch.classes, strict=True):
         names[int(row)] = names[int(row)] or corpus.classes[int(label)]

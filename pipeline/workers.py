@@ -2,6 +2,7 @@
 
 import datetime
 import os
+import socket
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,6 +48,11 @@ def from_all(value: Any) -> list[Any]:
     values: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
     return values
+
+
+def node() -> str:
+    """The name of this machine, for messages."""
+    return socket.gethostname()
 
 
 def under_torchrun() -> bool:

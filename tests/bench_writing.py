@@ -23,6 +23,7 @@ from pathlib import Path
 import numpy as np
 
 from cluster import storage
+from cluster.folders import LocalFolder
 from data_prep.corpus import image_check
 from data_prep.image_check import check_image
 from data_prep.shard_plan import Plan
@@ -56,8 +57,8 @@ def write_shards(plan: Plan, target: Path) -> None:
     """What a sharding task does, without the decoding: tars, index rows, .idx and checksums, synced and renamed."""
     target.mkdir()
     for shard in range(len(plan)):
-        task = plan.task(shard, target)
-        with storage.atomic_file(target / task.name) as file:
+        task = plan.task(shard, LocalFolder(target))
+        with task.folder.building(task.name) as file:
             writer = ShardWriter(file, "cls")
             rows: list[tuple[int, int, int]] = []
             for images in read_groups(task.root, task.names, task.sizes, task.offsets):

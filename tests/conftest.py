@@ -1,9 +1,31 @@
 """Before any test imports Ray: how it authenticates is read from the environment at its import."""
 
 import os
+from collections.abc import Iterator
+
+import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import cluster.ray_runtime
+from tests import s3_server as server_module
 
 assert cluster.ray_runtime.REPOSITORY
+
+
+@pytest.fixture(scope="session")
+def s3_server() -> Iterator[server_module.S3Server]:
+    """A real S3 server on loopback, behind a proxy that makes faults (`.faults`)."""
+    with server_module.s3_server() as server:
+        yield server
+
+
+@pytest.fixture
+def s3(s3_server: server_module.S3Server, monkeypatch: pytest.MonkeyPatch) -> server_module.S3Server:
+    """The S3 server, without faults, for this process and those that it starts: `.bucket()` makes a fresh bucket."""
+    s3_server.faults.clear()
+    for name in [name for name in os.environ if name.startswith("AWS_")]:
+        monkeypatch.delenv(name)
+    for name, value in s3_server.env.items():
+        monkeypatch.setenv(name, value)
+    return s3_server

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from cluster.folders import LocalFolder
 from data_prep.corpus import INDEX, PLAN, SAMPLE_DTYPE, Corpus, image_check
 from data_prep.corpus_assembly import assemble
 from data_prep.label_files import list_labelled
@@ -38,10 +39,10 @@ def make_corpus(source: Path, folder: Path, shard_mb: float = 0.01, labels: Path
     """Shards a source in this process."""
     listing = list_source(source) if labels is None else list_labelled(source, labels)
     plan = Plan(listing, None, round(shard_mb * 1e6), seed=0)
-    folder.mkdir()
-    (folder / PLAN).write_text("{}")
-    assemble(folder, plan, [write_shard(plan.task(shard, folder)) for shard in range(len(plan))])
-    return Corpus.open(str(folder))
+    there = LocalFolder(folder)
+    there.write_bytes(PLAN, b"{}")
+    assemble(there, plan, [write_shard(plan.task(shard, there)) for shard in range(len(plan))])
+    return Corpus.open(there)
 
 
 def overwrite(corpus: Corpus, sample: int, content: bytes, own_checksum: bool = False) -> None:

@@ -6,10 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from data_prep.bad_samples import check_share
 from data_prep.corpus import Corpus, CorpusError
 from data_prep.mixture import Mixture
-from pipeline.loader import EvalLoader, TrainLoader
+from pipeline.loader import EvalLoader, TrainLoader, check_bad
 from pipeline.workers import Worker
 from tests.corpora import image_folder, make_corpus, overwrite
 from tests.test_loader import settings
@@ -165,8 +164,15 @@ def test_evaluation_leaves_bad_samples_out(corpus, kind, ranks, batch):
     assert count == len(bad)
 
 
-def test_too_many_bad_samples_stop_a_run_by_name():
-    check_share(10, 20, 0.001, ["a"])
-    check_share(100, 100_000, 0.001, ["a"])
-    with pytest.raises(CorpusError, match=r"11 of 10,000 .* data.max_bad_share = 0.001 .*\n  one\n  two"):
-        check_share(11, 10_000, 0.001, ["one", "two"])
+def test_too_many_bad_samples_stop_a_run_by_name(corpus):
+    for sample in range(12):
+        overwrite(corpus, sample, HTML)
+    loader = TrainLoader(opened(corpus), settings(corpus), 5, Worker(), 9, 9, 0, 5, "cpu")
+    assert len(list(loader)) == 5
+    assert check_bad(loader, 45_000, 0.001) == 12
+    assert check_bad(loader, 45, 0.5) == 12
+    with pytest.raises(CorpusError, match=r"12 of 45 samples .* data.max_bad_share = 0.001 allows(.|\n)*sample \d+ of"):
+        check_bad(loader, 45, 0.001)
+    some = TrainLoader(opened(corpus), settings(corpus), 5, Worker(), 9, 9, 0, 3, "cpu")
+    list(some)
+    assert check_bad(some, 27, 0.0) == some.bad.count < 11  # a few are always allowed

@@ -200,8 +200,8 @@ def test_opening_what_is_no_corpus(tmp_path):
         Corpus.open(str(tmp_path / "nowhere"))
     with pytest.raises(CorpusError, match=r"make one with `python data_prep/shard\.py"):
         Corpus.open(str(tmp_path))
-    with pytest.raises(storage.StorageError, match="s3:// is not supported yet"):
-        Corpus.open("s3://bucket/corpus")
+    with pytest.raises(storage.StorageError, match="gs:// cannot be used here"):
+        Corpus.open("gs://bucket/corpus")
 
 
 def test_an_altered_image_is_named_when_read_and_by_verify(corpus):

@@ -278,8 +278,8 @@ def test_destinations_that_hold_something_else_are_refused_and_kept(ray, source,
     assert (tmp_path / "photos" / "holiday.txt").read_text() == "precious"
     with pytest.raises(ValueError, match="inside the source"):
         shard(source, source / "corpus")
-    with pytest.raises(ValueError, match="s3:// is not supported yet"):
-        shard(source, "s3://bucket/corpus")
+    with pytest.raises(ValueError, match="gs:// cannot be used here"):
+        shard(source, "gs://bucket/corpus")
 
 
 @pytest.mark.parametrize(

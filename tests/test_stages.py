@@ -159,15 +159,19 @@ def test_a_run_folder_in_use_or_of_another_stage_is_refused(home, corpus, monkey
 
 
 def test_checkpoints_of_which_none_is_whole_are_not_passed_over_in_silence(home, corpus, monkeypatch):
-    folder = home / "runs" / "demo-pretrain" / "checkpoints" / "step-00000010"
+    checkpoints = home / "runs" / "demo-pretrain" / "checkpoints"
+    folder = checkpoints / "step-00000010-0123abcd-0000"
     folder.mkdir(parents=True)
-    (folder / "state.json").write_text('{"step": 10')
+    (folder / "manifest.json").write_text('{"step": 10')
     message = error_of(pretrain, monkeypatch, "demo", f"data.corpus={corpus.path}")
     assert "none of the 1 checkpoint(s)" in message
     assert "use another run.name" in message
-    (folder / "state.json").write_text('{"step": 10, "files": {}, "format": 99}')
+    (folder / "manifest.json").write_text('{"step": 10, "parts": [], "format": 99}')
     assert "has format 99" in error_of(pretrain, monkeypatch, "demo", f"data.corpus={corpus.path}")
     assert folder.exists()
+    (checkpoints / "step-00000010").mkdir()
+    (checkpoints / "step-00000010" / "state.json").write_text("{}")
+    assert "has format 1," in error_of(pretrain, monkeypatch, "demo", f"data.corpus={corpus.path}")
 
 
 def test_a_server_that_does_not_answer_is_named(home, corpus, monkeypatch):
@@ -182,6 +186,7 @@ def test_a_server_that_does_not_answer_is_named(home, corpus, monkeypatch):
 def test_classes_without_images_are_said_and_allowed(home, tmp_path, monkeypatch, caplog):
     import logging
 
+    from data_prep.mixture import Mixture
     from pipeline.config import PretrainSettings
     from pipeline.stage import check_stage
     from tests.test_settings import demo
@@ -193,6 +198,6 @@ def test_classes_without_images_are_said_and_allowed(home, tmp_path, monkeypatch
     monkeypatch.setattr(logging.getLogger("vitforge"), "propagate", True)
     settings = demo("training.duration=100 steps")
     assert isinstance(settings, PretrainSettings)
-    check_stage(settings, corpus)
+    check_stage(settings, Mixture.of(corpus))
     assert "1 of the 4 classes" in caplog.text
     assert "c1x" in caplog.text

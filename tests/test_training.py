@@ -1,6 +1,5 @@
 """The training loop on real DeepSpeed: world sizes agree, a killed run resumes exactly, bad states are refused."""
 
-import json
 import shutil
 
 import pytest
@@ -59,15 +58,14 @@ def test_a_run_killed_half_way_goes_on_with_identical_losses(places, two_ranks):
     steps = [row["step"] for row in tracking.read_metrics(metrics)]
     assert steps == sorted(set(steps))  # no step stands twice
     folder = places[0] / "runs" / name / "checkpoints"
-    assert sorted(path.name for path in folder.iterdir()) == ["step-00000040", "step-00000050"]
+    assert sorted(path.name[:13] for path in folder.iterdir()) == ["step-00000040", "step-00000050"]
 
 
 def test_a_damaged_newest_checkpoint_is_passed_over_loudly(places, two_ranks):
     home = places[0]
     shutil.copytree(home / "runs" / "two", home / "runs" / "damaged")
     (home / "runs" / "damaged" / "run.json").unlink()
-    newest = home / "runs" / "damaged" / "checkpoints" / "step-00000050" / "zero"
-    part = next(newest.glob("*optim_states.pt"))
+    part = next((home / "runs" / "damaged" / "checkpoints").glob("step-00000050-*/rank-00001.bin"))
     part.write_bytes(part.read_bytes()[:-100])
     done = torchrun(2, home, *words(places, "damaged", "training.zero_stage=2", "data.augment.mixup=0.2"))
     assert done.returncode == 0, done.stderr[:6000]
@@ -78,30 +76,20 @@ def test_a_damaged_newest_checkpoint_is_passed_over_loudly(places, two_ranks):
 
 
 @pytest.mark.parametrize(
-    ("overrides", "ranks", "message"),
+    ("overrides", "message"),
     [
-        (["optimizer.learning_rate=1e-4"], 2, "optimizer.learning_rate was 0.002, is 0.0001"),
-        (["model.width=64", "model.heads=4"], 2, "another architecture"),
-        (["training.zero_stage=1"], 2, "training.zero_stage = 2"),
-        ([], 1, "run.workers = 2"),
-        (["data.corpus=OTHER"], 2, "another corpus"),
+        (["optimizer.learning_rate=1e-4"], "optimizer.learning_rate was 0.002, is 0.0001"),
+        (["model.width=64", "model.heads=4"], "another architecture"),
+        (["training.global_batch=24"], "training.global_batch = 12, this run has 24"),
+        (["data.corpus=OTHER"], "another corpus"),
     ],
 )
-def test_a_checkpoint_of_another_run_is_refused_with_what_differs(places, two_ranks, overrides, ranks, message):
+def test_a_checkpoint_of_another_run_is_refused_with_what_differs(places, two_ranks, overrides, message):
     overrides = [word.replace("OTHER", str(places[2])) for word in overrides]
-    words_ = words(
-        places, "two", "training.zero_stage=2", "data.augment.mixup=0.2", "training.duration=60 steps", *overrides
-    )
     before = (places[0] / "runs" / "two" / "metrics.jsonl").read_bytes()
-    state = places[0] / "runs" / "two" / "checkpoints" / "step-00000050" / "state.json"
-    changed = json.loads(state.read_text())
-    original = state.read_text()
-    changed["settings"]["training"]["duration"] = "60 steps"  # as if the run had more to do
-    state.write_text(json.dumps(changed))
-    try:
-        done = torchrun(ranks, places[0], *words_)
-    finally:
-        state.write_text(original)
+    done = torchrun(
+        1, places[0], *words(places, "two", "data.augment.mixup=0.2", "training.duration=60 steps", *overrides)
+    )
     assert done.returncode != 0
     assert message in done.stderr
     assert (places[0] / "runs" / "two" / "metrics.jsonl").read_bytes() == before

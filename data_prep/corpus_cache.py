@@ -1,0 +1,73 @@
+"""What a node keeps of corpora on object stores: their indices and labels, whole; and where shards are cached.
+
+$VITFORGE_CACHE (or ~/.cache/vitforge)
+    corpora/CORPUS_HASH/    index.bin, labels.bin, labels.ptr, ...
+    shards/                 see shard_cache.py
+"""
+
+import fcntl
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from cluster import storage
+from cluster.folders import Folder
+from cluster.storage import StorageError
+
+_ATTEMPTS = 3
+"""How often a file is fetched that arrives with another checksum."""
+
+
+def cache_folder() -> Path:
+    """The folder of this node in which is kept what lies elsewhere."""
+    place = os.environ.get("VITFORGE_CACHE")
+    return Path(place).expanduser().absolute() if place else Path.home() / ".cache" / "vitforge"
+
+
+def fetch_files(folder: Folder, files: Mapping[str, Mapping[str, Any]], identity: str, *, check: bool) -> Path:
+    """Have files of a corpus on this node.
+
+    Args:
+        folder: of the corpus.
+        files: name to `bytes` and `xxh3_128`.
+        identity: of the corpus.
+        check: whether the content of what is here already is looked at, too.
+
+    Returns:
+        The folder they are in.
+
+    Raises:
+        StorageError: one is missing, cannot be read or is damaged where it comes from, or there is no room here.
+    """
+    here = cache_folder() / "corpora" / identity
+    try:
+        here.mkdir(parents=True, exist_ok=True)
+        with (here / "lock").open("ab") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # one process of a node fetches; the lock ends with it
+            storage.remove_unfinished(here)
+            for name, facts in files.items():
+                path = here / name
+                there = storage.file_size(path) == facts["bytes"]
+                if not there or (check and storage.hash_file(path) != facts["xxh3_128"]):
+                    _fetch(folder, name, facts["xxh3_128"], path)
+    except OSError as error:
+        if isinstance(error, StorageError):
+            raise
+        raise StorageError(
+            f"the cache {here} cannot be written: {error}. Set VITFORGE_CACHE to a folder on a disk of this node"
+        ) from error
+    return here
+
+
+def _fetch(folder: Folder, name: str, checksum: str, path: Path) -> None:
+    arriving = storage.temporary_path(path)
+    try:
+        for _ in range(_ATTEMPTS):
+            folder.get(name, arriving)
+            if storage.hash_file(arriving) == checksum:
+                arriving.replace(path)
+                return
+    finally:
+        arriving.unlink(missing_ok=True)
+    raise StorageError(f"{folder}/{name} is damaged: its checksum is not the manifest's")

@@ -1,0 +1,250 @@
+"""A checkpoint's parts: one file of numbers a rank, and a list of which elements of which parameter lie where.
+
+    rank-00000.bin     float32, little endian: the rank's pieces of the weights and of every optimizer state
+    rank-00000.json    {"bytes", "scalars", "pieces": [[NAME, START, COUNT, {STATE: [OFFSET, xxh3_128]}], ...]}
+
+Every piece has its own checksum, so that a rank of another layout reads what it needs and no more, and still
+knows that it is what was written.
+"""
+
+import json
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import xxhash
+
+from cluster.command import Progress
+from cluster.folders import Folder
+from cluster.storage import StorageError, json_bytes
+from pipeline.elastic import Holdings, Piece
+
+READERS = 8
+"""Reads under way at a time: object stores answer slowly, but many at once."""
+RUN_BYTES = 32 << 20
+"""Neighbouring pieces are read together up to this."""
+GAP_BYTES = 1 << 20
+"""What is read for nothing at most, between two pieces that are read together."""
+
+
+class DamagedCheckpointError(ValueError):
+    """A checkpoint whose files are not all there as they were written."""
+
+
+def part_name(rank: int) -> str:
+    """Name of a rank's part, without .bin or .json."""
+    return f"rank-{rank:05d}"
+
+
+def write_part(held: Holdings, pieces: list[Piece], folder: Path, rank: int) -> dict[str, int]:
+    """Write a rank's part into a local folder.
+
+    Args:
+        pieces: those of `held` that this rank saves.
+
+    Returns:
+        The files and their bytes, in the order in which they are to be brought elsewhere.
+
+    Raises:
+        OSError: the disk is full, or fails.
+    """
+    rows: list[list[Any]] = []
+    position = 0
+    with (folder / f"{part_name(rank)}.bin").open("wb", buffering=0) as file:
+        for number, states in enumerate(held.flats):
+            mine = [piece for piece in pieces if piece.flat == number]
+            if not mine:
+                continue
+            low = min(piece.offset for piece in mine)
+            high = max(piece.offset + piece.count for piece in mine)
+            places: list[dict[str, Any]] = [{} for _ in mine]
+            for state, tensor in sorted(states.items()):
+                assert tensor.dtype == torch.float32, (state, tensor.dtype)
+                numbers: Any = tensor[low:high].cpu().numpy()
+                content = memoryview(numbers).cast("B")
+                for place, piece in zip(places, mine, strict=True):
+                    begin = 4 * (piece.offset - low)
+                    digest = xxhash.xxh3_128_hexdigest(content[begin : begin + 4 * piece.count])
+                    place[state] = [position + begin, digest]
+                left = content
+                while left:
+                    left = left[file.write(left) :]
+                position += len(content)
+            rows += [[piece.name, piece.start, piece.count, place] for place, piece in zip(places, mine, strict=True)]
+    scalars = {name: float(value) for name, value in held.scalars[0].items()}
+    assert all({name: float(value) for name, value in other.items()} == scalars for other in held.scalars)
+    listing = json_bytes({"bytes": position, "scalars": scalars, "pieces": rows})
+    (folder / f"{part_name(rank)}.json").write_bytes(listing)
+    return {f"{part_name(rank)}.bin": position, f"{part_name(rank)}.json": len(listing)}
+
+
+@dataclass
+class _Stored:
+    """A piece in a file."""
+
+    file: str
+    name: str
+    start: int
+    count: int
+    places: Mapping[str, tuple[int, str]]
+
+
+@dataclass
+class _Read:
+    """Bytes of a file that hold one state of one stored piece, and where they go."""
+
+    file: str
+    offset: int
+    count: int
+    digest: str
+    what: str
+    targets: list[tuple[torch.Tensor, int]] = field(default_factory=list)
+    """Destinations (one-dimensional) and the element of the piece that each begins with."""
+
+
+class Parts:
+    """The parts of a checkpoint, to read from.
+
+    Args:
+        folder: the checkpoint's.
+        digests: xxh3_128 of every rank's list, in the order of the ranks.
+
+    Raises:
+        DamagedCheckpointError: a list is not what was written.
+    """
+
+    def __init__(self, folder: Folder, digests: list[str]) -> None:
+        self.folder = folder
+        self.scalars: dict[str, float] = {}
+        self._stored: dict[str, list[_Stored]] = {}
+        with ThreadPoolExecutor(READERS) as pool:
+            listings = list(pool.map(self._listing, range(len(digests)), digests))
+        for rank, listing in enumerate(listings):
+            self.scalars = listing["scalars"]
+            for name, start, count, places in listing["pieces"]:
+                stored = _Stored(f"{part_name(rank)}.bin", name, start, count, places)
+                self._stored.setdefault(name, []).append(stored)
+        for pieces in self._stored.values():
+            pieces.sort(key=lambda stored: stored.start)
+
+    def _listing(self, rank: int, digest: str) -> dict[str, Any]:
+        name = f"{part_name(rank)}.json"
+        try:
+            content = self.folder.read_bytes(name)
+        except StorageError as error:
+            raise DamagedCheckpointError(f"checkpoint {self.folder} is damaged: {error}") from error
+        if xxhash.xxh3_128_hexdigest(content) != digest:
+            raise DamagedCheckpointError(f"checkpoint {self.folder} is damaged: {name} is not what was written")
+        listing: dict[str, Any] = json.loads(content)
+        return listing
+
+    def states(self) -> set[str]:
+        """Names of the states that were saved."""
+        return {state for pieces in self._stored.values() for stored in pieces for state in stored.places}
+
+    def read(self, wanted: Iterable[tuple[str, str, int, torch.Tensor]], label: str) -> None:
+        """Read elements and put them where they belong, each stored piece verified.
+
+        Args:
+            wanted: parameter, state, first element, and the one-dimensional tensor that they fill.
+            label: what is being done, for the progress lines.
+
+        Raises:
+            DamagedCheckpointError: something is missing or is not what was written.
+        """
+        reads: dict[tuple[str, int], _Read] = {}
+        for name, state, start, target in wanted:
+            covered = 0
+            for stored in self._stored.get(name, []):
+                first, last = max(start, stored.start), min(start + len(target), stored.start + stored.count)
+                if first >= last or state not in stored.places:
+                    continue
+                offset, digest = stored.places[state]
+                key = (stored.file, offset)
+                if key not in reads:
+                    what = f"{state} of {name}, elements from {stored.start} on"
+                    reads[key] = _Read(stored.file, offset, stored.count, digest, what)
+                reads[key].targets.append((target[first - start : last - start], first - stored.start))
+                covered += last - first
+            if covered != len(target):
+                raise DamagedCheckpointError(
+                    f"checkpoint {self.folder} has {covered:,} of {len(target):,} elements of {state} of {name}"
+                )
+        self._run([reads[key] for key in sorted(reads)], label)
+
+    def verify(self) -> None:
+        """Read everything.
+
+        Raises:
+            DamagedCheckpointError: something is missing or is not what was written.
+        """
+        reads = [
+            _Read(stored.file, offset, stored.count, digest, f"{state} of {stored.name}")
+            for pieces in self._stored.values()
+            for stored in pieces
+            for state, (offset, digest) in stored.places.items()
+        ]
+        self._run(sorted(reads, key=lambda read: (read.file, read.offset)), "verifying the checkpoint,")
+
+    def _run(self, reads: list[_Read], label: str) -> None:
+        progress = Progress(sum(4 * read.count for read in reads) >> 20, "MB", label)
+        done = shown = 0
+        with ThreadPoolExecutor(READERS) as pool:
+            for group, content in _ahead(pool, self._fetch, list(_together(reads)), 2 * READERS):
+                for read in group:
+                    begin = read.offset - group[0].offset
+                    values = torch.frombuffer(content, dtype=torch.float32, count=read.count, offset=begin)
+                    for target, first in read.targets:
+                        target.copy_(values[first : first + len(target)])
+                    done += 4 * read.count
+                progress.update((done >> 20) - shown)
+                shown = done >> 20
+
+    def _fetch(self, group: list[_Read]) -> tuple[list[_Read], bytearray]:
+        first, last = group[0], group[-1]
+        try:
+            content = self.folder.read_bytes(first.file, first.offset, last.offset + 4 * last.count - first.offset)
+        except StorageError as error:
+            raise DamagedCheckpointError(f"checkpoint {self.folder} is damaged: {error}") from error
+        for read in group:
+            begin = read.offset - first.offset
+            if xxhash.xxh3_128_hexdigest(memoryview(content)[begin : begin + 4 * read.count]) != read.digest:
+                raise DamagedCheckpointError(
+                    f"checkpoint {self.folder} is damaged: {read.what} in {read.file} is not what was written"
+                )
+        return group, bytearray(content)
+
+
+def _together(reads: list[_Read]) -> Iterator[list[_Read]]:
+    """Neighbours in a file, to be read at once."""
+    group: list[_Read] = []
+    for read in reads:
+        if group:
+            end = group[-1].offset + 4 * group[-1].count
+            near = read.file == group[0].file and read.offset - end <= GAP_BYTES
+            if not near or read.offset + 4 * read.count - group[0].offset > RUN_BYTES:
+                yield group
+                group = []
+        group.append(read)
+    if group:
+        yield group
+
+
+def _ahead(
+    pool: ThreadPoolExecutor,
+    function: Callable[[list[_Read]], tuple[list[_Read], bytearray]],
+    items: list[list[_Read]],
+    depth: int,
+) -> Iterator[tuple[list[_Read], bytearray]]:
+    """Results in order, no more than `depth` of them computed ahead."""
+    waiting: deque[Future[tuple[list[_Read], bytearray]]] = deque()
+    for item in items:
+        waiting.append(pool.submit(function, item))
+        if len(waiting) >= depth:
+            yield waiting.popleft().result()
+    while waiting:
+        yield waiting.popleft().result()

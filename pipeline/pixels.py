@@ -1,0 +1,153 @@
+"""What is done to images after DALI, on the rank's device: colours, erasing, mixing.
+
+These are element by element on whole batches, or by exact sums: an image becomes the same, bit for bit, wherever in
+whichever batch it stands. DALI's own operators would be slower on CPUs (per image: a blur 2.0 CPU-ms, saturation 1.1;
+here 0.5 and 0.1) and could take no parameter that is computed from the pixels on a GPU.
+"""
+
+import math
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+
+from pipeline import augment
+from pipeline.config import DataSettings
+
+_LUMA = (0.299, 0.587, 0.114)
+"""Weights of red, green and blue in gray (ITU-R BT.601), as Pillow has them."""
+_BLUR_REACH = 6
+"""Pixels that the blur looks at on either side: three standard deviations of the widest."""
+
+
+def finish(
+    images: torch.Tensor, settings: DataSettings, seed: int, epochs: NDArray[np.int64], ids: NDArray[np.int64]
+) -> torch.Tensor:
+    """Apply the settings' colour operations and random erasing, in place.
+
+    Args:
+        images: float32 [B, 3, S, S]; values 0 to 255 if there are colour operations, else normalised.
+        epochs, ids: [B].
+
+    Returns:
+        `images`, normalised.
+    """
+    assert settings.mean is not None, "the stage fills these in"
+    assert settings.std is not None
+    mean, std = (
+        torch.tensor([255 * value for value in values], dtype=torch.float32).view(3, 1, 1).to(images.device)
+        for values in (settings.mean, settings.std)
+    )
+    colors = augment.draw_colors(settings.augment, seed, epochs, ids)
+    if colors is not None:
+        if colors.three is not None:
+            three_augment(images, colors.three, colors.sigma)
+        if colors.jitter is not None:
+            color_jitter(images, colors.jitter)
+        images.sub_(mean).div_(std)
+    for erasure in augment.draw_erasures(settings.augment, seed, epochs, ids, images.shape[-1]):
+        at = erasure.where
+        noise = torch.from_numpy(erasure.noise).to(images.device, torch.float32)
+        images[erasure.row, :, at.top : at.top + at.height, at.left : at.left + at.width] = noise.sub_(mean).div_(std)
+    return images
+
+
+def three_augment(images: torch.Tensor, which: NDArray[np.int64], sigma: NDArray[np.float32]) -> None:
+    """3-Augment, in place: gray, inverted from 128 upwards, or blurred (arXiv 2204.07118; operations of Pillow).
+
+    Args:
+        images: float32 [B, 3, S, S], 0 to 255.
+        which: [B] augment.GRAY, SOLARISE or BLUR.
+        sigma: [B] of the blur, pixels.
+    """
+    for kind in (augment.GRAY, augment.SOLARISE, augment.BLUR):
+        chosen = np.flatnonzero(which == kind)
+        if not len(chosen):
+            continue
+        rows = torch.from_numpy(chosen).to(images.device)
+        some = images[rows]
+        if kind == augment.GRAY:
+            changed = gray(some).expand_as(some)
+        elif kind == augment.SOLARISE:
+            changed = torch.where(some < 128, some, 255 - some)
+        else:
+            changed = gaussian_blur(some, sigma[chosen])
+        images[rows] = changed
+
+
+def color_jitter(images: torch.Tensor, factors: NDArray[np.float32]) -> None:
+    """Brightness b, contrast c and saturation s in place: x -> b (c (s x + (1 - s) g) + (1 - c) m), kept in 0 to 255.
+
+    g is the pixel's gray and m the image's mean gray, as in Pillow's ImageEnhance and torchvision. There the order
+    of the three is random; but for rounding and clipping in between, every order gives this same map.
+
+    Args:
+        images: float32 [B, 3, S, S], 0 to 255.
+        factors: [B, 3] b, c, s.
+    """
+    bright, contrast, saturation = torch.from_numpy(factors).to(images.device)[:, :, None, None, None].unbind(1)
+    level = gray(images)
+    # An exact sum: one of floats would depend on how many images a kernel adds up at once.
+    total = level.round().to(torch.int32).sum((1, 2, 3), dtype=torch.int64)
+    mean = (total.to(torch.float32) / level[0].numel()).view(-1, 1, 1, 1)
+    level.mul_(bright * contrast * (1 - saturation)).add_(bright * (1 - contrast) * mean)
+    images.mul_(bright * contrast * saturation).add_(level).clamp_(0, 255)
+
+
+def gray(images: torch.Tensor) -> torch.Tensor:
+    """[B, 3, H, W] -> [B, 1, H, W]."""
+    red, green, blue = images.split(1, dim=1)
+    return red * _LUMA[0] + green * _LUMA[1] + blue * _LUMA[2]
+
+
+def gaussian_blur(images: torch.Tensor, sigma: NDArray[np.float32]) -> torch.Tensor:
+    """Gaussian blur, the image continued by its border pixels.
+
+    Args:
+        images: float32 [B, C, H, W].
+        sigma: [B] standard deviation in pixels, above 0; beyond 2 the kernel is cut off.
+    """
+    kernels = torch.from_numpy(np.stack([_kernel(width) for width in sigma.tolist()])).to(images.device)
+    for dim in (2, 3):
+        padding = (_BLUR_REACH, _BLUR_REACH, 0, 0) if dim == 3 else (0, 0, _BLUR_REACH, _BLUR_REACH)
+        padded = F.pad(images, padding, mode="replicate")
+        size = images.shape[dim]
+        images = padded.narrow(dim, 0, size) * kernels[:, 0, None, None, None]
+        for place in range(1, 2 * _BLUR_REACH + 1):
+            images += padded.narrow(dim, place, size) * kernels[:, place, None, None, None]
+    return images
+
+
+def _kernel(sigma: float) -> NDArray[np.float32]:
+    # Not by an array's exp: that of a vector unit may differ in the last bit from that of a remainder.
+    weights = np.array([math.exp(-0.5 * (at / sigma) ** 2) for at in range(-_BLUR_REACH, _BLUR_REACH + 1)])
+    return (weights / weights.sum()).astype(np.float32)
+
+
+def mix(images: torch.Tensor, targets: torch.Tensor, mixing: augment.Mixing) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mix neighbours, row 2i with row 2i+1 and the other way round.
+
+    Partners are neighbours in the global order (position p with p xor 1), so that they are the same pairs for every
+    world size and micro-batch.
+
+    Args:
+        images: [B, 3, S, S] with an even B.
+        targets: [B, C].
+    """
+    if mixing.box is None:
+        return _blend(images, mixing.weight), _blend(targets, mixing.weight)
+    at = mixing.box
+    down, across = slice(at.top, at.top + at.height), slice(at.left, at.left + at.width)
+    mixed = images.clone()
+    mixed[..., down, across] = _pairs(images)[..., down, across].flip(1).flatten(0, 1)
+    return mixed, _blend(targets, mixing.weight)
+
+
+def _blend(values: torch.Tensor, weight: float) -> torch.Tensor:
+    pairs = _pairs(values)
+    return (weight * pairs + (1 - weight) * pairs.flip(1)).reshape(values.shape)
+
+
+def _pairs(values: torch.Tensor) -> torch.Tensor:
+    return values.reshape(len(values) // 2, 2, *values.shape[1:])

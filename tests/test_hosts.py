@@ -1,0 +1,151 @@
+"""Two hosts: what the manifests start is a cluster that only its token opens, and it trains like one machine."""
+
+import os
+import re
+import secrets
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.corpora import image_folder, make_corpus
+from tests.running import environment, losses, torchrun
+from tests.test_manifests import MANIFESTS, pods
+from tests.two_hosts import ADDRESSES, two_hosts, why_not
+
+REASON = why_not()
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.timeout(900),
+    pytest.mark.skipif(REASON is not None, reason=f"two hosts need network namespaces: {REASON}"),
+]
+STEPS = 30
+TINY = [
+    "pipeline/pretrain.py", "demo", "model.width=32", "model.depth=2", "model.heads=2", "model.mlp_dim=64",
+    f"training.duration={STEPS} steps", "training.global_batch=12", "optimizer.warmup=5 steps", "log.every=1",
+    "checkpoint.every=10 steps", "registry.name=null",
+]  # fmt: skip
+PYTHON = Path(sys.executable).parent
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    root = tmp_path_factory.mktemp("hosts")
+    return make_corpus(image_folder(root / "images", classes=3, images=20), root / "corpus")
+
+
+@pytest.fixture(scope="module")
+def one_machine(corpus, tmp_path_factory):
+    """The losses of two ranks under torchrun."""
+    home = tmp_path_factory.mktemp("one")
+    done = torchrun(2, home, *TINY, f"data.corpus={corpus.path}", "run.name=a", "run.workers=null")
+    assert done.returncode == 0, done.stderr[-3000:]
+    return losses(home / "runs" / "a" / "metrics.jsonl")
+
+
+def test_bare_machines_train_together_and_only_the_token_opens_them(corpus, one_machine, tmp_path):
+    script = str(MANIFESTS / "ray_node.sh")
+    log = tmp_path / "nodes.log"
+    path = f"{PYTHON}:{os.environ['PATH']}"
+    with two_hosts(tmp_path / "pair", ray=False, PATH=path) as pair:
+        first, second = pair.hosts
+        first.start("bash", script, "head", ADDRESSES[0], "--num-cpus", "1", log=log)
+        pair.wait_for_nodes({ADDRESSES[0]})
+        joined = second.start("bash", script, "join", ADDRESSES[0], "--num-cpus", "1", log=log)
+        pair.wait_for_nodes(set(ADDRESSES))
+
+        run = pair.start(*TINY, f"data.corpus={corpus.path}", "run.name=a", "run.workers=2", log=tmp_path / "run.log")
+        seen: set[int] = set()
+        while run.poll() is None:
+            seen |= {number for number in range(2) if pair.workers(number)}
+            time.sleep(0.5)
+        assert run.returncode == 0, (tmp_path / "run.log").read_text()[-4000:]
+        assert seen == {0, 1}
+        assert losses(tmp_path / "pair" / "home" / "runs" / "a" / "metrics.jsonl") == one_machine
+
+        # The job interface: on the first machine's loopback only, and closed without the token.
+        ask = (
+            "import sys, urllib.error, urllib.request\n"
+            "try:\n"
+            "    print(urllib.request.urlopen(sys.argv[1], timeout=5).status)\n"
+            "except urllib.error.HTTPError as error:\n"
+            "    print(error.code)\n"
+            "except OSError:\n"
+            "    print('no answer')\n"
+        )
+        inside = first.run(sys.executable, "-c", ask, "http://127.0.0.1:8265/api/jobs/")
+        outside = second.run(sys.executable, "-c", ask, f"http://{ADDRESSES[0]}:8265/api/jobs/")
+        assert (inside.stdout.strip(), outside.stdout.strip()) == ("401", "no answer"), inside.stderr + outside.stderr
+        first.variables["RAY_AUTH_TOKEN"], right = secrets.token_hex(32), first.variables["RAY_AUTH_TOKEN"]
+        refused = first.run(str(PYTHON / "ray"), "job", "list", "--address", "http://127.0.0.1:8265")
+        first.variables["RAY_AUTH_TOKEN"] = right
+        assert refused.returncode != 0
+        allowed = first.run(str(PYTHON / "ray"), "job", "list", "--address", "http://127.0.0.1:8265")
+        assert allowed.returncode == 0, allowed.stderr
+
+        # What KubeRay's manifests ask of a node: its probes, and the word to Ray before a pod goes.
+        for host, pod in zip(pair.hosts, pods("kuberay_cluster.yaml"), strict=True):
+            for probe in ("readinessProbe", "livenessProbe"):
+                done = host.run(*pod["containers"][0][probe]["exec"]["command"])
+                assert done.returncode == 0, done.stderr
+        second.variables["FQ_RAY_IP"] = ADDRESSES[0]
+        done = second.run(*pods("kuberay_cluster.yaml")[1]["containers"][0]["lifecycle"]["preStop"]["exec"]["command"])
+        assert done.returncode == 0, done.stderr
+        pair.wait_for_nodes({ADDRESSES[0]})
+        assert joined.wait(60) == 0  # a drained machine is about to go: it does not join again
+
+        # A node that dies comes back by itself.
+        second.start("bash", script, "join", ADDRESSES[0], "--num-cpus", "1", log=log)
+        pair.wait_for_nodes(set(ADDRESSES))
+        before = dict(pair.nodes())
+        pair.kill_raylet(1)
+        deadline = time.monotonic() + 120
+        while (now := dict(pair.nodes())).get(ADDRESSES[1]) in (None, before[ADDRESSES[1]]):
+            assert time.monotonic() < deadline, (before, now, log.read_text()[-2000:])
+            time.sleep(0.5)
+
+
+STUB = """#!/usr/bin/env bash
+# What Slurm does with a step, as far as our script asks: run it on the node that --nodelist names.
+holders=({holders})
+while [[ $1 == --* ]]; do
+    case $1 in --nodelist=*) node=${{1#--nodelist=host}} ;; esac
+    shift
+done
+exec nsenter -t "${{holders[$node]}}" -n -m -u --wd="$PWD" "$@"
+"""
+CONTROL = """#!/usr/bin/env bash
+case "$1" in
+show) printf 'host0\nhost1\n' ;;
+*) echo "$@" >>"{record}" ;;
+esac
+"""
+
+
+def test_the_slurm_script_trains_on_two_nodes(corpus, one_machine, tmp_path):
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    with two_hosts(tmp_path / "pair", ray=False, PATH=f"{tools}:{PYTHON}:{os.environ['PATH']}") as pair:
+        stubs = {
+            "srun": STUB.format(holders=" ".join(str(host.holder.pid) for host in pair.hosts)),
+            "scontrol": CONTROL.format(record=tmp_path / "scontrol.log"),
+        }
+        for name, text in stubs.items():
+            (tools / name).write_text(text)
+            (tools / name).chmod(0o755)
+        given = {name: value for name, value in environment(tmp_path).items() if name.startswith("SLURM")}
+        assert not given
+        for host in pair.hosts:
+            del host.variables["RAY_AUTH_TOKEN"], host.variables["RAY_AUTH_MODE"]  # the script's to set
+        slurm = {
+            "SLURM_SUBMIT_DIR": str(MANIFESTS.parents[1]), "SLURM_JOB_NODELIST": "host[0-1]", "SLURM_JOB_ID": "7",
+            "SLURM_CPUS_PER_TASK": "1",
+        }  # fmt: skip
+        log = tmp_path / "slurm.log"
+        words = [*TINY, f"data.corpus={corpus.path}", "run.name=a", "run.workers=2"]
+        job = pair.hosts[0].start("bash", str(MANIFESTS / "slurm.sh"), *words, log=log, **slurm)
+        assert job.wait(240) == 0, log.read_text()[-4000:]
+        assert losses(tmp_path / "pair" / "home" / "runs" / "a" / "metrics.jsonl") == one_machine
+        assert re.search(r"2 node\(s\)", log.read_text())
+        assert not (tmp_path / "scontrol.log").exists()

@@ -1,0 +1,169 @@
+"""A run that goes on while a test watches its files, kills parts of it and starts it again."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import psutil
+
+from tests.running import REPOSITORY, environment
+
+POLL_S = 0.005
+
+
+class Place(Protocol):
+    """Where the driver of a run is started: this machine, or the first of two hosts."""
+
+    def start(self, *words: str, log: Path, **extra: str) -> "subprocess.Popen[bytes]":
+        """Start an entry point under Python."""
+
+    def ranks(self) -> list[psutil.Process]:
+        """The processes that train."""
+
+
+class ThisMachine:
+    """The driver starts a Ray cluster of its own, as on a laptop."""
+
+    def __init__(self, home: Path, **extra: str) -> None:
+        self.variables = environment(home, **extra)
+        self._drivers: list[subprocess.Popen[bytes]] = []
+        self._known: dict[int, psutil.Process] = {}
+
+    def start(self, *words: str, log: Path, **extra: str) -> "subprocess.Popen[bytes]":
+        """Start an entry point; what came from the drivers before it must be gone, or is ended here."""
+        self.end()
+        with log.open("ab") as file:
+            driver = subprocess.Popen(
+                [sys.executable, *words], cwd=REPOSITORY, env={**self.variables, **extra}, stdout=file, stderr=file
+            )
+        self._drivers.append(driver)
+        return driver
+
+    def family(self) -> list[psutil.Process]:
+        """Every live process that stems from our drivers, also when the driver itself has been killed."""
+        for driver in self._drivers:
+            if driver.poll() is None:
+                for process in psutil.Process(driver.pid).children(recursive=True):
+                    self._known[process.pid] = process
+        for process in list(self._known.values()):
+            if not process.is_running() or process.status() == psutil.STATUS_ZOMBIE:
+                del self._known[process.pid]
+        return list(self._known.values())
+
+    def ranks(self) -> list[psutil.Process]:
+        """The processes that train."""
+        return [process for process in self.family() if "RayTrainWorker" in command_line(process)]
+
+    def end(self) -> None:
+        """Kill what is left of the drivers and of what they started."""
+        family = self.family()
+        for driver in self._drivers:
+            if driver.poll() is None:
+                driver.kill()
+            driver.wait()
+        for process in family:
+            if process.is_running():
+                process.kill()
+        psutil.wait_procs(family, timeout=20)
+
+
+def command_line(process: psutil.Process) -> str:
+    """What `ps` would show; empty for a process that has just ended."""
+    try:
+        return " ".join(process.cmdline())
+    except psutil.Error:
+        return ""
+
+
+@dataclass
+class WatchedRun:
+    """One run folder, and the command that works on it."""
+
+    place: Place
+    folder: Path
+    """RUN."""
+    words: list[str]
+    log: Path
+    driver: "subprocess.Popen[bytes] | None" = None
+    lives: int = 0
+    """How often the command was started."""
+    _log_from: int = field(default=0, repr=False)
+
+    def start(self, *overrides: str) -> None:
+        """The same command again."""
+        self._log_from = self.log.stat().st_size if self.log.exists() else 0
+        self.driver = self.place.start(*self.words, *overrides, log=self.log)
+        self.lives += 1
+
+    def alive(self) -> bool:
+        """Whether the driver is there."""
+        return self.driver is not None and self.driver.poll() is None
+
+    def last_step(self) -> int:
+        """The last step in the record of metrics; 0 before the first."""
+        return max((row["step"] for row in tail(self.folder / "metrics.jsonl") if "loss" in row), default=0)
+
+    def committed(self) -> list[int]:
+        """Steps of the checkpoints that count."""
+        return committed(self.folder / "checkpoints")
+
+    def uploading(self) -> bool:
+        """Whether parts of a checkpoint are in the run's folder that does not count yet."""
+        return any(not (path / "manifest.json").exists() for path in (self.folder / "checkpoints").glob("step-*"))
+
+    def newest(self) -> int:
+        """Step of the newest checkpoint that counts; 0 where there is none."""
+        return max(self.committed(), default=0)
+
+    def resumed(self) -> list[int]:
+        """The steps that this life of the driver, and the attempts within it, say they resumed from."""
+        return [int(step) for step in re.findall(r"resumed from \S*step-(\d+)", self.output())]
+
+    def output(self) -> str:
+        """What this life of the driver has said."""
+        with self.log.open("rb") as file:
+            file.seek(self._log_from)
+            return file.read().decode(errors="replace")
+
+    def wait(self, what: str, reached: Callable[[], Any], timeout: float = 240) -> Any:
+        """Until `reached()` is true; gives what it returned.
+
+        Raises:
+            AssertionError: it took longer, or the driver ended first.
+        """
+        deadline = time.monotonic() + timeout
+        while not (value := reached()):
+            assert self.alive(), f"the run ended while waiting for {what}: {self.output()[-3000:]}"
+            assert time.monotonic() < deadline, f"no {what} in {timeout:.0f} s: {self.output()[-3000:]}"
+            time.sleep(POLL_S)
+        return value
+
+    def wait_for_steps(self, count: int, timeout: float = 240) -> None:
+        """Until `count` more steps are recorded than now."""
+        goal = self.last_step() + count
+        self.wait(f"step {goal}", lambda: self.last_step() >= goal, timeout)
+
+
+def tail(path: Path, length: int = 8192) -> list[dict[str, Any]]:
+    """The last rows of a JSON-lines file, without one that is being written."""
+    try:
+        with path.open("rb") as file:
+            start = max(os.fstat(file.fileno()).st_size - length, 0)
+            file.seek(start)
+            content = file.read()
+    except FileNotFoundError:
+        return []
+    lines = content.split(b"\n")[1 if start else 0 : -1]
+    return [json.loads(line) for line in lines if line]
+
+
+def committed(folder: Path) -> list[int]:
+    """Steps of the checkpoints of a local run that count."""
+    return sorted(int(path.parent.name.split("-")[1]) for path in folder.glob("step-*/manifest.json"))

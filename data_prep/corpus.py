@@ -21,6 +21,7 @@ import json
 import os
 import threading
 from collections import OrderedDict
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -68,6 +69,10 @@ _REPAIR_MANIFEST = f"Remove {MANIFEST} and run the same shard command again: it 
 
 class CorpusError(StorageError):
     """A corpus that is missing, unfinished or damaged; the message names the file and says what would do."""
+
+
+class ShardError(CorpusError):
+    """A shard none of whose samples can be read: it is gone, or cannot be fetched."""
 
 
 def image_check(data: Any) -> int:
@@ -297,6 +302,19 @@ class Corpus:
             images.append(image)
         return images
 
+    def prefetch(self, order: Sequence[int], ahead: int) -> None:
+        """Say in which order shards will be read from now on; of an object store the first `ahead` are fetched.
+
+        See `ShardCache.prefetch`.
+        """
+        if not isinstance(self.shards, ShardCache):
+            return
+        self.shards.prefetch(order, ahead)
+        with self._lock:  # what the cache has let go of takes room on the disk as long as it is open
+            for shard, opened in list(self._open_shards.items()):
+                if os.fstat(opened.descriptor).st_nlink == 0:
+                    del self._open_shards[shard]
+
     def origin(self, sample: int) -> str:
         """Where a sample came from: the path of its image inside the source.
 
@@ -339,11 +357,11 @@ class Corpus:
                 return opened
         try:
             opened = _OpenShard(self.shards.open(shard))  # which may take long, and other threads read meanwhile
+        except StorageError as error:
+            raise ShardError(str(error)) from error
         except OSError as error:
-            if isinstance(error, StorageError):
-                raise
             name = self.manifest["shards"][shard]["name"]
-            raise CorpusError(f"{self.folder}/{name} cannot be opened: {error.strerror}. {_REPAIR}") from error
+            raise ShardError(f"{self.folder}/{name} cannot be opened: {error.strerror}. {_REPAIR}") from error
         with self._lock:
             self._open_shards[shard] = opened
             if len(self._open_shards) > _MAX_OPEN_SHARDS:

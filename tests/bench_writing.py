@@ -27,8 +27,7 @@ from cluster.folders import LocalFolder
 from data_prep.corpus import image_check
 from data_prep.image_check import check_image
 from data_prep.shard_plan import Plan
-from data_prep.source_reader import read_groups
-from data_prep.sources import list_source
+from data_prep.sources import SourceSettings, list_source
 from data_prep.tar_shards import ShardWriter
 
 ROUNDS = 5
@@ -61,7 +60,7 @@ def write_shards(plan: Plan, target: Path) -> None:
         with task.folder.building(task.name) as file:
             writer = ShardWriter(file, "cls")
             rows: list[tuple[int, int, int]] = []
-            for images in read_groups(task.root, task.names, task.sizes, task.offsets):
+            for images in task.images.groups(task.names, task.sizes):
                 rows += add_all(writer, images, task.first_position + len(rows))
                 writer.flush()
             writer.finish()
@@ -121,7 +120,7 @@ def measure(run: Callable[[], None]) -> tuple[float, float]:
 
 def bench(source: Path, scratch: Path) -> None:
     """Run all writers on an image folder and print a table and the ratios."""
-    listing = list_source(source)
+    listing = list_source(SourceSettings(source=str(source)))
     megabytes = float(listing.sizes.sum()) / 1e6
     plan = Plan(listing, None, SHARD_BYTES, seed=0)
     paths = [source / os.fsdecode(listing.names[number]) for number in range(len(listing))]

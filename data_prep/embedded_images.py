@@ -198,8 +198,11 @@ def _lay_down(
                 data = b"" if image is None else image.as_buffer() if image.is_valid else b""
                 view = memoryview(data)
                 check = xxhash.xxh3_64_intdigest(view)
-                name = path or (f"{len(names):09d}" if begin else xxhash.xxh3_128_hexdigest(view))
-                names.append(f"{begin}{name}".encode())
+                if begin:  # rows are told apart by their place in the file
+                    name = f"{begin}{len(names):07d}{'-' if path else ''}{path or ''}"
+                else:
+                    name = path or xxhash.xxh3_128_hexdigest(view)
+                names.append(name.encode())
                 sizes.append(len(view))
                 offsets.append(at)
                 checks.append(check)

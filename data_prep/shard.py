@@ -165,10 +165,9 @@ def shard_listing(listed: Callable[[], Listing], folder: Folder, settings: Shard
 
 
 def _check_settings(settings: ShardSettings) -> None:
-    given = settings.model_fields_set
-    if "jpeg_quality" in given and not (settings.max_side or settings.baseline):
+    if settings.jpeg_quality != 95 and not (settings.max_side or settings.baseline):
         raise SettingsError("jpeg_quality is not read: no image is encoded again (max_side or baseline)")
-    if "new_classes" in given and not settings.append:
+    if settings.new_classes != "append" and not settings.append:
         raise SettingsError("new_classes is not read: it is for append=true")
     if settings.max_side and settings.min_side > settings.max_side:
         raise SettingsError(f"min_side = {settings.min_side} is more than max_side = {settings.max_side}")

@@ -2,6 +2,7 @@
 
 import io
 import json
+import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -23,6 +24,8 @@ SHARD_FILES = (".tar", ".idx", ".origins", ".rows.npz")
 
 _RECORDS_AT_ONCE = 16
 """Records that are read at a time: on an object store each waits for the network."""
+
+_PARSING = threading.Lock()
 
 MAX_IMAGE_BYTES = 2**32 - 1
 """What the index's column holds; a tar could hold twice as much."""
@@ -164,7 +167,8 @@ def commit_shard(
 def read_rows(folder: Folder, name: str) -> tuple[NDArray[np.void], Labels | None]:
     """A finished shard's part of the index (its column `shard` is not set) and, with many labels, its labels."""
     content = folder.read_bytes(shard_file(name, ".rows.npz"))
-    with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
+    # numpy parses a file's header as Python, which several threads cannot do at a time in Python 3.11
+    with _PARSING, np.load(io.BytesIO(content), allow_pickle=False) as arrays:
         if "labels" not in arrays:
             return arrays["rows"], None
         return arrays["rows"], Labels(arrays["labels"], arrays["pointers"])

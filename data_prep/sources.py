@@ -140,7 +140,9 @@ def _recognise(place: str, settings: SourceSettings) -> Kind:
 
 def _refuse_unread(kind: str, settings: SourceSettings) -> None:
     special = set().union(*_READ_BY.values())
-    unread = sorted((special & settings.model_fields_set) - _READ_BY[kind])
+    fields = SourceSettings.model_fields
+    given = {key for key in special if getattr(settings, key) != fields[key].default}
+    unread = sorted(given - _READ_BY[kind])
     if unread:
         readers = sorted(name for name, keys in _READ_BY.items() if unread[0] in keys)
         raise SettingsError(

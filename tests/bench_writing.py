@@ -61,14 +61,17 @@ def write_shards(plan: Plan, target: Path) -> None:
             writer = ShardWriter(file, "cls")
             rows: list[tuple[int, int, int]] = []
             for images in task.images.groups(task.names, task.sizes):
-                rows += add_all(writer, images, task.first_position + len(rows))
+                there = [image for image in images if isinstance(image, memoryview)]
+                rows += add_all(writer, there, task.first_position + len(rows))
                 writer.flush()
             writer.finish()
         storage.write_bytes((target / task.name).with_suffix(".idx"), writer.dali_index)
         assert len(rows) == len(task.sizes)
 
 
-def add_all(writer: ShardWriter, images: Sequence[bytes | memoryview], first: int) -> list[tuple[int, int, int]]:
+def add_all(
+    writer: ShardWriter, images: Sequence[bytes] | Sequence[memoryview], first: int
+) -> list[tuple[int, int, int]]:
     """Write images and gather their index rows."""
     rows = []
     for number, image in enumerate(images, first):

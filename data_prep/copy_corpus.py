@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -153,8 +154,10 @@ def _copy_all(
     missing: Mapping[str, int],
     workers: int,
 ) -> None:
-    checksums = {name: facts["xxh3_128"] for name, facts in manifest["files"].items()}
-    checksums |= {shard["name"]: shard["xxh3_128"] for shard in manifest["shards"]}
+    checksums = {shard["name"]: shard["xxh3_128"] for shard in manifest["shards"]}
+    older = [read_manifest(source, name) for name in sizes if fnmatch(name, "manifest-*.json")]
+    for version in (manifest, *older):
+        checksums |= {name: facts["xxh3_128"] for name, facts in version["files"].items()}
     if lost := sorted(set(checksums) - set(sizes)):
         raise CorpusError(f"{source}/{lost[0]} is missing: the corpus to copy is not whole")
     # a shard's record comes after what it stands for; what belongs to no shard is one piece of work

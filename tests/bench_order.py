@@ -84,7 +84,6 @@ def seeking(folder: Path) -> None:
             order.ids(np.arange(share) + 31_415 * GLOBAL_BATCH + rank * share)
         print(f"  one step of all ranks: {1e3 * (time.thread_time() - began) / RANKS:.3f} ms a rank")
     print(f"in the end {memory()}; the index has {path.stat().st_size / 1e9:.1f} GB\n")
-    del index
     path.unlink()
 
 

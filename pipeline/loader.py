@@ -11,7 +11,7 @@ A sample that cannot be read or decoded never ends a batch: another takes its pl
 import os
 import queue
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -103,7 +103,7 @@ class _Loader:
     def _graph(self, source: decoding.Source, size: int) -> Any:
         raise NotImplementedError
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Generator[Batch, None, None]:
         ready: queue.Queue[tuple[Batch, list[int]] | BaseException | None] = queue.Queue(PREFETCH)
         stop = threading.Event()
 
@@ -339,7 +339,7 @@ class EvalLoader(_Loader):
         assert len(self.corpus.parts) == 1
         self._shard = -1
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Generator[Batch, None, None]:
         try:
             yield from super().__iter__()
         finally:

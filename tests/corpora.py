@@ -9,10 +9,9 @@ from PIL import Image
 from cluster.folders import LocalFolder
 from data_prep.corpus import INDEX, PLAN, SAMPLE_DTYPE, Corpus, image_check
 from data_prep.corpus_assembly import assemble
-from data_prep.label_files import list_labelled
 from data_prep.shard_plan import Plan
 from data_prep.shard_task import write_shard
-from data_prep.sources import list_source
+from data_prep.sources import SourceSettings, list_source
 
 
 def encoded(seed: int, size: tuple[int, int] = (40, 30), image_format: str = "JPEG", **options) -> bytes:
@@ -37,7 +36,7 @@ def image_folder(root: Path, classes: int = 3, images: int = 10) -> Path:
 
 def make_corpus(source: Path, folder: Path, shard_mb: float = 0.01, labels: Path | None = None) -> Corpus:
     """Shards a source in this process."""
-    listing = list_source(source) if labels is None else list_labelled(source, labels)
+    listing = list_source(SourceSettings(source=str(source), labels=None if labels is None else str(labels)))
     plan = Plan(listing, None, round(shard_mb * 1e6), seed=0)
     there = LocalFolder(folder)
     there.write_bytes(PLAN, b"{}")

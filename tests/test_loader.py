@@ -141,5 +141,5 @@ def test_leaving_a_loader_early_ends_its_thread(corpus):
     loader = iter(TrainLoader(corpus, settings(corpus), 0, Worker(), 9, 9, 0, 1000, "cpu"))
     next(loader)
     assert any(thread.name == "vitforge-loader" for thread in threading.enumerate())
-    loader.close()  # type: ignore[attr-defined]
+    loader.close()
     assert not any(thread.name == "vitforge-loader" for thread in threading.enumerate())

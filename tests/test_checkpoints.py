@@ -262,7 +262,13 @@ KILLED = """
 
 
 @pytest.mark.parametrize(
-    "moment", ["on scratch", "before rank-00000.bin", "before rank-00000.json", "before manifest.json"]
+    "moment",
+    [
+        "on scratch",
+        pytest.param("before rank-00000.bin", marks=pytest.mark.slow),
+        pytest.param("before rank-00000.json", marks=pytest.mark.slow),
+        "before manifest.json",
+    ],
 )
 def test_killed_at_any_moment_of_a_save_the_one_before_is_whole(open_checkpoints, folder, tmp_path, moment):
     process = subprocess.Popen(

@@ -66,6 +66,7 @@ def test_overrides_reach_nested_keys_with_their_types():
         ("data.augment.crop_area=[0.9, 0.1]", ["data.augment.crop_area", "0.9", "least <= most"]),
         ("optimizer.final_learning_rate=1", ["optimizer.final_learning_rate", "optimizer.learning_rate"]),
         ("evaluation.every=1 epochs", ["evaluation.every", "data.heldout"]),
+        ("checkpoint.keep_best=heldout/top1", ["checkpoint.keep_best", "data.heldout"]),
         ("registry.name=null", []),
         ("registry.alias=best", []),
         ("training.zero_stage=4", ["training.zero_stage", "4"]),

@@ -121,6 +121,13 @@ class _Launcher:
 
     def run(self) -> None:
         """Start the ranks until they come to their end."""
+        import ray
+
+        from pipeline.mailbox import Mailbox
+
+        # On the driver's node: it must outlive every other.
+        here = {"ray.io/node-id": ray.get_runtime_context().get_node_id()}
+        self._mailbox = ray.remote(num_cpus=0, label_selector=here)(Mailbox).remote()
         failures, saved = 0, self.progress()
         while True:
             crew = self._crew()
@@ -251,15 +258,13 @@ class _Launcher:
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # we watch the nodes ourselves
         import ray
         from ray.train import FailureConfig, RunConfig, ScalingConfig
-        from ray.train.torch import TorchTrainer
         from ray.train.v2.api.exceptions import TrainingFailedError, WorkerGroupError
 
-        from pipeline.ray_ranks import Mailbox, RanksConfig, on_rank
+        from pipeline.ray_ranks import RanksConfig, RanksTrainer, on_rank
 
-        # On the driver's node: it must outlive every other.
-        here = {"ray.io/node-id": ray.get_runtime_context().get_node_id()}
-        mailbox = ray.remote(num_cpus=0, max_concurrency=4, label_selector=here)(Mailbox).remote()
-        trainer = TorchTrainer(
+        mailbox = self._mailbox
+        ray.get(mailbox.clear.remote())
+        trainer = RanksTrainer(
             on_rank,
             train_loop_config={
                 "target": self.target,
@@ -303,7 +308,6 @@ class _Launcher:
         finally:
             self.signals.begun.clear()
             watching.close()
-            ray.kill(mailbox)
 
 
 class _Overseer:

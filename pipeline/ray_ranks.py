@@ -62,6 +62,9 @@ class RanksBackend(_TorchBackend):
         worker_group.execute(_use_interface, backend_config.interface)
         super().on_start(worker_group, backend_config)
 
+    def on_shutdown(self, worker_group: Any, backend_config: Any) -> None:
+        """Nothing: the ranks' processes end. Leaving the group first would wait for one that crashed or hangs."""
+
 
 @dataclass
 class RanksConfig(TorchConfig):

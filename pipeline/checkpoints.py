@@ -264,9 +264,9 @@ class Checkpoints:
         shapes = {piece.name: list(piece.shape) for piece in held.pieces}
         files, error = {}, None
         try:
-            files = write_part(held, pieces, self._scratch.path, self.worker.rank)
+            files = write_part(held, pieces, self.scratch, self.worker.rank)
         except OSError as caught:
-            error = f"{self._scratch.path} on {workers.node()}: {caught.strerror or caught}"
+            error = f"{self.scratch} on {workers.node()}: {caught.strerror or caught}"
         outcomes = workers.from_all((error, shapes))
         self._raise([error for error, _ in outcomes], step)
         state = {**state, "shapes": {name: shape for _, some in outcomes for name, shape in some.items()}}
@@ -360,7 +360,7 @@ class Checkpoints:
             log.warning("the checkpoint of step %d could not be written (%s)", save.step, save.error)
 
     def _put(self, save: _Save, name: str) -> None:
-        path = self._scratch.path / name
+        path = self.scratch / name
         if path.exists():  # or an earlier try had moved it already
             save.target.put(path, name, move=True)
         if save.target.size(name) != save.files[name]:

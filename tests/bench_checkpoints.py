@@ -112,11 +112,11 @@ def main() -> None:
             folder = root / "home" / "runs" / run_name
             run = WatchedRun(place, folder, [*words, f"run.name={run_name}", *overrides], root / f"{run_name}.log")
             run.start()
-            step, added, commit = stall(run, given["rounds"])
-            size = sum(path.stat().st_size for path in (folder / "checkpoints").rglob("*") if path.is_file())
-            size /= max(len(run.committed()), 1)
+            usual, added, commit = stall(run, given["rounds"])
+            files = sum(path.stat().st_size for path in (folder / "checkpoints").rglob("*") if path.is_file())
+            size = files / max(len(run.committed()), 1)
             print(
-                f"upload {name}: a step {step:.3f} s, a checkpoint of {size / 1e6:.0f} MB adds {added:.3f} s "
+                f"upload {name}: a step {usual:.3f} s, a checkpoint of {size / 1e6:.0f} MB adds {added:.3f} s "
                 f"({100 * added / INTERVAL_S:.2f} % at one a minute), committed {commit:.2f} s after its step",
                 flush=True,
             )

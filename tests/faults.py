@@ -1,10 +1,11 @@
 """Kill parts of a training run at awkward moments, again and again, and see that it goes on as if nothing had been.
 
-    python -m tests.faults [rounds=20] [hosts=1|2] [seed=0]
+    python -m tests.faults [rounds=20] [hosts=1] [seed=0]
 
-One run goes on through all rounds. Each round waits for its moment, kills with SIGKILL, starts the command again if
-the driver was killed, and checks: the run resumes from the newest committed checkpoint. At the end the record of
-samples has no gap and no repeat. Prints a table: fault, seconds to the next step, steps repeated.
+One run goes on through all rounds: with `hosts=1` two workers on this machine, with `hosts=2` an elastic run on two
+hosts made of network namespaces. Each round waits for its moment, strikes (with SIGKILL, where nothing else is said),
+starts the command again if the driver was killed, and checks that the run resumes from the newest committed checkpoint.
+At the end the record of samples has no gap, and no repeat but for the steps taken again. Prints a table.
 """
 
 import os
@@ -18,24 +19,28 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
+
 from cluster.settings import SettingsError
+from tests import sample_record
 from tests.corpora import image_folder, make_corpus
-from tests.two_hosts import TwoHosts
+from tests.two_hosts import TwoHosts, two_hosts, why_not
 from tests.watched_run import POLL_S, ThisMachine, WatchedRun
 
 SCRATCH = Path("/dev/shm") / f"vitforge-faults-{os.getpid()}"
 """The node's own disk: another file system than the run's folder, so that an upload is a copy."""
 SAVE_EVERY = 40
 """Steps between checkpoints."""
-WORDS = [
-    "pipeline/pretrain.py", "demo", "model.width=192", "model.depth=4", "model.heads=3", "data.image_size=32",
-    "training.duration=100000 steps", "training.global_batch=12", "log.every=1",
-    f"checkpoint.every={SAVE_EVERY} steps", "registry.name=null", "run.name=faults",
-    "run.max_failures=1000", "run.cpus_per_worker=1", "data.decode_threads=1",
-    f"checkpoint.scratch={SCRATCH}",
-]  # fmt: skip
+BATCH = 12
 IMAGES = 66
 """In the corpus; no multiple of the batch, so that a step may lie in two epochs."""
+WORDS = [
+    "pipeline/pretrain.py", "demo", "model.width=192", "model.depth=4", "model.heads=3", "data.image_size=32",
+    "training.duration=1000000 steps", f"training.global_batch={BATCH}", "training.ema=0.999", "log.every=1",
+    "log.samples=true", f"checkpoint.every={SAVE_EVERY} steps", "checkpoint.keep=3", "registry.name=null",
+    "run.name=faults", "run.max_failures=20", "run.cpus_per_worker=1", "data.decode_threads=1",
+    "run.hang_timeout_s=30",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -47,10 +52,10 @@ class Round:
     """The last step that was recorded before the run resumed."""
     resumed: int
     """The step of the checkpoint that it resumed from."""
-    committed: int
-    """The newest committed checkpoint before it resumed."""
     seconds: float
-    """From the kill to the first step after it."""
+    """From the strike to the first step after it."""
+    ranks: int
+    """How many trained then."""
 
     @property
     def repeated(self) -> int:
@@ -58,20 +63,92 @@ class Round:
         return max(self.step - self.resumed, 0)
 
     def __str__(self) -> str:
-        return f"{self.fault:<42} {self.step:>6} {self.resumed:>6} {self.seconds:>6.1f} {self.repeated:>6}"
+        return (
+            f"{self.fault:<46} {self.step:>6} {self.resumed:>6} {self.seconds:>8.1f} {self.repeated:>6} {self.ranks:>6}"
+        )
 
 
-HEADER = f"{'fault (SIGKILL)':<42} {'step':>6} {'from':>6} {'s':>6} {'again':>6}"
+HEADER = f"{'fault':<46} {'step':>6} {'from':>6} {'seconds':>8} {'again':>6} {'ranks':>6}"
 
 
 @dataclass(frozen=True)
 class Fault:
-    """What is killed, and when."""
+    """What is done, and when."""
 
     name: str
     moment: Callable[[WatchedRun], None]
     """Returns when it is to happen."""
     strike: Callable[[WatchedRun], None]
+    overrides: tuple[str, ...] = ()
+    """Settings of the command that is started after it."""
+
+
+# ---- moments -----------------------------------------------------------------------------------------------------
+
+
+def at_random(run: WatchedRun) -> None:
+    """Some steps after the start of this life."""
+    run.wait_for_steps(SAVE_EVERY // 2 + random.randrange(2 * SAVE_EVERY))
+
+
+def while_saving(run: WatchedRun) -> None:
+    """A part is being written to the node's own disk."""
+    run.wait_for_steps(SAVE_EVERY // 2)
+    run.wait("a part being written", lambda: any(SCRATCH.glob("checkpoints-*/*")), poll=0.001)
+
+
+def while_uploading(run: WatchedRun) -> None:
+    """Parts are on their way to the run's folder, and do not count yet."""
+    run.wait_for_steps(SAVE_EVERY // 2)
+    run.wait("an upload", run.uploading, poll=0.001)
+
+
+def just_committed(run: WatchedRun) -> None:
+    """A checkpoint has begun to count."""
+    run.wait_for_steps(SAVE_EVERY // 2)
+    before = run.newest()
+    run.wait("a committed checkpoint", lambda: run.newest() > before, poll=0.001)
+
+
+def while_starting(run: WatchedRun) -> None:
+    """The ranks are there and have not resumed yet: they build the engine, or read the checkpoint into it."""
+    run.wait_for_steps(SAVE_EVERY // 2)
+    driver(run)
+    run.start()
+    run.wait("the ranks", run.place.ranks)
+    time.sleep(random.uniform(1, 6))
+
+
+def while_converting(run: WatchedRun) -> None:
+    """Another number of ranks reads what the old ones saved."""
+    run.wait_for_steps(SAVE_EVERY + 1)
+    other = 1 if len(ranks(run)) == 2 else 2
+    driver(run)
+    run.start(f"run.workers={other}")
+    # It reads the parts and says at the end of it that it resumed: the first part is opened before.
+    run.wait("the parts being read", lambda: run.resumed() or reading(run), poll=0.001)
+
+
+def reading(run: WatchedRun) -> bool:
+    """Whether a rank has a part of a checkpoint open."""
+    for process in run.place.ranks():
+        for number in Path(f"/proc/{process.pid}/fd").glob("*"):
+            try:
+                if str(run.folder / "checkpoints") in str(number.readlink()):
+                    return True
+            except OSError:
+                continue  # closed in the meantime
+    return False
+
+
+# ---- strikes -----------------------------------------------------------------------------------------------------
+
+
+def ranks(run: WatchedRun) -> list[psutil.Process]:
+    """The processes that train; there must be some."""
+    found = run.place.ranks()
+    assert found, "no ranks found"
+    return found
 
 
 def driver(run: WatchedRun) -> None:
@@ -92,65 +169,84 @@ def every_rank(run: WatchedRun) -> None:
         rank.kill()
 
 
-def ranks(run: WatchedRun) -> list:
-    """The processes that train; there must be some."""
-    found = run.place.ranks()
-    assert found, "no ranks found"
-    return found
+def freeze_a_rank(run: WatchedRun) -> None:
+    """Stop a rank without ending it, as a broken driver or a dead mount does."""
+    random.choice(ranks(run)).suspend()
 
 
-def at_random(run: WatchedRun) -> None:
-    """Some steps after the first checkpoint of this life."""
-    run.wait_for_steps(SAVE_EVERY + random.randrange(2 * SAVE_EVERY))
-
-
-def while_saving(run: WatchedRun) -> None:
-    """A part is being written to the node's own disk."""
-    run.wait_for_steps(SAVE_EVERY // 2)
-    run.wait("a part being written", lambda: any(SCRATCH.glob("checkpoints-*/*")))
-
-
-def while_uploading(run: WatchedRun) -> None:
-    """Parts are on their way to the run's folder, and do not count yet."""
-    run.wait_for_steps(SAVE_EVERY // 2)
-    run.wait("an upload", run.uploading)
-
-
-def just_committed(run: WatchedRun) -> None:
-    """A checkpoint has begun to count."""
-    run.wait_for_steps(SAVE_EVERY // 2)
-    before = run.newest()
-    run.wait("a committed checkpoint", lambda: run.newest() > before)
-
-
-FAULTS = [
+ONE_HOST = [
     Fault("a worker, at random", at_random, one_rank),
     Fault("the driver, at random", at_random, driver),
-    Fault("every worker, at random", at_random, every_rank),
     Fault("a worker, while saving", while_saving, one_rank),
-    Fault("the driver, while saving", while_saving, driver),
-    Fault("a worker, while uploading", while_uploading, one_rank),
     Fault("the driver, while uploading", while_uploading, driver),
     Fault("a worker, right after a commit", just_committed, one_rank),
+    Fault("the driver, while the ranks start", while_starting, driver),
+    Fault("a worker, while 1 rank reads what 2 saved", while_converting, one_rank, ("run.workers=1",)),
+    Fault("the driver, while 2 ranks read what 1 saved", while_converting, driver, ("run.workers=2",)),
+    Fault("every worker, at random", at_random, every_rank),
+    Fault("the driver, while saving", while_saving, driver),
+    Fault("a worker, while uploading", while_uploading, one_rank),
     Fault("the driver, right after a commit", just_committed, driver),
+    Fault("a worker hangs (SIGSTOP)", at_random, freeze_a_rank),
 ]
 
 
-def play(run: WatchedRun, fault: Fault, timeout: float = 300) -> Round:
+def two_host_faults(pair: TwoHosts) -> list[Fault]:
+    """What befalls hosts. Those that take the second one away are followed by its return."""
+
+    def raylet(_: WatchedRun) -> None:
+        pair.kill_raylet(1)
+
+    def cut(_: WatchedRun) -> None:
+        pair.cut()
+
+    def drained(_: WatchedRun) -> None:
+        pair.drain(1, 60)
+
+    def back(_: WatchedRun) -> None:
+        pair.restore()
+        pair.start_node(1)
+
+    def its_rank(_: WatchedRun) -> None:
+        pair.workers(1)[0].kill()
+
+    def alone(run: WatchedRun) -> None:
+        run.wait_for_steps(SAVE_EVERY // 2)
+
+    returned = Fault("  the second host is there again", alone, back)
+    return [
+        Fault("the raylet of the second host, at random", at_random, raylet),
+        returned,
+        Fault("the worker on the second host, at random", at_random, its_rank),
+        Fault("the raylet of the second host, while uploading", while_uploading, raylet),
+        returned,
+        Fault("the driver, at random", at_random, driver),
+        Fault("the link between the hosts is cut", at_random, cut),
+        returned,
+        Fault("the second host is drained with notice", at_random, drained),
+        returned,
+    ]
+
+
+# ---- the rounds --------------------------------------------------------------------------------------------------
+
+
+def play(run: WatchedRun, fault: Fault, timeout: float = 900) -> Round:
     """One fault, from before it to the first step after it.
 
     Raises:
         AssertionError: the run did not go on, or not from the newest committed checkpoint.
     """
     if not run.alive():
-        run.start()
+        run.start(*fault.overrides)
     fault.moment(run)
     resumes = len(run.resumed())
     committed = run.newest()
+    began = time.monotonic()
     fault.strike(run)
-    struck = time.monotonic()
+    struck = time.monotonic() if fault.strike in (driver, one_rank, every_rank) else began
     if not run.alive():
-        run.start()
+        run.start(*fault.overrides)
         resumes = 0
     seen: list[tuple[float, int]] = []
     while True:
@@ -166,9 +262,8 @@ def play(run: WatchedRun, fault: Fault, timeout: float = 300) -> Round:
         assert run.alive(), f"{fault.name}: the run ended: {run.output()[-4000:]}"
         assert now < struck + timeout, f"{fault.name}: no step in {timeout:.0f} s: {run.output()[-4000:]}"
         time.sleep(POLL_S)
-    result = Round(fault.name, highest, resumed[-1], committed, when - struck)
-    assert result.resumed == committed, f"{fault.name}: resumed from {result.resumed}, committed was {committed}"
-    return result
+    assert resumed[-1] == committed, f"{fault.name}: resumed from {resumed[-1]}, committed was {committed}"
+    return Round(fault.name, highest, resumed[-1], when - struck, len(ranks(run)))
 
 
 def _first_after(seen: list[tuple[float, int]], resumed: int) -> tuple[int, float] | None:
@@ -194,17 +289,17 @@ class FirstHost:
         """Start an entry point on the first host, attached to the cluster."""
         return self.pair.start(*words, log=log, **extra)
 
-    def ranks(self) -> list:
+    def ranks(self) -> list[psutil.Process]:
         """The processes that train, on both hosts."""
         return [*self.pair.workers(0), *self.pair.workers(1)]
 
 
 @contextmanager
 def a_run(root: Path, *overrides: str) -> Iterator[WatchedRun]:
-    """The run that all faults on one host befall."""
+    """The run that all faults on one host befall; its corpus is beside it."""
     corpus = make_corpus(image_folder(root / "images", classes=3, images=IMAGES // 3), root / "corpus")
     place = ThisMachine(root / "home")
-    words = [*WORDS, f"data.corpus={corpus.path}", "run.workers=2", *overrides]
+    words = [*WORDS, f"data.corpus={corpus.path}", f"checkpoint.scratch={SCRATCH}", "run.workers=2", *overrides]
     try:
         yield WatchedRun(place, root / "home" / "runs" / "faults", words, root / "run.log")
     finally:
@@ -212,24 +307,60 @@ def a_run(root: Path, *overrides: str) -> Iterator[WatchedRun]:
         shutil.rmtree(SCRATCH, ignore_errors=True)
 
 
+@contextmanager
+def a_run_on_two_hosts(root: Path, *overrides: str) -> Iterator[tuple[TwoHosts, WatchedRun]]:
+    """The elastic run that all faults on two hosts befall."""
+    corpus = make_corpus(image_folder(root / "images", classes=3, images=IMAGES // 3), root / "corpus")
+    words = [
+        *WORDS, f"data.corpus={corpus.path}", "checkpoint.scratch=/dev/shm/vitforge", "run.workers=1-2",
+        "run.resize_check_s=5", *overrides,
+    ]  # fmt: skip
+    with two_hosts(root / "pair") as pair:
+        folder = root / "pair" / "home" / "runs" / "faults"
+        yield pair, WatchedRun(FirstHost(pair), folder, words, root / "run.log")
+
+
+def check_record(run: WatchedRun, results: list[Round]) -> str:
+    """The record of samples up to the newest checkpoint, against the corpus and the rounds.
+
+    Raises:
+        AssertionError: it has a gap or a repeat.
+    """
+    last = run.newest()
+    starts = [result.resumed for result in results]
+    every = sorted({*starts, *run.every_resumed})
+    sample_record.check(run.folder / "samples", IMAGES, BATCH, every, last)
+    return f"samples: {last:,} steps of {BATCH}, {last * BATCH // IMAGES:,} whole epochs, no gap and no repeat"
+
+
 def main() -> None:
     """The command."""
-    rounds, hosts, seed = 20, 1, 0
+    given = {"rounds": 20, "hosts": 1, "seed": 0}
     for word in sys.argv[1:]:
         key, _, value = word.partition("=")
-        if key not in ("rounds", "hosts", "seed") or not value.isdigit():
-            raise SettingsError(f"{word!r}: give rounds=, hosts= or seed= a number")
-        rounds, hosts, seed = (
-            int(value) if key == name else old for name, old in (("rounds", rounds), ("hosts", hosts), ("seed", seed))
-        )
-    random.seed(seed)
+        if key not in given or not value.isdigit():
+            raise SettingsError(f"{word!r}: known are {', '.join(given)}, each a number")
+        given[key] = int(value)
+    random.seed(given["seed"])
     root = Path(tempfile.mkdtemp(prefix="faults-"))
-    print(f"run folder: {root}\n{HEADER}", flush=True)
-    results = []
-    with a_run(root) as run:
-        for number in range(rounds):
-            results.append(play(run, FAULTS[number % len(FAULTS)]))
+    print(f"files in {root}\n{HEADER}", flush=True)
+    results: list[Round] = []
+
+    def rounds(run: WatchedRun, faults: list[Fault]) -> None:
+        for number in range(given["rounds"]):
+            results.append(play(run, faults[number % len(faults)]))
             print(results[-1], flush=True)
+        print(check_record(run, results), flush=True)
+
+    if given["hosts"] == 1:
+        with a_run(root) as run:
+            rounds(run, ONE_HOST)
+        return
+    reason = why_not()
+    if reason:
+        sys.exit(f"two hosts need network namespaces: {reason}")
+    with a_run_on_two_hosts(root) as (pair, run):
+        rounds(run, two_host_faults(pair))
 
 
 if __name__ == "__main__":

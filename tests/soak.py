@@ -164,7 +164,7 @@ def calibrate(place: ThisMachine, root: Path, words: list[str], total: float) ->
     time.sleep(40)
     rate = (probe.last_step() - first) / (time.monotonic() - began)
     place.end()
-    return max(round(rate * total, -2), 200)
+    return max(100 * round(rate * total / 100), 200)
 
 
 def main() -> None:

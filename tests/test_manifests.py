@@ -5,7 +5,7 @@ import re
 import subprocess
 from pathlib import Path
 
-import jsonschema
+import jsonschema  # type: ignore[import-untyped]
 import pytest
 import yaml
 
@@ -97,8 +97,8 @@ def test_kuberay_nodes_have_what_training_needs(name):
         assert variables["VITFORGE_CACHE"].startswith("/scratch/")
     for pod in workers:
         assert int(pod["containers"][0]["resources"]["limits"]["nvidia.com/gpu"]) > 0
-        seconds = int(re.search(r"deadline-remaining-seconds (\d+)", str(pod["containers"][0]["lifecycle"]))[1])
-        assert seconds < pod["terminationGracePeriodSeconds"]
+        (seconds,) = re.findall(r"deadline-remaining-seconds (\d+)", str(pod["containers"][0]["lifecycle"]))
+        assert int(seconds) < pod["terminationGracePeriodSeconds"]
 
 
 def test_a_stopped_job_has_time_to_save():

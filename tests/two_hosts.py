@@ -242,7 +242,7 @@ def two_hosts(folder: Path, cpus: int = 1, ray: bool = True, **extra: str) -> It
                 stdout=subprocess.PIPE, start_new_session=True,
             )  # fmt: skip
             assert holder.stdout is not None
-            pair.hosts.append(Host(number, namespace, temporary, variables, holder))
+            pair.hosts.append(Host(number, namespace, temporary, dict(variables), holder))
             assert holder.stdout.readline() == b"ready\n"
         if ray:
             pair.start_node(0)

@@ -15,7 +15,7 @@ import psutil
 
 from tests.running import REPOSITORY, environment
 
-POLL_S = 0.005
+POLL_S = 0.01
 
 
 class Place(Protocol):
@@ -95,10 +95,15 @@ class WatchedRun:
     lives: int = 0
     """How often the command was started."""
     _log_from: int = field(default=0, repr=False)
+    every_resumed: list[int] = field(default_factory=list)
+    """Steps that lives of the run resumed from, of every life, as far as `resumed` was asked."""
+    _read_to: int = field(default=0, repr=False)
+    _resumed: list[int] = field(default_factory=list, repr=False)
 
     def start(self, *overrides: str) -> None:
         """The same command again."""
         self._log_from = self.log.stat().st_size if self.log.exists() else 0
+        self._read_to, self._resumed = self._log_from, []
         self.driver = self.place.start(*self.words, *overrides, log=self.log)
         self.lives += 1
 
@@ -108,7 +113,8 @@ class WatchedRun:
 
     def last_step(self) -> int:
         """The last step in the record of metrics; 0 before the first."""
-        return max((row["step"] for row in tail(self.folder / "metrics.jsonl") if "loss" in row), default=0)
+        steps = [row["step"] for row in tail(self.folder / "metrics.jsonl") if "loss" in row]
+        return steps[-1] if steps else 0
 
     def committed(self) -> list[int]:
         """Steps of the checkpoints that count."""
@@ -124,7 +130,15 @@ class WatchedRun:
 
     def resumed(self) -> list[int]:
         """The steps that this life of the driver, and the attempts within it, say they resumed from."""
-        return [int(step) for step in re.findall(r"resumed from \S*step-(\d+)", self.output())]
+        with self.log.open("rb") as file:
+            file.seek(self._read_to)
+            whole, _, _ = file.read().rpartition(b"\n")
+        if whole:
+            self._read_to += len(whole) + 1
+            found = [int(step) for step in re.findall(rb"resumed from \S*step-(\d+)", whole)]
+            self._resumed += found
+            self.every_resumed += found
+        return self._resumed
 
     def output(self) -> str:
         """What this life of the driver has said."""
@@ -132,8 +146,8 @@ class WatchedRun:
             file.seek(self._log_from)
             return file.read().decode(errors="replace")
 
-    def wait(self, what: str, reached: Callable[[], Any], timeout: float = 240) -> Any:
-        """Until `reached()` is true; gives what it returned.
+    def wait(self, what: str, reached: Callable[[], Any], timeout: float = 900, poll: float = POLL_S) -> Any:
+        """Until `reached()` is true, asked every `poll` seconds; gives what it returned.
 
         Raises:
             AssertionError: it took longer, or the driver ended first.
@@ -142,16 +156,18 @@ class WatchedRun:
         while not (value := reached()):
             assert self.alive(), f"the run ended while waiting for {what}: {self.output()[-3000:]}"
             assert time.monotonic() < deadline, f"no {what} in {timeout:.0f} s: {self.output()[-3000:]}"
-            time.sleep(POLL_S)
+            time.sleep(poll)
         return value
 
-    def wait_for_steps(self, count: int, timeout: float = 240) -> None:
-        """Until `count` more steps are recorded than now."""
+    def wait_for_steps(self, count: int, timeout: float = 900) -> None:
+        """Until this life of the driver has resumed, if it has what from, and `count` more steps are recorded."""
+        if self.newest():
+            self.wait("the resume", self.resumed, timeout)
         goal = self.last_step() + count
         self.wait(f"step {goal}", lambda: self.last_step() >= goal, timeout)
 
 
-def tail(path: Path, length: int = 8192) -> list[dict[str, Any]]:
+def tail(path: Path, length: int = 2048) -> list[dict[str, Any]]:
     """The last rows of a JSON-lines file, without one that is being written."""
     try:
         with path.open("rb") as file:

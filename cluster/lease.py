@@ -113,9 +113,7 @@ class Lease:
                 found, seen = now, time.monotonic()
 
     def _refusal(self, holder: dict[str, Any]) -> str:
-        return (
-            f"another job works in {self.folder} ({_name(holder)}): wait for it, stop it, or use another run.name"
-        )
+        return f"another job works in {self.folder} ({_name(holder)}): wait for it, stop it, or use another run.name"
 
     def _renew(self) -> None:
         renewed = time.monotonic()
@@ -143,7 +141,7 @@ class Lease:
                 return
 
     def _write(self, expected: bytes | None) -> bool:
-        record = {"token": self.token, "counter": self._counter + 1, "ttl_s": self.ttl_s, **_HERE, **_process()}
+        record = {"token": self.token, "counter": self._counter + 1, "ttl_s": self.ttl_s, **HERE, **_process()}
         content = json_bytes(record)
         if not self.folder.swap(FILE, content, expected):
             return False
@@ -196,12 +194,13 @@ def end_process(reason: str) -> None:
 def _boot() -> str:
     """What tells machines, and containers whose process numbers mean different processes, apart."""
     boot, space = Path("/proc/sys/kernel/random/boot_id"), Path("/proc/self/ns/pid")
-    if not boot.exists() or not os.path.lexists(space):
+    if not boot.exists() or not space.is_symlink():
         return ""
-    return f"{boot.read_text().strip()} {os.readlink(space)}"
+    return f"{boot.read_text().strip()} {space.readlink()}"
 
 
-_HERE = {"host": platform.node(), "boot": _boot()}
+HERE = {"host": platform.node(), "boot": _boot()}
+"""Which machine (and which container of it) this is: two processes with the same one see each other's numbers."""
 
 
 def _process() -> dict[str, Any]:
@@ -219,7 +218,7 @@ def _parse(content: bytes | None) -> dict[str, Any] | None:
 
 def _is_here(holder: dict[str, Any]) -> bool:
     """Whether the holder's process, dead or alive, can be seen from here."""
-    return bool(_HERE["boot"]) and all(holder.get(key) == value for key, value in _HERE.items())
+    return bool(HERE["boot"]) and all(holder.get(key) == value for key, value in HERE.items())
 
 
 def _is_dead(holder: dict[str, Any]) -> bool:

@@ -95,11 +95,13 @@ class Connection:
         self._lock = threading.Lock()
 
     def run(self, coroutine: Coroutine[Any, Any, _T]) -> _T:
-        """Run a coroutine on s3fs's event loop, to its end."""
-        from fsspec.asyn import sync
-
-        result: _T = sync(self.fs.loop, lambda: coroutine)
-        return result
+        """Run a coroutine on s3fs's event loop, to its end; whoever is interrupted takes it back."""
+        future = self.start(coroutine)
+        try:
+            return future.result()
+        except BaseException:
+            future.cancel()
+            raise
 
     def start(self, coroutine: Coroutine[Any, Any, _T]) -> Future[_T]:
         """Begin to run a coroutine on s3fs's event loop."""

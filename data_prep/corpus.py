@@ -13,14 +13,21 @@ A corpus is a folder (format version 1):
     shard-000000.record.json  committed last of a shard's files; a rerun of sharding skips shards that have it
     quarantine.jsonl          images left out: {"origin", "reason"} a line
 
+Images that are appended later come as new shards under a new version, N = 2, 3, ...: plan-00000N.json, index-00000N.bin
+(which begins with the one before), labels-00000N.bin, labels-00000N.ptr and quarantine-00000N.jsonl. manifest.json is
+always that of the newest version, those before are kept as manifest-000001.json, manifest-000002.json, ...; `PATH#1`
+opens the first one. The ids, and the bytes, of the samples of an older version are the same in a newer one.
+
 The tars and .idx files are what the webdataset package and DALI's own reader expect.
 """
 
 import hashlib
 import json
 import os
+import re
 import threading
 from collections import OrderedDict
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -61,6 +68,7 @@ CACHE_BYTES = 100 * 10**9
 """What the shards of object stores may take on a node where nothing else is said."""
 
 _MAX_OPEN_SHARDS = 256
+_VERSIONED = re.compile(r"(.+)#([1-9]\d*)")
 
 _REPAIR = "Running the same shard command again writes what is missing or cut short"
 _REPAIR_MANIFEST = f"Remove {MANIFEST} and run the same shard command again: it is built anew from the finished shards"
@@ -68,6 +76,16 @@ _REPAIR_MANIFEST = f"Remove {MANIFEST} and run the same shard command again: it 
 
 class CorpusError(StorageError):
     """A corpus that is missing, unfinished or damaged; the message names the file and says what would do."""
+
+
+class ShardError(CorpusError):
+    """A shard none of whose samples can be read: it is gone, or cannot be fetched."""
+
+
+def file_of_version(name: str, version: int) -> str:
+    """Name of a file of a corpus (index.bin, ...) in a version of it; in the first it is the name itself."""
+    stem, _, suffix = name.rpartition(".")
+    return name if version == 1 else f"{stem}-{version:06d}.{suffix}"
 
 
 def image_check(data: Any) -> int:
@@ -140,19 +158,24 @@ class Corpus:
         self.path = path
         self.manifest = manifest
         self._cache_bytes = cache_bytes
-        self.index: NDArray[np.void] = np.memmap(path / INDEX, SAMPLE_DTYPE, "r")
+        self.index: NDArray[np.void] = np.memmap(path / self.file_name(INDEX), SAMPLE_DTYPE, "r")
         if self.label_kind == "multi":
-            self._label_pointers = np.memmap(path / LABEL_POINTERS, "<u8", "r")
+            self._label_pointers = np.memmap(path / self.file_name(LABEL_POINTERS), "<u8", "r")
             # numpy maps no empty file, and a corpus may be without a single label
-            has_labels = storage.file_size(path / LABELS)
-            self._labels = np.memmap(path / LABELS, LABEL_DTYPE, "r") if has_labels else np.empty(0, LABEL_DTYPE)
+            labels = path / self.file_name(LABELS)
+            has_labels = storage.file_size(labels)
+            self._labels = np.memmap(labels, LABEL_DTYPE, "r") if has_labels else np.empty(0, LABEL_DTYPE)
         self._open_shards: OrderedDict[int, _OpenShard] = OrderedDict()
         self._origins: OrderedDict[int, list[str]] = OrderedDict()
         self._lock = threading.Lock()
 
     @classmethod
     def open(
-        cls, place: str | Folder, check: Literal["content", "sizes"] = "content", cache_bytes: int = CACHE_BYTES
+        cls,
+        place: str | Folder,
+        check: Literal["content", "sizes"] = "content",
+        cache_bytes: int = CACHE_BYTES,
+        version: int | None = None,
     ) -> "Corpus":
         """Open a corpus after checking its manifest, its index and the presence and size of every shard.
 
@@ -162,16 +185,25 @@ class Corpus:
         The content of the shards is checked sample by sample as it is read (and whole by data_prep/verify.py).
 
         Args:
-            place: its folder.
+            place: its folder; with `#N` at the end, version N of it.
             check: how much is checked.
             cache_bytes: what the shards of object stores may take on this node.
+            version: which one, where images were appended; None for the newest.
 
         Raises:
             CorpusError: missing, unfinished, of another format version, cut short or altered.
             StorageError: the object store cannot be reached, or there is no room for the index.
         """
-        folder = folder_at(place, "corpus") if isinstance(place, str) else place
-        manifest = _read_manifest(folder)
+        if isinstance(place, str):
+            named = _VERSIONED.fullmatch(place)
+            if named:
+                place, version = named[1], int(named[2])
+            folder = folder_at(place, "corpus")
+        else:
+            folder = place
+        manifest = read_manifest(folder)
+        if version is not None and version != manifest.get("version", 1):
+            manifest = read_manifest(folder, _older(folder, manifest, version))
         sizes = {name: facts["bytes"] for name, facts in manifest["files"].items()}
         sizes |= {shard["name"]: shard["bytes"] for shard in manifest["shards"]}
         if folder.local is not None:
@@ -189,7 +221,7 @@ class Corpus:
         return cls(folder, here, manifest, cache_bytes)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Corpus.open, (self.folder, "sizes", self._cache_bytes)
+        return Corpus.open, (self.folder, "sizes", self._cache_bytes, self.version)
 
     def __str__(self) -> str:
         return self.url
@@ -198,6 +230,15 @@ class Corpus:
     def url(self) -> str:
         """Its folder as people write it: a path, or s3://BUCKET/PREFIX."""
         return self.folder.url
+
+    @property
+    def version(self) -> int:
+        """1, or more where images were appended."""
+        return int(self.manifest.get("version", 1))
+
+    def file_name(self, name: str) -> str:
+        """Name of one of its files (INDEX, QUARANTINE, ...) in this version."""
+        return file_of_version(name, self.version)
 
     @property
     def name(self) -> str:
@@ -216,9 +257,6 @@ class Corpus:
 
     def __len__(self) -> int:
         return self.num_samples
-
-    def __str__(self) -> str:
-        return str(self.path)
 
     @property
     def num_samples(self) -> int:
@@ -255,6 +293,11 @@ class Corpus:
     def corpus_hash(self) -> str:
         """The identity of the corpus: two corpora with the same one hold the same bytes in the same order."""
         return str(self.manifest["corpus_hash"])
+
+    def quarantined(self) -> Iterator[dict[str, str]]:
+        """Images that were left out: {"origin", "reason"}."""
+        with (self.path / self.file_name(QUARANTINE)).open(encoding="utf-8") as lines:
+            yield from map(json.loads, lines)
 
     @property
     def shard_sizes(self) -> list[int]:
@@ -300,6 +343,19 @@ class Corpus:
             images.append(image)
         return images
 
+    def prefetch(self, order: Sequence[int], ahead: int) -> None:
+        """Say in which order shards will be read from now on; of an object store the first `ahead` are fetched.
+
+        See `ShardCache.prefetch`.
+        """
+        if not isinstance(self.shards, ShardCache):
+            return
+        self.shards.prefetch(order, ahead)
+        with self._lock:  # what the cache has let go of takes room on the disk as long as it is open
+            for shard, opened in list(self._open_shards.items()):
+                if os.fstat(opened.descriptor).st_nlink == 0:
+                    del self._open_shards[shard]
+
     def origin(self, sample: int) -> str:
         """Where a sample came from: the path of its image inside the source.
 
@@ -342,11 +398,11 @@ class Corpus:
                 return opened
         try:
             opened = _OpenShard(self.shards.open(shard))  # which may take long, and other threads read meanwhile
+        except StorageError as error:
+            raise ShardError(str(error)) from error
         except OSError as error:
-            if isinstance(error, StorageError):
-                raise
             name = self.manifest["shards"][shard]["name"]
-            raise CorpusError(f"{self.folder}/{name} cannot be opened: {error.strerror}. {_REPAIR}") from error
+            raise ShardError(f"{self.folder}/{name} cannot be opened: {error.strerror}. {_REPAIR}") from error
         with self._lock:
             self._open_shards[shard] = opened
             if len(self._open_shards) > _MAX_OPEN_SHARDS:
@@ -384,9 +440,28 @@ def _check_size(folder: Folder, name: str, size: int | None, expected: int) -> N
         )
 
 
-def _read_manifest(folder: Folder) -> dict[str, Any]:
-    path = f"{folder}/{MANIFEST}"
-    if folder.size(MANIFEST) is None:
+def _older(folder: Folder, newest: dict[str, Any], version: int) -> str:
+    """Name of the manifest of an older version."""
+    name = f"manifest-{version:06d}.json"
+    last = newest.get("version", 1)
+    if version > last or folder.size(name) is None:
+        raise CorpusError(f"{folder} has no version {version}: it has version{'s 1 to' if last > 1 else ''} {last}")
+    return name
+
+
+def read_manifest(folder: Folder, name: str = MANIFEST) -> dict[str, Any]:
+    """The manifest of a corpus.
+
+    Args:
+        folder: of the corpus.
+        name: of the manifest, where it is not that of the newest version.
+
+    Raises:
+        CorpusError: missing, of another format version, or altered.
+        StorageError: the object store cannot be reached.
+    """
+    path = f"{folder}/{name}"
+    if folder.size(name) is None:
         if folder.local is not None and not folder.local.is_dir():
             raise CorpusError(f"no corpus at {folder}: there is no such folder")
         advice = (
@@ -396,7 +471,7 @@ def _read_manifest(folder: Folder) -> dict[str, Any]:
         )
         raise CorpusError(f"no corpus at {folder}: {MANIFEST} is missing; {advice}")
     try:
-        manifest = folder.read_json(MANIFEST)
+        manifest = folder.read_json(name)
     except OSError:
         raise
     except StorageError as error:

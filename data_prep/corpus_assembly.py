@@ -13,7 +13,8 @@ import numpy as np
 import xxhash
 
 from cluster.folders import Folder
-from data_prep.columns import Labels
+from cluster.storage import StorageError
+from data_prep.columns import LABEL_DTYPE, Labels
 from data_prep.corpus import (
     FORMAT_VERSION,
     INDEX,
@@ -21,11 +22,14 @@ from data_prep.corpus import (
     LABELS,
     MANIFEST,
     QUARANTINE,
+    Corpus,
+    file_of_version,
     manifest_hash,
 )
 from data_prep.shard_task import read_rows, remove_shard
 
 _AHEAD = 16
+_PIECE = 4 << 20
 _T = TypeVar("_T")
 _U = TypeVar("_U")
 
@@ -34,11 +38,15 @@ class CorpusPlan(Protocol):
     """What a corpus is made of, as far as its manifest and its rerun need to know."""
 
     @property
+    def version(self) -> int:
+        """Of the corpus that comes out: 1, or more where shards are appended."""
+
+    @property
     def plan_hash(self) -> str:
         """Of all that decides what the corpus holds."""
 
     @property
-    def root(self) -> Path:
+    def root(self) -> str | Path:
         """Where the source lies."""
 
     @property
@@ -77,6 +85,12 @@ class _HashedFile:
         while view:
             view = view[self._file.write(view) :]
 
+    def write_all(self, path: Path) -> None:
+        """Write the content of a file."""
+        with path.open("rb") as file:
+            while piece := file.read(_PIECE):
+                self.write(piece)
+
     def close(self) -> dict[str, Any]:
         """Commit the file; returns what the manifest says of it."""
         self._context.__exit__(None, None, None)
@@ -95,28 +109,51 @@ def _read_ahead(function: Callable[[_T], _U], items: Iterable[_T]) -> Iterator[_
             yield running.popleft().result()
 
 
-def assemble(folder: Folder, plan: CorpusPlan, records: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def _commit(folder: Folder, version: int, manifest: dict[str, Any]) -> None:
+    """Write the manifest of a version; manifest.json stays that of the newest, and older ones are kept."""
+    try:
+        there = folder.read_json(MANIFEST) if folder.size(MANIFEST) is not None else {}
+    except StorageError:
+        there = {}  # cut short: this one takes its place
+    newest = there.get("version", 1)
+    if there and newest < version:
+        folder.write_json(f"manifest-{newest:06d}.json", there)
+    folder.write_json(f"manifest-{version:06d}.json" if newest > version else MANIFEST, manifest)
+
+
+def assemble(
+    folder: Folder, plan: CorpusPlan, records: Sequence[dict[str, Any]], before: Corpus | None = None
+) -> dict[str, Any]:
     """Write what belongs to the corpus as a whole, the manifest last; returns the manifest.
 
     Args:
         folder: of the corpus, with all shards finished.
         plan: what was sharded.
-        records: of all shards, in their order.
+        records: of all shards of the plan, in their order.
+        before: the version that they are appended to.
     """
+    names = {name: file_of_version(name, plan.version) for name in (INDEX, LABELS, LABEL_POINTERS, QUARANTINE)}
     filled = [record for record in records if record["samples"]]
     classes = plan.classes
     counts = np.zeros(len(classes), np.int64)
     labels_so_far = 0
     files: dict[str, Any] = {}
     many = plan.label_kind == "multi"
-    index = _HashedFile(folder, INDEX)
-    label_rows = _HashedFile(folder, LABELS) if many else None
-    pointers = _HashedFile(folder, LABEL_POINTERS) if many else None
-    if pointers is not None:
+    index = _HashedFile(folder, names[INDEX])
+    label_rows = _HashedFile(folder, names[LABELS]) if many else None
+    pointers = _HashedFile(folder, names[LABEL_POINTERS]) if many else None
+    if before is not None:
+        counts[: len(before.classes)] = before.class_counts
+        for file, name in ((index, INDEX), (label_rows, LABELS), (pointers, LABEL_POINTERS)):
+            if file is not None:
+                file.write_all(before.path / before.file_name(name))
+        labels_so_far = label_rows.size // LABEL_DTYPE.itemsize if label_rows is not None else 0
+    elif pointers is not None:
         pointers.write(np.zeros(1, "<u8").tobytes())
+    shards_before = before.manifest["shards"] if before is not None else []
     parts = _read_ahead(lambda record: read_rows(folder, record["name"]), filled)
     for number, (rows, labels) in enumerate(parts):
-        rows["shard"] = number
+        rows["shard"] = len(shards_before) + number
         index.write(rows.tobytes())
         if isinstance(labels, Labels) and label_rows is not None and pointers is not None:
             label_rows.write(labels.rows.tobytes())
@@ -125,29 +162,25 @@ def assemble(folder: Folder, plan: CorpusPlan, records: Sequence[dict[str, Any]]
             counts += np.bincount(labels.rows["class"], minlength=len(classes))
         else:
             counts += np.bincount(rows["label"], minlength=len(classes))
-    files[INDEX] = index.close()
+    files[names[INDEX]] = index.close()
     if label_rows is not None and pointers is not None:
-        files[LABELS], files[LABEL_POINTERS] = label_rows.close(), pointers.close()
+        files[names[LABELS]], files[names[LABEL_POINTERS]] = label_rows.close(), pointers.close()
 
     quarantined = [
         *({"origin": origin, "reason": reason} for origin, reason in plan.left_out),
         *(entry for record in records for entry in record["quarantined"]),
     ]
-    quarantine = _HashedFile(folder, QUARANTINE)
+    quarantine = _HashedFile(folder, names[QUARANTINE])
+    if before is not None:
+        quarantine.write_all(before.path / before.file_name(QUARANTINE))
     for entry in quarantined:
         quarantine.write((json.dumps(entry, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace"))
-    files[QUARANTINE] = quarantine.close()
+    files[names[QUARANTINE]] = quarantine.close()
+    converted = sum(record.get("converted", 0) for record in records)
 
-    manifest: dict[str, Any] = {
-        "format_version": FORMAT_VERSION,
-        "label_kind": plan.label_kind,
-        "classes": classes,
-        "class_descriptions": plan.class_descriptions,
-        "class_counts": counts.tolist(),
-        "num_samples": sum(record["samples"] for record in filled),
-        "num_bytes": sum(record["sizes"][".tar"] for record in filled),
-        "quarantined": len(quarantined),
-        "shards": [
+    shards = [
+        *shards_before,
+        *(
             {
                 "name": record["name"],
                 "samples": record["samples"],
@@ -155,7 +188,19 @@ def assemble(folder: Folder, plan: CorpusPlan, records: Sequence[dict[str, Any]]
                 "xxh3_128": record["xxh3_128"],
             }
             for record in filled
-        ],
+        ),
+    ]
+    manifest: dict[str, Any] = {
+        "format_version": FORMAT_VERSION,
+        "label_kind": plan.label_kind,
+        "classes": classes,
+        "class_descriptions": plan.class_descriptions,
+        "class_counts": counts.tolist(),
+        "num_samples": sum(record["samples"] for record in filled) + (before.num_samples if before else 0),
+        "num_bytes": sum(record["sizes"][".tar"] for record in filled)
+        + (before.manifest["num_bytes"] if before else 0),
+        "quarantined": len(quarantined) + (before.manifest["quarantined"] if before else 0),
+        "shards": shards,
         "files": files,
         **{key: value for key, value in plan.describe().items() if key in ("plan_hash", "settings", "source")},
         "created_by": {
@@ -164,8 +209,13 @@ def assemble(folder: Folder, plan: CorpusPlan, records: Sequence[dict[str, Any]]
             **{name: version(name) for name in ("numpy", "pillow", "simplejpeg")},
         },
     }
+    if converted:
+        manifest["converted"] = converted
+    if before is not None:
+        manifest["version"] = plan.version
+        manifest["appended_to"] = {"corpus_hash": before.corpus_hash, "shards": len(shards_before)}
     manifest["corpus_hash"] = manifest_hash(manifest)
-    folder.write_json(MANIFEST, manifest)
+    _commit(folder, plan.version, manifest)
     for record in records:
         if not record["samples"]:  # every image was quarantined; a tar without samples is one that readers stumble over
             remove_shard(folder, record["name"])

@@ -11,17 +11,17 @@ from typing import Any
 from cluster.command import Progress, duration, log
 from cluster.folders import Folder
 from cluster.storage import StorageError
-from data_prep.corpus import MANIFEST, PLAN, QUARANTINE, Corpus, CorpusError
+from data_prep.corpus import MANIFEST, PLAN, QUARANTINE, Corpus, CorpusError, file_of_version
 from data_prep.corpus_assembly import CorpusPlan
+from data_prep.listing import SourceError
 from data_prep.shard_task import finished_records, remove_shard
-from data_prep.sources import SourceError
 
 _ATTEMPTS = 4
 _PAUSE, _LONGEST_PAUSE = 0.5, 60.0
 """Seconds before a shard is tried again that could not be written: a failing disk or network may need time."""
+LAID_DOWN = "images"
+"""Folder in the destination for images that are copied out of tables first; gone when the corpus is finished."""
 GO_ON = "The finished shards stay; run the same command again to go on"
-_PATIENCE = 0.25
-"""Share of a corpus's images that may fail to decode before a warning stands in the summary."""
 
 
 def check_places(source: Folder, folder: Folder) -> None:
@@ -48,7 +48,7 @@ def finished_before(folder: Folder, plan: CorpusPlan) -> Corpus | None:
     Raises:
         CorpusError: the folder holds another corpus or files that are none of ours.
     """
-    found = sorted([*folder.names(), *folder.folders()])
+    found = sorted([*folder.names(), *(name for name in folder.folders() if name != LAID_DOWN)])
     if not found:
         return None
     if PLAN not in found:
@@ -64,7 +64,7 @@ def finished_before(folder: Folder, plan: CorpusPlan) -> Corpus | None:
     if MANIFEST not in found:
         return None
     try:
-        corpus = Corpus.open(folder)
+        corpus = Corpus.open(folder, version=plan.version)
     except CorpusError as error:
         log.warning("%s; writing that again", str(error).split(". ")[0])
         return None
@@ -95,20 +95,22 @@ def check_room(folder: Folder, needed: float) -> None:
 def begin(folder: Folder, plan: CorpusPlan, names: list[str]) -> dict[str, dict[str, Any]]:
     """Make the folder and write the plan; returns the records of the shards that are finished already, by name."""
     folder.remove_unfinished()
-    folder.write_json(PLAN, plan.describe())
+    folder.write_json(file_of_version(PLAN, plan.version), plan.describe())
     finished = finished_records(folder, names, plan.plan_hash)
     if finished:
         log.info("%d of %d shards are finished already", len(finished), len(names))
     return finished
 
 
-def remove_unfinished_corpus(folder: Folder, names: list[str]) -> None:
+def remove_unfinished_corpus(folder: Folder, names: list[str], version: int = 1) -> None:
     """Take back what `begin` and the tasks have written."""
     for name in names:
         remove_shard(folder, name)
-    folder.remove(PLAN)
-    if folder.local is not None:
-        folder.local.rmdir()
+    folder.remove(file_of_version(PLAN, version))
+    if version == 1:
+        folder.child(LAID_DOWN).remove_tree()
+        if folder.local is not None:
+            folder.local.rmdir()
 
 
 def run_tasks(
@@ -118,6 +120,7 @@ def run_tasks(
     workers: int,
     progress: Progress,
     units: Callable[[str], int],
+    look: Callable[[dict[str, Any]], None] = lambda record: None,
 ) -> dict[str, dict[str, Any]]:
     """Do the work of shards in Ray tasks, a bounded number at a time, and show how it goes.
 
@@ -128,6 +131,7 @@ def run_tasks(
         workers: shards at a time; 0 for what the cluster has CPUs for.
         progress: the caller's; its time counts from when Ray is there.
         units: how much of the progress the shard of a name is.
+        look: is shown each record; what it raises ends the work.
 
     Returns:
         The records of the shards, by name.
@@ -181,6 +185,7 @@ def run_tasks(
                 log.warning("%s could not be written (%s), again in %.0f s", name, error, pause)
                 heapq.heappush(again, (time.monotonic() + pause, name))
                 continue
+            look(records[name])
             done_bytes += records[name]["sizes"][".tar"]
             note = f"{done_bytes / 1e6 / max(time.monotonic() - progress.started, 1e-9):,.0f} MB/s"
             progress.update(units(name), note)
@@ -205,14 +210,12 @@ def log_summary(corpus: Corpus, seconds: float) -> None:
         in_megabytes(manifest["num_bytes"]), duration(seconds),
     )  # fmt: skip
     if manifest["quarantined"]:
-        with (corpus.path / QUARANTINE).open(encoding="utf-8") as lines:
+        with (corpus.path / corpus.file_name(QUARANTINE)).open(encoding="utf-8") as lines:
             reasons = Counter(json.loads(line)["reason"] for line in lines)
         log.warning(
             "%s images are left out, listed in %s: %s",
-            f"{manifest['quarantined']:,}", f"{corpus}/{QUARANTINE}", reasons_in_words(reasons),
+            f"{manifest['quarantined']:,}", f"{corpus}/{corpus.file_name(QUARANTINE)}", reasons_in_words(reasons),
         )  # fmt: skip
-        if manifest["quarantined"] > _PATIENCE * (corpus.num_samples + manifest["quarantined"]):
-            log.warning("that is a large share of the source: is it whole?")
     empty = [name for name, count in zip(corpus.classes, corpus.class_counts, strict=True) if not count]
     if empty:
         log.warning("%d classes have no image: %s", len(empty), _some(empty))

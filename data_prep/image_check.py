@@ -86,7 +86,7 @@ def _check_jpeg(data: bytes | memoryview) -> tuple[int, int]:
             height, width = _decode_jpeg(tidy)
         except ValueError as still:
             raise UnusableImage(f"damaged JPEG: {_readable(still)}") from still
-    for marker, start, end in _segments(data):
+    for marker, start, end in jpeg_segments(data):
         if marker == 0xE1 and data[start : start + 6] == b"Exif\0\0":
             return (height, width) if _turns(bytes(data[start:end])) else (width, height)
     return width, height
@@ -106,7 +106,7 @@ def _readable(error: ValueError) -> str:
     return text[:1].lower() + text[1:]
 
 
-def _segments(data: bytes | memoryview) -> Iterator[tuple[int, int, int]]:
+def jpeg_segments(data: bytes | memoryview) -> Iterator[tuple[int, int, int]]:
     """The marker segments up to the first scan: (marker, start of the content, end)."""
     at = 2
     while at + 4 <= len(data) and data[at] == 0xFF:
@@ -126,7 +126,7 @@ def _without_harmless_oddities(data: bytes | memoryview) -> bytes:
     parameters in the scan header of a sequential image, zeros as padding before the end marker."""
     tidy = bytearray(data)
     sequential = False
-    for marker, start, end in _segments(data):
+    for marker, start, end in jpeg_segments(data):
         if marker == 0xE0 and data[start : start + 5] == b"JFIF\0":
             tidy[start + 5 : start + 7] = b"\x01\x01"
         elif marker in (0xC0, 0xC1):

@@ -21,6 +21,7 @@ from cluster import storage
 from cluster.command import Progress, absolute_path, log, run_command
 from cluster.folders import Folder, LocalFolder, folder_at
 from cluster.settings import Settings, parse_command
+from data_prep.class_names import read_classes
 from data_prep.corpus import FORMAT_VERSION, Corpus
 from data_prep.corpus_assembly import assemble
 from data_prep.corpus_jobs import (
@@ -35,9 +36,10 @@ from data_prep.corpus_jobs import (
     remove_unfinished_corpus,
     run_tasks,
 )
+from data_prep.image_tars import refuse_compression
 from data_prep.index_task import IndexTask, index_tar
+from data_prep.listing import SourceError
 from data_prep.shard_task import finished_records, read_rows
-from data_prep.sources import SourceError, refuse_compression
 from data_prep.tar_headers import TarError, iterate_members
 from data_prep.webdataset_tars import iterate_samples
 
@@ -104,6 +106,11 @@ class IndexPlan:
     """Names and descriptions from a file."""
     classes: list[str]
     """Names in the order of their numbers; empty until known."""
+
+    @property
+    def version(self) -> int:
+        """The first: tars are not appended."""
+        return 1
 
     @property
     def label_kind(self) -> str:
@@ -228,7 +235,7 @@ def _make_plan(settings: IndexSettings, source: Path) -> IndexPlan:
     try:
         for tar in tars:
             with tar.open("rb") as file:
-                refuse_compression(file.read(8), str(tar))
+                refuse_compression(file.read(8), str(tar), gzip=False)
         extension = settings.labels if settings.labels != "auto" else _label_extension(tars[0])
         sizes = tuple(tar.stat().st_size for tar in tars)
     except OSError as error:
@@ -274,30 +281,6 @@ def _label_extension(tar: Path) -> str:
     finally:
         os.close(descriptor)
     raise SourceError(f"{tar} has no label: neither .cls nor .json members")
-
-
-def read_classes(path: Path) -> tuple[list[str], list[str] | None]:
-    """Names and descriptions (None if it has none) of classes from a file of lines `NAME` or `NAME<tab>DESCRIPTION`.
-
-    Raises:
-        SourceError: unreadable, empty, a name is missing or stands twice.
-    """
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise SourceError(f"classes = {path} cannot be read: {error}") from error
-    names: dict[str, str] = {}
-    for number, line in enumerate(lines, 1):
-        name, _, description = (part.strip() for part in line.partition("\t"))
-        if not name:
-            raise SourceError(f"classes = {path}, line {number}: there is no name")
-        if name in names:
-            raise SourceError(f"classes = {path}, line {number}: class {name!r} stands twice")
-        names[name] = description
-    if not names:
-        raise SourceError(f"classes = {path} is empty")
-    described = any(names.values())
-    return list(names), [description or name for name, description in names.items()] if described else None
 
 
 if __name__ == "__main__":

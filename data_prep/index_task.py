@@ -12,8 +12,8 @@ from cluster.folders import Folder
 from data_prep.columns import Labels
 from data_prep.corpus import SAMPLE_DTYPE, image_check
 from data_prep.image_check import UnusableImage, check_image
+from data_prep.listing import SourceError
 from data_prep.shard_task import MAX_IMAGE_BYTES, commit_shard, one_line
-from data_prep.sources import SourceError
 from data_prep.tar_headers import TarError, iterate_members
 from data_prep.webdataset_tars import (
     TarSample,

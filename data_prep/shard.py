@@ -3,6 +3,7 @@
 import sys
 import time
 from collections import Counter
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,12 +15,15 @@ from pydantic import Field
 
 from cluster import storage
 from cluster.command import Progress, absolute_path, log, run_command
-from cluster.folders import Folder, LocalFolder, folder_at
-from cluster.settings import Settings, parse_command
-from data_prep.corpus import Corpus
+from cluster.folders import Folder, folder_at
+from cluster.settings import SettingsError, parse_command
+from data_prep.append import NewClasses, plan_append
+from data_prep.convert import Conversion
+from data_prep.corpus import MANIFEST, Corpus, CorpusError
 from data_prep.corpus_assembly import assemble
 from data_prep.corpus_jobs import (
     GO_ON,
+    LAID_DOWN,
     begin,
     check_places,
     check_room,
@@ -30,10 +34,11 @@ from data_prep.corpus_jobs import (
     remove_unfinished_corpus,
     run_tasks,
 )
-from data_prep.label_files import list_labelled, read_words
+from data_prep.failure_share import FailureShare
+from data_prep.listing import Listing, SourceError
 from data_prep.shard_plan import Plan
 from data_prep.shard_task import finished_records, write_shard
-from data_prep.sources import SourceError, list_source
+from data_prep.sources import SourceSettings, list_source, source_folder
 
 _INDEX_BYTES = 200
 """A sample's share of the files beside the tars, for an estimate of the room that is needed."""
@@ -44,32 +49,53 @@ Ray cluster (or of this machine). Every image is decoded once; the bytes of vali
 are listed with the reason in DESTINATION/quarantine.jsonl. A run that was interrupted goes on where it was when the
 same command is given again, and a finished corpus is left as it is.
 
-  SOURCE       an image folder (one sub-folder of images for each class), or a tar of one tar for each class
-               (ImageNet-21k and ImageNet-1k as they are distributed), or with labels=FILE any folder of images
+  SOURCE       one of these, recognised from what is there (or named with kind=):
+               an image folder: one sub-folder of images for each class; also on S3
+               a tar of one tar for each class (ImageNet-21k and ImageNet-1k as they are distributed), or of class
+               folders; gzip too, the whole or each class tar: it is read as it is, and never unpacked to disk
+               ImageNet's validation tar, or its images in one folder: with truth=FILE
+               a table (.csv, .jsonl, .parquet, a folder of .parquet) with a column of paths or of addresses (s3://,
+               http://), or in Parquet of images, and one of labels, perhaps one of weights;
+               with labels=TABLE the SOURCE is the folder that the table's paths are relative to
+               WebDataset tars of others (a folder, a tar or a pattern in quotes), or a corpus: to shard them anew
   DESTINATION  a new folder, on storage that every node mounts or on S3 (s3://BUCKET/FOLDER)
 
-example:
-  python data_prep/shard.py /data/imagenet21k.tar /data/in21k words=/data/words.txt shard_mb=512
+With append=true the images of SOURCE that DESTINATION does not have yet are added to it, as new shards under a new
+version; the versions before stay readable as DESTINATION#1, DESTINATION#2, ...
+
+examples:
+  python data_prep/shard.py /data/winter21_whole.tar.gz /data/in21k words=/data/words.txt shard_mb=512
+  python data_prep/shard.py /data/ILSVRC2012_img_val.tar /data/in1k-val \\
+      truth=/data/devkit/data/ILSVRC2012_validation_ground_truth.txt
+  python data_prep/shard.py /data/images.parquet /data/jft label_column=tags weight_column=confidence
 """
 
 
-class ShardSettings(Settings):
+class ShardSettings(SourceSettings):
     """Settings of sharding."""
 
-    source: str
-    """Image folder, or tar of one tar for each class."""
     destination: str
     """Folder of the corpus; made if it is not there."""
     shard_mb: float = Field(512, gt=0)
     """Size of a shard to aim at, in megabytes (10^6 bytes); all shards become nearly equal."""
     seed: int = Field(0, ge=0)
     """Of the shuffle that decides which image goes into which shard."""
-    words: str | None = None
-    """File of lines CLASS<tab>NAMES, what people call the classes (words.txt of ImageNet)."""
-    labels: str | None = None
-    """For many labels an image: a .jsonl file of {"path", "labels", "weights"}, or a .csv with path,label,weight."""
+    append: bool = False
+    """Add the images that the corpus does not have yet (by their paths in the source) as a new version of it."""
+    new_classes: NewClasses = "append"
+    """What append does with classes that the corpus does not have: put them at the end of its list, or refuse."""
+    max_failures: float = Field(0.25, ge=0, le=1)
+    """Share of the images that may be damaged or impossible to get; above it the job stops, as soon as that shows."""
+    min_side: int = Field(0, ge=0)
+    """Leave out images with a side shorter than this, in pixels."""
+    max_side: int = Field(0, ge=0)
+    """Shrink images with a side longer than this to it, in pixels, and encode them again as JPEG; 0 leaves all."""
+    baseline: bool = False
+    """Encode JPEGs again that a hardware decoder does not take (progressive, CMYK), as baseline RGB. Not lossless."""
+    jpeg_quality: int = Field(95, ge=1, le=100)
+    """Of images that are encoded again."""
     workers: int = Field(0, ge=0)
-    """Shards written at a time; 0 is one for each CPU of the cluster. The corpus does not depend on it."""
+    """Shards written at a time; 0 is two for each CPU of the cluster. The corpus does not depend on it."""
 
 
 def main() -> None:
@@ -88,23 +114,48 @@ def shard_corpus(settings: ShardSettings) -> Corpus:
     """Shard a source into a corpus, or finish doing so; returns it opened.
 
     Raises:
-        SourceError: the source is missing, empty, unreadable, without images, or changed while it was read.
+        SourceError: the source is missing, empty, unreadable, without images, changed while it was read, or too much
+            of it is damaged.
         CorpusError: the destination holds something else, or has too little room.
+        SettingsError: a setting that nothing reads.
     """
-    started = time.monotonic()
-    source = storage.local_path(absolute_path(settings.source, "source"), "source")
+    _check_settings(settings)
     folder = folder_at(absolute_path(settings.destination, "destination"), "destination")
-    check_places(LocalFolder(source), folder)
-    plan = _make_plan(settings, source)
-    finished = finished_before(folder, plan)
-    if finished is not None:
-        log.info("%s is finished already (%s images): nothing to do", folder, f"{finished.num_samples:,}")
-        return finished
+    check_places(source_folder(absolute_path(settings.source, "source")), folder)
+    return shard_listing(lambda: list_source(settings, settings.workers, folder), folder, settings)
+
+
+def shard_listing(listed: Callable[[], Listing], folder: Folder, settings: ShardSettings) -> Corpus:
+    """Shard what a function lists: what the settings say of the source is not read. Errors: as shard_corpus."""
+    started = time.monotonic()
+    if settings.append and folder.size(MANIFEST) is None:
+        raise CorpusError(f"append = true: there is no finished corpus at {folder} to append to")
+    listing = listed()
+    shard_bytes = round(settings.shard_mb * 1e6)
+    conversion = Conversion(settings.min_side, settings.max_side, settings.baseline, settings.jpeg_quality)
+    before: Corpus | None = None
+    if settings.append:
+        plan, before = plan_append(listing, folder, shard_bytes, settings.seed, conversion, settings.new_classes)
+        if plan is None:
+            log.info("%s has all of them: nothing to do", folder)
+            return before
+    else:
+        plan = Plan(listing, listing.class_descriptions, shard_bytes, settings.seed, conversion)
+        finished = finished_before(folder, plan)
+        if finished is not None:
+            log.info("%s is finished already (%s images): nothing to do", folder, f"{finished.num_samples:,}")
+            folder.child(LAID_DOWN).remove_tree()
+            return finished
+    log.info(
+        "%s images of %s classes in %s (%s): %d shards of about %s",
+        f"{len(plan.listing):,}", f"{len(listing.classes):,}", listing.place, listing.kind, len(plan),
+        in_megabytes(plan.total_bytes / len(plan)),
+    )  # fmt: skip
     there = finished_records(folder, [plan.name(shard) for shard in range(len(plan))], plan.plan_hash)
     missing = 1 - len(there) / len(plan)
     check_room(folder, (plan.total_bytes + _INDEX_BYTES * len(plan.listing)) * missing)
     try:
-        corpus = _make_corpus(folder, plan, settings.workers)
+        corpus = _make_corpus(folder, plan, settings, before)
     except OSError as error:
         if isinstance(error, storage.StorageError):
             raise
@@ -113,45 +164,45 @@ def shard_corpus(settings: ShardSettings) -> Corpus:
     return corpus
 
 
-def _make_plan(settings: ShardSettings, source: Path) -> Plan:
-    if settings.labels is None:
-        listing = list_source(source)
-    else:
-        listing = list_labelled(source, storage.local_path(absolute_path(settings.labels, "labels"), "labels"))
-    descriptions = None
-    if settings.words is not None:
-        words = storage.local_path(absolute_path(settings.words, "words"), "words")
-        descriptions = read_words(words, listing.classes)
-    plan = Plan(listing, descriptions, round(settings.shard_mb * 1e6), settings.seed)
-    log.info(
-        "%s images of %s classes in %s (%s): %d shards of about %s",
-        f"{len(listing):,}", f"{len(listing.classes):,}", source, listing.kind, len(plan),
-        in_megabytes(plan.total_bytes / len(plan)),
-    )  # fmt: skip
-    return plan
+def _check_settings(settings: ShardSettings) -> None:
+    if settings.jpeg_quality != 95 and not (settings.max_side or settings.baseline):
+        raise SettingsError("jpeg_quality is not read: no image is encoded again (max_side or baseline)")
+    if settings.new_classes != "append" and not settings.append:
+        raise SettingsError("new_classes is not read: it is for append=true")
+    if settings.max_side and settings.min_side > settings.max_side:
+        raise SettingsError(f"min_side = {settings.min_side} is more than max_side = {settings.max_side}")
 
 
-def _make_corpus(folder: Folder, plan: Plan, workers: int) -> Corpus:
-    records = _write_shards(folder, plan, workers)
+def _make_corpus(folder: Folder, plan: Plan, settings: ShardSettings, before: Corpus | None) -> Corpus:
+    records = _write_shards(folder, plan, settings)
     if not any(record["samples"] for record in records):
         reasons = Counter(entry["reason"] for record in records for entry in record["quarantined"])
-        remove_unfinished_corpus(folder, [record["name"] for record in records])
-        raise SourceError(f"no image of source {plan.root} can be decoded: {reasons_in_words(reasons)}")
+        remove_unfinished_corpus(folder, [record["name"] for record in records], plan.version)
+        raise SourceError(f"no image of source {plan.root} can be used: {reasons_in_words(reasons)}")
     folder.remove_unfinished()
-    assemble(folder, plan, records)
-    return Corpus.open(folder)
+    assemble(folder, plan, records, before)
+    folder.child(LAID_DOWN).remove_tree()
+    return Corpus.open(folder, version=plan.version)
 
 
-def _write_shards(folder: Folder, plan: Plan, workers: int) -> list[dict[str, Any]]:
+def _write_shards(folder: Folder, plan: Plan, settings: ShardSettings) -> list[dict[str, Any]]:
     """Write the shards that are not finished yet; returns the records of all, in their order."""
     shards = {plan.name(shard): shard for shard in range(len(plan))}
     records = begin(folder, plan, list(shards))
+    failures = FailureShare(settings.max_failures)
+    for record in records.values():
+        failures.count(record)
     missing = {name: shard for name, shard in shards.items() if name not in records}
     progress = Progress(len(plan.listing), "images", "sharding")
     progress.skip(sum(plan.samples(shards[name]) for name in records))
     tasks = {name: partial(plan.task, shard, folder) for name, shard in missing.items()}
-    records |= run_tasks(write_shard, tasks, folder, workers, progress, lambda name: plan.samples(shards[name]))
-    return [records[name] for name in shards]
+    records |= run_tasks(
+        write_shard, tasks, folder, settings.workers, progress, lambda name: plan.samples(shards[name]), failures.count
+    )
+    in_order = [records[name] for name in shards]
+    if any(record["samples"] for record in in_order):
+        failures.check_all(in_order)
+    return in_order
 
 
 if __name__ == "__main__":

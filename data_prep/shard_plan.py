@@ -2,8 +2,7 @@
 
 import hashlib
 import json
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -12,9 +11,11 @@ from numpy.typing import NDArray
 
 from cluster.folders import Folder
 from data_prep.columns import Labels, Strings
+from data_prep.convert import Conversion
 from data_prep.corpus import FORMAT_VERSION
+from data_prep.listing import Listing
 from data_prep.order import OF_SOURCE, Permutation
-from data_prep.sources import Listing
+from data_prep.source_reader import Images
 from data_prep.tar_headers import BLOCK
 
 _BYTES_BESIDE_IMAGE = 3 * BLOCK + BLOCK // 2
@@ -32,11 +33,25 @@ class ShardTask:
     plan_hash: str
     first_position: int
     """Planned position of the shard's first image among all images; the keys count from it."""
-    root: Path
     names: Strings
     sizes: NDArray[np.uint64]
-    offsets: NDArray[np.uint64] | None
+    images: Images
     labels: NDArray[np.int32] | Labels
+    conversion: Conversion
+
+
+@dataclass(frozen=True)
+class Appended:
+    """The corpus to which the shards of a plan are added."""
+
+    version: int
+    """Of the corpus that comes out."""
+    corpus_hash: str
+    """Of the one that was there."""
+    first_shard: int
+    """Number of the first new shard."""
+    first_position: int
+    """From which the keys of the new samples count."""
 
 
 class Plan:
@@ -50,12 +65,19 @@ class Plan:
         class_descriptions: what people call the classes, or None.
         shard_bytes: size to aim at.
         seed: of the shuffle.
+        conversion: what is done to images.
+        appended: to which corpus the shards are added, or None for one of its own.
     """
 
-    def __init__(self, listing: Listing, class_descriptions: list[str] | None, shard_bytes: int, seed: int) -> None:
+    def __init__(
+        self, listing: Listing, class_descriptions: list[str] | None, shard_bytes: int, seed: int,
+        conversion: Conversion | None = None, appended: Appended | None = None,
+    ) -> None:  # fmt: skip
         self.listing = listing
         self.class_descriptions = class_descriptions
-        self.settings = {"seed": seed, "shard_bytes": shard_bytes}
+        self.conversion = conversion or Conversion()
+        self.appended = appended
+        self.settings = {"seed": seed, "shard_bytes": shard_bytes, **self.conversion.describe()}
         self.order = _shuffled(len(listing), seed)
         ends = np.cumsum(listing.sizes[self.order] + np.uint64(_BYTES_BESIDE_IMAGE))
         total = int(ends[-1])
@@ -69,14 +91,19 @@ class Plan:
         self.plan_hash = self._hash()
 
     @property
+    def version(self) -> int:
+        """Of the corpus that comes out."""
+        return self.appended.version if self.appended is not None else 1
+
+    @property
     def label_kind(self) -> str:
         """ "single" or "multi"."""
         return "multi" if isinstance(self.listing.labels, Labels) else "single"
 
     @property
-    def root(self) -> Path:
-        """The folder, or the tar."""
-        return self.listing.root
+    def root(self) -> str:
+        """Where the source lies."""
+        return self.listing.place
 
     @property
     def classes(self) -> list[str]:
@@ -94,7 +121,7 @@ class Plan:
 
     def name(self, shard: int) -> str:
         """Name of a shard's tar."""
-        return f"shard-{shard:06d}.tar"
+        return f"shard-{shard + (self.appended.first_shard if self.appended else 0):06d}.tar"
 
     def samples(self, shard: int) -> int:
         """Images planned for a shard."""
@@ -108,23 +135,26 @@ class Plan:
             folder,
             self.name(shard),
             self.plan_hash,
-            int(self.bounds[shard]),
-            listing.root,
+            int(self.bounds[shard]) + (self.appended.first_position if self.appended else 0),
             listing.names.take(rows),
             listing.sizes[rows],
-            None if listing.offsets is None else listing.offsets[rows],
+            listing.images.take(rows),
             listing.labels.take(rows) if isinstance(listing.labels, Labels) else listing.labels[rows],
+            self.conversion,
         )
 
     def describe(self) -> dict[str, Any]:
         """What is kept in plan.json and tells one plan from another."""
-        return {
+        description: dict[str, Any] = {
             "format_version": FORMAT_VERSION,
             "plan_hash": self.plan_hash,
             "settings": self.settings,
             "shards": len(self),
             "source": {"kind": self.listing.kind, "images": len(self.listing)},
         }
+        if self.appended is not None:
+            description["appended"] = asdict(self.appended)
+        return description
 
     def _hash(self) -> str:
         listing, digest = self.listing, xxhash.xxh3_128()
@@ -144,6 +174,8 @@ class Plan:
             "left_out": listing.left_out,
             "columns": digest.hexdigest(),
         }
+        if self.appended is not None:
+            content["appended"] = asdict(self.appended)
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:32]
 
 

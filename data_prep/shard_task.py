@@ -2,7 +2,7 @@
 
 import io
 import json
-import os
+import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -13,11 +13,10 @@ from numpy.typing import NDArray
 from cluster.folders import Folder
 from cluster.storage import StorageError
 from data_prep.columns import Labels
+from data_prep.convert import convert
 from data_prep.corpus import SAMPLE_DTYPE, image_check
 from data_prep.image_check import UnusableImage, check_image
 from data_prep.shard_plan import ShardTask
-from data_prep.source_reader import read_groups
-from data_prep.sources import SourceError
 from data_prep.tar_shards import ShardWriter
 
 SHARD_FILES = (".tar", ".idx", ".origins", ".rows.npz")
@@ -25,6 +24,8 @@ SHARD_FILES = (".tar", ".idx", ".origins", ".rows.npz")
 
 _RECORDS_AT_ONCE = 16
 """Records that are read at a time: on an object store each waits for the network."""
+
+_PARSING = threading.Lock()
 
 MAX_IMAGE_BYTES = 2**32 - 1
 """What the index's column holds; a tar could hold twice as much."""
@@ -85,19 +86,17 @@ def write_shard(task: ShardTask) -> dict[str, Any]:
     kept: list[int] = []
     origins: list[str] = []
     quarantined: list[tuple[str, str]] = []
-    if not task.root.exists():
-        raise SourceError(
-            f"source {task.root} is not there on node {os.uname().nodename}: it must be mounted at the same path on "
-            f"every node of the cluster"
-        )
     with task.folder.building(task.name) as file:
         writer = ShardWriter(file, "json" if isinstance(task.labels, Labels) else "cls")
-        done = 0
-        for images in read_groups(task.root, task.names, task.sizes, task.offsets):
-            for place, image in enumerate(images, done):
+        done = converted = 0
+        for images in task.images.groups(task.names, task.sizes):
+            for place, read in enumerate(images, done):
                 origin = one_line(task.names[place])
                 try:
-                    facts = check_image(image)
+                    if isinstance(read, UnusableImage):
+                        raise read
+                    image, facts = convert(read, check_image(read), task.conversion)
+                    converted += image is not read
                     if len(image) > MAX_IMAGE_BYTES:
                         raise UnusableImage(f"{len(image)} bytes: an image may have at most {MAX_IMAGE_BYTES}")
                 except UnusableImage as reason:
@@ -115,7 +114,7 @@ def write_shard(task: ShardTask) -> dict[str, Any]:
     labels = task.labels.take(np.array(kept, np.int64)) if isinstance(task.labels, Labels) else None
     return commit_shard(
         task.folder, task.name, task.plan_hash, rows, labels, origins, quarantined, writer.dali_index,
-        writer.size, writer.checksum,
+        writer.size, writer.checksum, converted,
     )  # fmt: skip
 
 
@@ -130,6 +129,7 @@ def commit_shard(
     dali_index: bytes,
     size: int,
     checksum: str,
+    converted: int = 0,
 ) -> dict[str, Any]:
     """Write what belongs beside a tar that is in its place, last the record, which is returned.
 
@@ -142,6 +142,7 @@ def commit_shard(
         quarantined: (origin, reason) of images left out.
         dali_index: content of the .idx file.
         size, checksum: of the tar, bytes and xxh3_128.
+        converted: how many images were encoded again.
     """
     contents = {
         ".idx": dali_index,
@@ -157,6 +158,7 @@ def commit_shard(
         "xxh3_128": checksum,
         "sizes": {".tar": size, **{suffix: len(content) for suffix, content in contents.items()}},
         "quarantined": [{"origin": origin, "reason": reason} for origin, reason in quarantined],
+        **({"converted": converted} if converted else {}),
     }
     folder.write_json(record_name(name), record)
     return record
@@ -165,7 +167,8 @@ def commit_shard(
 def read_rows(folder: Folder, name: str) -> tuple[NDArray[np.void], Labels | None]:
     """A finished shard's part of the index (its column `shard` is not set) and, with many labels, its labels."""
     content = folder.read_bytes(shard_file(name, ".rows.npz"))
-    with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
+    # numpy parses a file's header as Python, which several threads cannot do at a time in Python 3.11
+    with _PARSING, np.load(io.BytesIO(content), allow_pickle=False) as arrays:
         if "labels" not in arrays:
             return arrays["rows"], None
         return arrays["rows"], Labels(arrays["labels"], arrays["pointers"])

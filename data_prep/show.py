@@ -109,9 +109,9 @@ def describe(corpus: Corpus, distributions: Sequence[Distribution], classes: int
 
 def _left_out(corpus: Corpus) -> Iterator[str]:
     count = corpus.manifest["quarantined"]
-    yield f"left out: {count:,} images" + (f", listed in {corpus}/{QUARANTINE}" if count else "")
+    yield f"left out: {count:,} images" + (f", listed in {corpus}/{corpus.file_name(QUARANTINE)}" if count else "")
     if count:
-        with (corpus.path / QUARANTINE).open(encoding="utf-8") as lines:
+        with (corpus.path / corpus.file_name(QUARANTINE)).open(encoding="utf-8") as lines:
             reasons = Counter(json.loads(line)["reason"] for line in lines)
         for reason, number in reasons.most_common(_REASONS):
             yield f"  {number:,} x {reason}"

@@ -1,287 +1,256 @@
-"""What there is to shard: the images of a folder, or of a tar of one tar per class, listed but not opened.
+"""What there is to shard: each kind of source is recognised from what is there, or named, and listed the same way.
 
-A listing is held in columns, so that tens of millions of images fit in memory, and is in sorted order, so that the
-same images give the same corpus whether they lie in folders or in tars.
+image_folders.py, image_tars.py, image_tables.py, embedded_images.py and tar_sample_source.py each list one kind.
 """
 
+import glob
 import os
-from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal
 
-import numpy as np
-from numpy.typing import NDArray
+from pydantic import Field
 
-from cluster.command import Progress, log
-from data_prep.columns import Labels, Strings
-from data_prep.tar_headers import TarError, iterate_members
+from cluster import storage
+from cluster.command import absolute_path
+from cluster.folders import Folder, LocalFolder, folder_at
+from cluster.settings import Settings, SettingsError
+from data_prep.class_names import put_in_order, read_classes, read_words, relabel
+from data_prep.corpus_jobs import LAID_DOWN
+from data_prep.embedded_images import lay_down_files, list_laid_down
+from data_prep.image_folders import list_image_folder, list_loose_images
+from data_prep.image_tables import LabelKind, TableOptions, list_table, table_files
+from data_prep.image_tars import is_tar_name, list_flat_tar, list_tar
+from data_prep.listing import Listing, SourceError
+from data_prep.remote_images import FetchPolicy
+from data_prep.source_reader import FileImages
+from data_prep.table_files import Columns, class_names_of, columns_of
+from data_prep.tar_sample_source import holds_samples, is_corpus, list_corpus, list_samples, tars_in, with_names
+from data_prep.validation_truth import with_truth
 
-_IMAGE_SUFFIXES = frozenset(
-    b".jpg .jpeg .jpe .jfif .png .webp .bmp .tif .tiff .gif .avif .heic .heif .jp2 .ppm .pgm".split()
-)
-"""What makes a file a candidate, beside having no suffix; whether it is an image is judged by its content."""
+Kind = Literal["folder", "tar", "table", "webdataset", "corpus"]
 
-_SPLIT_NAMES = {"train", "training", "val", "valid", "validation", "test", "dev", "eval"}
-_COMPRESSED = ((b"\x1f\x8b", "gzip"), (b"BZh", "bzip2"), (b"\xfd7zXZ", "xz"), (b"\x28\xb5\x2f\xfd", "zstd"))
-_LISTING_THREADS = 16
-"""Listing waits for the file system most of the time, on network storage nearly all of it."""
-
-
-class SourceError(ValueError):
-    """A source that cannot be sharded; the message says what would do."""
-
-
-@dataclass(frozen=True)
-class Listing:
-    """The images of a source in sorted order, N of them."""
-
-    kind: str
-    """"image folder", "tar of class tars" or "image folder with a labels file"."""
-    root: Path
-    """The folder, or the tar."""
-    classes: list[str]
-    """Names in the order of their numbers (sorted)."""
-    names: Strings
-    """Path of each image below the root, bytes [N]; for a tar `class/member`."""
-    sizes: NDArray[np.uint64]
-    """Bytes of each image, [N]."""
-    offsets: NDArray[np.uint64] | None
-    """Of each image in the tar, [N]; None for a folder."""
-    labels: NDArray[np.int32] | Labels
-    """The class of each image, int32 [N], or many labels for each."""
-    left_out: tuple[tuple[str, str], ...] = ()
-    """Images that are named but cannot be had: (path, reason)."""
-
-    def __len__(self) -> int:
-        return len(self.sizes)
+_READ_BY: dict[str, set[str]] = {
+    "folder": {"truth", "synsets", "inside"},
+    "tar": {"truth", "synsets", "inside"},
+    "table": {
+        "labels", "path_column", "label_column", "weight_column", "image_column", "labels_per_image", "image_kb",
+        "fetch_timeout_s", "fetch_attempts",
+    },
+    "webdataset": set(),
+    "corpus": set(),
+}  # fmt: skip
+"""Settings that only some kinds of source read."""
 
 
-class _ClassListing(NamedTuple):
-    """The images of one class, sorted by name."""
+class SourceSettings(Settings):
+    """What a source is and how it is read."""
 
-    names: Strings
-    sizes: NDArray[np.uint64]
-    offsets: NDArray[np.uint64]
-    others: list[bytes]
-    """Files that do not look like images by their names."""
+    source: str
+    """What there is to shard: a folder, tar, table, pattern of tars or corpus; folders and tars may be on S3."""
+    kind: Literal["auto", "folder", "tar", "table", "webdataset", "corpus"] = "auto"
+    """What the source is; auto recognises it."""
+    inside: str | None = None
+    """Folder inside the source that holds the class folders, where there are several, such as train."""
+    truth: str | None = None
+    """Classes of images that lie without any (ImageNet's validation tar): ILSVRC2012_validation_ground_truth.txt, a
+    file with one class a line in the order of the images, lines IMAGE CLASS, or LOC_val_solution.csv."""
+    synsets: str | None = None
+    """What the numbers in truth mean: meta.mat of ImageNet's developers' kit (found beside truth), or a text file of
+    the class names in that order."""
+    labels: str | None = None
+    """Table that says what is in the images of SOURCE: then its paths are relative to SOURCE. (A table may be the
+    SOURCE itself; then they are relative to its folder.)"""
+    path_column: str | None = None
+    """Column of a table with the path or address (s3://, http://) of an image; usual names are recognised."""
+    label_column: str | None = None
+    """Column with the label, or a list of labels; an image may stand in several rows, one for each label."""
+    weight_column: str | None = None
+    """Column with the weight of the label, or a list of weights."""
+    image_column: str | None = None
+    """Column of a Parquet table with the encoded image itself."""
+    labels_per_image: LabelKind = "auto"
+    """What a table gives an image: one class, or many weighted labels; auto is one where there are no weights and each
+    image has one label."""
+    image_kb: float = Field(100, gt=0)
+    """Size to assume, when shards are cut, of images that must be fetched to know, in kilobytes."""
+    fetch_timeout_s: float = Field(20, gt=0)
+    """How long a server may send nothing before an attempt to fetch an image has failed, in seconds."""
+    fetch_attempts: int = Field(6, ge=1)
+    """How often an image is asked for where a server throttles or fails; the pauses grow from half a second to 30."""
+    words: str | None = None
+    """What people call the classes: lines CLASS<tab>NAMES (words.txt of ImageNet), or a JSON class index."""
+    relabel: str | None = None
+    """File of lines OLD<tab>NEW: classes that get another name; several may become one."""
+    classes: str | None = None
+    """The classes and their order: a file of one class a line, NAME or NAME<tab>DESCRIPTION, or a JSON class index.
+    Images of other classes are left out. Where the source has class numbers, these are their names."""
 
 
-def list_source(source: Path) -> Listing:
-    """List a source with one class an image: an image folder, or a tar of one tar per class.
+def list_source(settings: SourceSettings, workers: int = 0, destination: Folder | None = None) -> Listing:
+    """List a source: its images with their labels, after renaming and selecting classes.
+
+    Args:
+        workers: for images in tables, which are copied first: files at a time.
+        destination: of the corpus, where such copies go.
 
     Raises:
         SourceError: nothing there, nothing readable, or no image.
+        SettingsError: a setting that this kind of source does not read.
     """
+    place = absolute_path(settings.source, "source")
+    kind = settings.kind if settings.kind != "auto" else _recognise(place, settings)
+    _refuse_unread(kind, settings)
     try:
-        if source.is_dir():
-            return _list_folder(source)
-        if source.is_file():
-            return _list_tar(source)
-    except TarError as error:
-        raise SourceError(str(error)) from error
+        listing = _list(kind, place, settings, workers, destination)
     except OSError as error:
-        raise SourceError(f"source {source} cannot be read: {error.strerror} ({error.filename})") from error
-    raise SourceError(f"source {source}: there is no such file or folder")
-
-
-def looks_like_image(name: bytes) -> bool:
-    """Whether a file's name is that of an image, or says nothing; hidden files are never images."""
-    base = name.rsplit(b"/", 1)[-1]
-    _, dot, suffix = base.rpartition(b".")
-    return not base.startswith(b".") and (not dot or (b"." + suffix).lower() in _IMAGE_SUFFIXES)
-
-
-# ---------------------------------------------------------------------------------------------- image folders
-
-
-def _list_folder(root: Path) -> Listing:
-    with os.scandir(os.fsencode(root)) as entries:
-        top = sorted((entry.name, entry.is_dir()) for entry in entries if not entry.name.startswith(b"."))
-    if not top:
-        raise SourceError(f"source {root} is empty")
-    folders = [name for name, is_folder in top if is_folder and name != b"__MACOSX"]
-    loose = [name for name, is_folder in top if not is_folder]
-    classes = _class_names(folders, root)
-    listed = _collect(classes, [partial(_list_class_folder, root, name) for name in folders])
-    loose_images = [name for name in loose if looks_like_image(name) and b"." in name]
-    if not any(part.names for part in listed):
-        tars = [name for name in loose if name.endswith(b".tar")]
-        raise SourceError(
-            f"source {root} has no images in its {len(folders)} sub-folders"
-            + (f" ({len(loose_images)} images lie directly in it)" if loose_images else "")
-            + (
-                "; it has tars: give the tar of class tars itself as the source"
-                if tars
-                else "; an image folder has one sub-folder of images for each class"
-            )
-        )
-    if loose_images:
-        log.warning(
-            "left out: %d images directly in %s, outside any class folder, for example %s",
-            len(loose_images), root, os.fsdecode(loose_images[0]),
-        )  # fmt: skip
-    if {name.lower() for name in classes} <= _SPLIT_NAMES:
-        log.warning(
-            "the classes are named %s: if these are splits, give the folder inside %s that holds the class folders",
-            ", ".join(classes), root,
-        )  # fmt: skip
-    return _join("image folder", root, classes, listed, in_tar=False)
-
-
-def _list_class_folder(root: Path, name: bytes) -> _ClassListing:
-    found: list[tuple[bytes, int]] = []
-    others: list[bytes] = []
-    base = os.fsencode(root)
-    waiting = [name]
-    while waiting:
-        folder = waiting.pop()
-        with os.scandir(base + b"/" + folder) as entries:
-            for entry in entries:
-                path = folder + b"/" + entry.name
-                if entry.name.startswith(b"."):
-                    continue
-                if entry.is_dir():
-                    waiting.append(path)
-                elif looks_like_image(entry.name):
-                    found.append((path, entry.stat().st_size))
-                else:
-                    others.append(path)
-    found.sort()
-    sizes = np.fromiter((size for _, size in found), np.uint64, len(found))
-    return _ClassListing(Strings.of([path for path, _ in found]), sizes, np.zeros(0, np.uint64), others)
-
-
-# -------------------------------------------------------------------------------------------- tar of class tars
-
-
-def _list_tar(path: Path) -> Listing:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        refuse_compression(os.pread(descriptor, 8, 0), f"source {path}")
-        end = os.fstat(descriptor).st_size
-        members = [m for m in iterate_members(descriptor, 0, end, f"source {path}") if m.kind != b"5"]
-        tars = sorted((m for m in members if m.name.endswith(b".tar") and m.kind == b"0"), key=_class_of_tar)
-        if not tars:
-            _refuse_compression_of_members([m.name for m in members], path)
-            example = f": its members are like {os.fsdecode(members[0].name)!r}" if members else ""
-            raise SourceError(
-                f"source {path} is not a tar of one tar per class{example}; if it holds class folders, unpack it and "
-                f"give the folder"
-            )
-        classes = _class_names([_class_of_tar(m) for m in tars], path)
-
-        def list_class(name: bytes, start: int, size: int) -> _ClassListing:
-            where = f"class tar {os.fsdecode(name)}.tar in {path}"
-            refuse_compression(os.pread(descriptor, 8, start), where)
-            return _list_class_tar(descriptor, name, start, start + size, where)
-
-        jobs = [partial(list_class, _class_of_tar(m), m.offset, m.size) for m in tars]
-        listed = _collect(classes, jobs)
-    finally:
-        os.close(descriptor)
-    if not any(part.names for part in listed):
-        raise SourceError(f"source {path} has no images in its {len(tars)} class tars")
-    return _join("tar of class tars", path, classes, listed, in_tar=True)
-
-
-def _class_of_tar(member: tuple[bytes, int, int, bytes]) -> bytes:
-    return member[0].rsplit(b"/", 1)[-1].removesuffix(b".tar")
-
-
-def _list_class_tar(descriptor: int, class_name: bytes, start: int, end: int, where: str) -> _ClassListing:
-    found: list[tuple[bytes, int, int]] = []
-    others: list[bytes] = []
-    for name, offset, size, kind in iterate_members(descriptor, start, end, where):
-        if kind == b"5":
-            continue
-        # some class tars hold `CLASS/image`, some `./image`, most `image`
-        path = class_name + b"/" + name.removeprefix(b"./").removeprefix(class_name + b"/")
-        if not looks_like_image(name):
-            others.append(path)
-        elif kind != b"0":
-            raise TarError(
-                f"{where}: member {os.fsdecode(name)!r} is a link: make the tar with --dereference --hard-dereference"
-            )
-        else:
-            found.append((path, size, offset))
-    found.sort()
-    sizes = np.fromiter((size for _, size, _ in found), np.uint64, len(found))
-    offsets = np.fromiter((offset for _, _, offset in found), np.uint64, len(found))
-    return _ClassListing(Strings.of([path for path, _, _ in found]), sizes, offsets, others)
-
-
-def refuse_compression(beginning: bytes, where: str) -> None:
-    """Refuse a file that begins (8 bytes) as a compressed one does, with what would do.
-
-    Raises:
-        SourceError: it does.
-    """
-    for signature, name in _COMPRESSED:
-        if beginning.startswith(signature):
-            raise SourceError(
-                f"{where} is compressed with {name}: images in it cannot be reached by offset; decompress it first"
-                + (" (gunzip)" if name == "gzip" else "")
-            )
-    if beginning.startswith(b"PK\x03\x04"):
-        raise SourceError(f"{where} is a zip archive: unpack it and give the folder")
-
-
-def _refuse_compression_of_members(names: Sequence[bytes], path: Path) -> None:
-    compressed = [name for name in names if name.endswith((b".tar.gz", b".tgz", b".tar.bz2", b".tar.xz"))]
-    if compressed:
-        raise SourceError(
-            f"source {path} holds compressed class tars ({os.fsdecode(compressed[0])}): images in them cannot be "
-            f"reached by offset; decompress them first"
-        )
-
-
-# ------------------------------------------------------------------------------------------------------ shared
-
-
-def _class_names(names: Sequence[bytes], source: Path) -> list[str]:
-    decoded = []
-    for name in names:
-        try:
-            decoded.append(name.decode("utf-8"))
-        except UnicodeDecodeError:
-            raise SourceError(f"class name {name!r} in {source} is not UTF-8: rename it") from None
-    twice = [name for name, count in Counter(decoded).items() if count > 1]
-    if twice:
-        raise SourceError(f"{source} has two tars for class {twice[0]!r}: join or rename them")
-    return decoded
-
-
-def _collect(classes: Sequence[str], jobs: Iterable[Callable[[], _ClassListing]]) -> list[_ClassListing]:
-    progress = Progress(len(classes), "classes", "listing")
-    listed: list[_ClassListing] = []
-    images = 0
-    with ThreadPoolExecutor(_LISTING_THREADS) as pool:
-        try:
-            for part in pool.map(lambda job: job(), jobs):
-                listed.append(part)
-                images += len(part.names)
-                progress.update(1, f"{images:,} images")
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
+        if isinstance(error, storage.StorageError):
             raise
-    others = [name for part in listed for name in part.others]
-    if others:
-        log.warning("left out: %d files without an image's suffix, for example %s", len(others), os.fsdecode(others[0]))
-    return listed
+        raise SourceError(f"source {place} cannot be read: {error.strerror} ({error.filename})") from error
+    return _with_chosen_classes(listing, settings)
 
 
-def _join(kind: str, root: Path, classes: list[str], parts: list[_ClassListing], in_tar: bool) -> Listing:
-    counts = [len(part.names) for part in parts]
-    return Listing(
-        kind,
-        root,
-        classes,
-        Strings.join([part.names for part in parts]),
-        np.concatenate([part.sizes for part in parts]),
-        np.concatenate([part.offsets for part in parts]) if in_tar else None,
-        np.repeat(np.arange(len(classes), dtype=np.int32), counts),
+def source_folder(place: str) -> Folder:
+    """The folder of a source, to compare with other places: itself where it is a file."""
+    return folder_at(place, "source") if "://" in place else LocalFolder(Path(place))
+
+
+def _recognise(place: str, settings: SourceSettings) -> Kind:
+    if settings.labels is not None:
+        return "table"
+    if "://" in place:
+        return "tar" if is_tar_name(place) else "folder"
+    path = Path(place)
+    if path.is_file():
+        if table_files(path):
+            return "table"
+        return "webdataset" if settings.truth is None and path.suffix == ".tar" and holds_samples(path) else "tar"
+    if path.is_dir():
+        if is_corpus(path):
+            return "corpus"
+        has_folders = any(entry.is_dir() for entry in path.iterdir() if not entry.name.startswith("."))
+        if not has_folders and table_files(path):
+            return "table"
+        tars = tars_in(path)
+        return "webdataset" if tars and not has_folders and holds_samples(tars[0]) else "folder"
+    if any(character in place for character in "*?["):
+        return "webdataset"
+    raise SourceError(f"source {path}: there is no such file or folder")
+
+
+def _refuse_unread(kind: str, settings: SourceSettings) -> None:
+    special = set().union(*_READ_BY.values())
+    fields = SourceSettings.model_fields
+    given = {key for key in special if getattr(settings, key) != fields[key].default}
+    unread = sorted(given - _READ_BY[kind])
+    if unread:
+        readers = sorted(name for name, keys in _READ_BY.items() if unread[0] in keys)
+        raise SettingsError(
+            f"{unread[0]} is not read: {settings.source} is taken for kind={kind}, and {unread[0]} is for "
+            f"kind={' and kind='.join(readers)}"
+        )
+
+
+def _list(kind: str, place: str, settings: SourceSettings, workers: int, destination: Folder | None) -> Listing:
+    if kind == "table":
+        return _list_table(place, settings, workers, destination)
+    if kind == "corpus":
+        return list_corpus(Path(storage.local_path(place, "source")))
+    if kind == "webdataset":
+        return list_samples(_matching_tars(storage.local_path(place, "source")), place)
+    if kind == "tar":
+        above, _, name = place.rpartition("/")
+        folder = source_folder(above or "/")
+        if settings.truth is None:
+            return list_tar(folder, name, settings.inside)
+        listed, images = list_flat_tar(folder, name)
+        return with_truth(
+            "flat tar with a truth file", place, listed.names, listed.sizes, images, *_truth_files(settings)
+        )
+    folder = source_folder(place)
+    if settings.inside is not None:
+        folder = folder.child(settings.inside)
+    if settings.truth is None:
+        return list_image_folder(folder)
+    names, sizes = list_loose_images(folder)
+    return with_truth(
+        "flat folder with a truth file", place, names, sizes, FileImages(folder, names), *_truth_files(settings)
     )
+
+
+def _truth_files(settings: SourceSettings) -> tuple[Path, Path | None]:
+    truth = _file(settings.truth, "truth")
+    assert truth is not None
+    return truth, _file(settings.synsets, "synsets")
+
+
+def _file(path: str | None, key: str) -> Path | None:
+    return None if path is None else storage.local_path(absolute_path(path, key), key)
+
+
+def _matching_tars(place: Path) -> list[Path]:
+    if place.is_file():
+        return [place]
+    if place.is_dir():
+        tars = tars_in(place)
+    else:
+        tars = sorted(map(Path, glob.glob(str(place))), key=lambda path: os.fsencode(path.name))  # noqa: PTH207
+    if not tars:
+        raise SourceError(f"source {place}: there is no tar, and no file matches it as a pattern")
+    if len({tar.parent for tar in tars}) > 1:
+        raise SourceError(f"source {place}: the tars must lie in one folder")
+    return tars
+
+
+def _list_table(place: str, settings: SourceSettings, workers: int, destination: Folder | None) -> Listing:
+    table = _file(settings.labels, "labels") or storage.local_path(place, "source")
+    files = table_files(table)
+    if not files:
+        key = "source" if settings.labels is None else "labels"
+        there = "is none" if table.exists() else "does not exist"
+        raise SourceError(f"{key} = {table} must be a .csv, .jsonl or .parquet file or a folder of those: it {there}")
+    columns = columns_of(
+        files, settings.path_column, settings.label_column, settings.weight_column, settings.image_column
+    )
+    if columns.image is not None and settings.path_column is None:
+        return _list_embedded(files, columns, place, settings, workers, destination)
+    if settings.labels is None:
+        root: Folder = LocalFolder(table.parent if table.is_file() else table)
+    else:
+        root = source_folder(place)
+        if root.local is not None and not root.local.is_dir():
+            what = "is not a folder: with labels= it is that of the images" if root.local.exists() else "does not exist"
+            raise SourceError(f"source {root} {what}")
+    policy = FetchPolicy(settings.fetch_timeout_s, settings.fetch_attempts)
+    return list_table(
+        files, root, columns, TableOptions(settings.labels_per_image, round(settings.image_kb * 1e3), policy)
+    )
+
+
+def _list_embedded(
+    files: list[Path], columns: Columns, place: str, settings: SourceSettings, workers: int, destination: Folder | None
+) -> Listing:
+    if destination is None:
+        raise SourceError(f"source {place} has its images in the table: they can only be listed while sharding")
+    laid_down = destination.child(LAID_DOWN)
+    columns = replace(columns, path=settings.path_column)
+    parts = lay_down_files(files, columns, laid_down, workers)
+    many = {"auto": None, "one": False, "many": True}[settings.labels_per_image]
+    return list_laid_down(laid_down, parts, place, class_names_of(files[0], columns.label), many)
+
+
+def _with_chosen_classes(listing: Listing, settings: SourceSettings) -> Listing:
+    if settings.relabel is not None:
+        path = _file(settings.relabel, "relabel")
+        assert path is not None
+        listing = relabel(listing, path)
+    chosen = _file(settings.classes, "classes")
+    if chosen is not None:
+        names, descriptions = read_classes(chosen)
+        numbered = listing.classes == [str(number) for number in range(len(listing.classes))]
+        if numbered and not set(listing.classes) <= set(names):
+            listing = with_names(listing, names, descriptions)
+        else:
+            listing = put_in_order(listing, names, descriptions, f"classes = {chosen}")
+    words = _file(settings.words, "words")
+    return listing if words is None else replace(listing, class_descriptions=read_words(words, listing.classes))

@@ -6,10 +6,13 @@ found by offset and nothing is unpacked. Writing makes plain USTAR.
 
 import os
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import NamedTuple
 
 BLOCK = 512
+ReadAt = Callable[[int, int], bytes]
+"""(size, offset) -> bytes, as os.pread of a file: fewer than `size` at its end."""
 MAX_MEMBER_SIZE = 8**11 - 1
 """Bytes, what eleven octal digits hold."""
 
@@ -49,22 +52,23 @@ def make_header(name: str, size: int) -> bytes:
     return encoded.ljust(100, b"\0") + _BEFORE_SIZE + digits + _MTIME + checksum + _AFTER_CHECKSUM
 
 
-def iterate_members(descriptor: int, start: int, end: int, where: str) -> Iterator[Member]:
+def iterate_members(file: int | ReadAt, start: int, end: int, where: str) -> Iterator[Member]:
     """The members of the tar that lies in bytes start..end of an open file.
 
     Args:
-        descriptor: of the file; read with pread only.
+        file: its descriptor, read with pread only; or what reads it, asked for ascending offsets only.
         start, end: of the tar inside it, bytes.
         where: what to call the tar in messages.
 
     Raises:
         TarError: a header is damaged, a member or the tar's end is missing, or a member is sparse.
     """
+    read_at: ReadAt = partial(os.pread, file) if isinstance(file, int) else file
     at = start
     long_name: bytes | None = None
     attributes: dict[bytes, bytes] = {}
     while at + BLOCK <= end:
-        header = os.pread(descriptor, BLOCK, at)
+        header = read_at(BLOCK, at)
         if len(header) < BLOCK:
             raise TarError(f"{where} is cut short at byte {at}")
         if not header[0] and not any(header):
@@ -76,9 +80,9 @@ def iterate_members(descriptor: int, start: int, end: int, where: str) -> Iterat
             if content + size > end:
                 raise TarError(f"{where} is cut short: the name at byte {at} ends beyond it")
             if kind == b"L":
-                long_name = os.pread(descriptor, size, content).rstrip(b"\0")
+                long_name = read_at(size, content).rstrip(b"\0")
             elif kind == b"x":
-                attributes = _pax(os.pread(descriptor, size, content), at, where)
+                attributes = _pax(read_at(size, content), at, where)
         else:
             if kind == b"S" or any(key.startswith(b"GNU.sparse") for key in attributes):
                 raise TarError(f"{where} has a sparse member at byte {at}: make it without --sparse")

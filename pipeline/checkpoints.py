@@ -118,6 +118,15 @@ def newest(folder: Folder, *, before: Checkpoint | None = None, verify_from: int
     return None
 
 
+def newest_step(folder: Folder) -> int:
+    """The step of the newest committed checkpoint, damaged or not; -1 where there is none. Reads names only.
+
+    Args:
+        folder: the run's `checkpoints` folder.
+    """
+    return max((int(name.split("-")[1]) for name in _committed(folder)), default=-1)
+
+
 def _name_of(checkpoint: Checkpoint) -> str:
     return checkpoint.folder.url.rstrip("/").rsplit("/", 1)[1]
 
@@ -199,6 +208,8 @@ class Checkpoints:
 
     Attributes:
         stall_seconds: how long training has waited for checkpoints since this was made.
+        scratch: where this rank's parts are written first.
+        committed: on rank 0, step and time (Unix) of the checkpoint that was committed last; None before one was.
     """
 
     def __init__(
@@ -206,7 +217,9 @@ class Checkpoints:
     ) -> None:
         self.folder, self.settings, self.worker, self.keep_every = folder, settings, worker, keep_every
         self.stall_seconds = 0.0
+        self.committed: tuple[int, float] | None = None
         self._scratch = Scratch(settings.scratch, f"checkpoints-{worker.rank}")
+        self.scratch = self._scratch.path
         self._session = workers.from_all(secrets.token_hex(4))[0]
         self._saves = 0
         self._pending: _Save | None = None
@@ -251,9 +264,9 @@ class Checkpoints:
         shapes = {piece.name: list(piece.shape) for piece in held.pieces}
         files, error = {}, None
         try:
-            files = write_part(held, pieces, self._scratch.path, self.worker.rank)
+            files = write_part(held, pieces, self.scratch, self.worker.rank)
         except OSError as caught:
-            error = f"{self._scratch.path} on {workers.node()}: {caught.strerror or caught}"
+            error = f"{self.scratch} on {workers.node()}: {caught.strerror or caught}"
         outcomes = workers.from_all((error, shapes))
         self._raise([error for error, _ in outcomes], step)
         state = {**state, "shapes": {name: shape for _, some in outcomes for name, shape in some.items()}}
@@ -347,7 +360,7 @@ class Checkpoints:
             log.warning("the checkpoint of step %d could not be written (%s)", save.step, save.error)
 
     def _put(self, save: _Save, name: str) -> None:
-        path = self._scratch.path / name
+        path = self.scratch / name
         if path.exists():  # or an earlier try had moved it already
             save.target.put(path, name, move=True)
         if save.target.size(name) != save.files[name]:
@@ -381,6 +394,7 @@ class Checkpoints:
             parts.append({"files": files, "digest": xxhash.xxh3_128_hexdigest(content)})
         manifest = {"format": FORMAT, "step": save.step, "parts": parts, "state": save.state}
         save.target.write_json(MANIFEST, {**manifest, "digest": _digest(manifest)})
+        self.committed = (save.step, time.time())
         try:
             self._retain(save)
         except Exception as error:

@@ -53,6 +53,17 @@ Length = Annotated[str, AfterValidator(_check_length)]
 """A `Duration` that is not 0."""
 
 
+def _check_range(text: str) -> str:
+    match = re.fullmatch(r"([1-9]\d*)-([1-9]\d*)", text)
+    if not match or int(match[1]) > int(match[2]):
+        raise ValueError(f'{text!r} is no number of ranks: write 8, or "4-16" for at least 4 and at most 16')
+    return text
+
+
+WorkerRange = Annotated[str, AfterValidator(_check_range)]
+"""Fewest and most ranks, such as "4-16"."""
+
+
 def duration_in_steps(text: str, global_batch: int, num_samples: int) -> int:
     """A duration as optimizer steps, rounded to the nearest (at least 1 where the duration is not 0).
 
@@ -168,11 +179,26 @@ class AugmentSettings(Settings):
         return self
 
 
+class MixturePart(Settings):
+    """One of several corpora that are mixed."""
+
+    corpus: str
+    """Folder of a corpus made by data_prep/shard.py, or s3://."""
+    weight: Annotated[float, Field(gt=0, allow_inf_nan=False)]
+    """How often its images come, in relation to the other weights."""
+    name: str | None = None
+    """What to call it where classes are kept apart; null takes the folder's name."""
+
+
 class DataSettings(Settings):
     """What is read, in which order, and what is done to the images."""
 
-    corpus: str
-    """Folder of a corpus made by data_prep/shard.py."""
+    corpus: str | None = None
+    """Folder of a corpus made by data_prep/shard.py, or s3://."""
+    mixture: tuple[MixturePart, ...] | None = None
+    """Instead of data.corpus, several to mix: [{corpus: /data/a, weight: 0.7}, {corpus: /data/b, weight: 0.3}]."""
+    mixture_classes: Literal["merge", "separate"] = "merge"
+    """Classes of the same name are one, numbered as they first appear, or each part keeps its own as PART:CLASS."""
     heldout: str | None = None
     """Corpus that is scored during and after training; it must have the same classes."""
     image_size: PositiveInt = 224
@@ -184,8 +210,12 @@ class DataSettings(Settings):
     """Subtracted from the pixels, scaled to 0 to 1, by channel. Null: the parent's, or 0.5 as in the original code."""
     std: Triple | None = None
     """The pixels are then divided by this, by channel. Null: the parent's, or 0.5."""
-    shuffle_window: Annotated[int, Field(ge=0)] = 0
-    """0 shuffles the whole corpus; W shuffles whole shards and then inside windows of W shards."""
+    shuffle_window: Annotated[int, Field(ge=0)] | None = None
+    """0 shuffles all images; W shuffles whole shards, then inside windows of W. Null: 0 on disks, a W for s3://."""
+    cache_gb: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 100.0
+    """What shards from s3:// may take on a node, in $VITFORGE_CACHE or ~/.cache/vitforge; at most 80 % of the disk."""
+    max_bad_share: Annotated[float, Field(ge=0, le=1)] = 0.001
+    """Share of images that may be unreadable; they are replaced and counted. More (and more than 10) stop the run."""
     decode: Literal["auto", "cpu", "gpu"] = "auto"
     """Where DALI decodes; auto tries the GPU in a subprocess first and falls back to the CPU."""
     hw_decoder_load: Annotated[float, Field(ge=0, le=1)] = 0.65
@@ -195,6 +225,15 @@ class DataSettings(Settings):
 
     @model_validator(mode="after")
     def _check(self) -> "DataSettings":
+        if (self.corpus is None) == (self.mixture is None):
+            given = "neither is" if self.corpus is None else "both are"
+            raise SettingsError(
+                f"data.corpus or data.mixture must be set, {given}: give the folder of a corpus, or several with "
+                "weights (data.corpus=null takes one out of a recipe)"
+            )
+        if self.mixture is not None and len(self.mixture) == 0:
+            raise SettingsError("data.mixture = [] must have at least one part: {corpus: FOLDER, weight: NUMBER}")
+        _refuse_unread(self, "data", "mixture", self.mixture is not None, ("mixture_classes",))
         if self.eval_resize is not None and self.eval_resize < self.image_size:
             raise SettingsError(
                 f"data.eval_resize = {self.eval_resize} is below data.image_size = {self.image_size}: the centre "
@@ -321,6 +360,8 @@ class LogSettings(Settings):
 
     every: PositiveInt = 10
     """Steps between log lines and metric points."""
+    samples: bool = False
+    """Keep a record of the sample ids of every step and rank, RUN/samples/rank-*.jsonl, to look for faults."""
 
 
 class RunSettings(Settings):
@@ -330,16 +371,52 @@ class RunSettings(Settings):
     """Folder of the run under HOME/runs: letters, digits, dot, dash and underscore. The same name resumes."""
     home: str = ""
     """Folder of runs, tracking database and artifacts. Empty: $VITFORGE_HOME, else ~/vitforge."""
-    workers: PositiveInt | None = None
-    """Ranks; null takes every GPU of the cluster, or 1 where there is none."""
+    workers: PositiveInt | WorkerRange | None = None
+    """Ranks, or fewest and most of them ("4-16": as many as there is room for). Null: every GPU, or 1 without one."""
     cpus_per_worker: PositiveInt | None = None
     """Ray's logical CPUs a rank; null shares the cluster's among the ranks."""
     max_failures: Annotated[int, Field(ge=0)] = 3
-    """How often Ray restarts the workers after a crash; each restart resumes from the newest checkpoint."""
+    """Crashes in a row, without a new checkpoint between them, that Ray starts the ranks again after."""
+    wait_s: Annotated[int, Field(ge=0)] = 1800
+    """Seconds to wait for room on the cluster: for other jobs to end, or after a node was lost."""
+    resize_check_s: PositiveInt = 60
+    """Seconds between looks for room for more ranks, where run.workers allows more than there are."""
+    hang_timeout_s: PositiveInt = 300
+    """Seconds without progress, or a minute without a sign of life, after which a rank hangs and all start again."""
     allow_changes: bool = False
     """Go on from a checkpoint of other settings or another corpus; never of another architecture or global batch."""
     collective_timeout_s: PositiveInt = 600
-    """Seconds after which a collective operation that does not finish ends the run."""
+    """Seconds after which a collective operation that does not finish ends the ranks."""
+    interface: str | None = None
+    """Network interface between the ranks, such as ib0; null takes the one that reaches the other machines."""
+
+    @property
+    def worker_bounds(self) -> tuple[int, int] | None:
+        """Fewest and most ranks; None where the cluster decides."""
+        if isinstance(self.workers, str):
+            fewest, most = map(int, self.workers.split("-"))
+            return fewest, most
+        return None if self.workers is None else (self.workers, self.workers)
+
+
+class HealthSettings(Settings):
+    """What happens when training goes wrong."""
+
+    nonfinite: Literal["stop", "skip"] = "stop"
+    """A loss or gradient that is not finite: stop, or go back to the last checkpoint and on without that batch."""
+    spike_factor: Annotated[float, Field(gt=1)] | None = None
+    """A loss so many times its median over the last 200 steps is a spike; null looks for none."""
+    spike: Literal["stop", "skip"] = "skip"
+    """What is done about a spike; as nonfinite."""
+    max_skips: PositiveInt = 10
+    """Batches that a run may leave out."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "HealthSettings":
+        _refuse_unread(self, "health", "spike_factor", self.spike_factor is not None, ("spike",))
+        skips = self.nonfinite == "skip" or (self.spike_factor is not None and self.spike == "skip")
+        _refuse_unread(self, "health", "nonfinite", skips, ("max_skips",))
+        return self
 
 
 class RegistrySettings(Settings):
@@ -371,6 +448,7 @@ class StageSettings(Settings):
     checkpoint: CheckpointSettings = CheckpointSettings()
     evaluation: EvaluationSettings = EvaluationSettings()
     log: LogSettings = LogSettings()
+    health: HealthSettings = HealthSettings()
     run: RunSettings
     registry: RegistrySettings = RegistrySettings()
 

@@ -28,10 +28,11 @@ from models.vit import VisionTransformer
 from models.weights import load_into
 from pipeline import decoding, packages, tracking, workers
 from pipeline.config import DataSettings, EvaluateSettings
-from pipeline.launch import run_ranks
-from pipeline.loader import EvalLoader
+from pipeline.launch import Terms, run_ranks
+from pipeline.loader import EvalLoader, check_bad
 from pipeline.scoring import score
 from pipeline.stage import home_folder
+from pipeline.stopping import Control
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ class Job:
     tracking_uri: str
 
 
-def evaluate(job: Job) -> None:
+def evaluate(job: Job, control: Control) -> bool:
     """Score the model on this rank's share of the corpus; rank 0 writes the scores of all."""
     settings = job.settings
     set_up_logging()
@@ -68,9 +69,13 @@ def evaluate(job: Job) -> None:
     log.info("scoring %d images on %d rank(s), decoding on %s", corpus.num_samples, worker.world_size, backend)
     began = time.perf_counter()
     scores = score(model, loader, package.activation, dtype)
+    assert scores is not None
+    if bad := check_bad(loader, corpus.num_samples, data.max_bad_share):
+        log.warning("%d images cannot be read or decoded and were left out: %s", bad, "; ".join(loader.bad.described))
     if worker.leads:
         rate = scores.images / (time.perf_counter() - began)
         write_json(Path(job.result), {**asdict(scores), "images_per_second": rate})
+    return True
 
 
 def data_settings(package: packages.Package, settings: EvaluateSettings) -> DataSettings:
@@ -113,11 +118,12 @@ def main() -> None:
             evaluate,
             job,
             name="evaluate",
-            folder=Path(scratch),
-            workers=settings.workers,
-            cpus_per_worker=settings.cpus_per_worker,
-            max_failures=1,
-            timeout_s=600,
+            folder=scratch,
+            terms=Terms(
+                (settings.workers, settings.workers) if settings.workers else None,
+                settings.cpus_per_worker,
+                max_failures=1,
+            ),
             check=lambda ranks: None,
         )
         if not leads():

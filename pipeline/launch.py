@@ -1,141 +1,386 @@
-"""Start the ranks of a stage: under Ray Train, or as the process that torchrun started already."""
+"""Start the ranks of a stage, and start them again: under Ray Train, or as the process that torchrun started already.
+
+Under Ray the number of ranks may change from one start to the next. Each start takes as many as the cluster has room
+for then; a node that joins makes the ranks save and stop, to go on with more; a node that is being taken away makes
+them save and stop, to go on elsewhere; a crash is followed by another start.
+"""
 
 import os
+import time
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
-from cluster.command import log
+from cluster.command import duration, log
 from cluster.ray_runtime import ray_session
 from cluster.settings import SettingsError
+from pipeline.stopping import STOPPED, Control, Every, SignalControl, StopSignal
 from pipeline.workers import under_torchrun
+
+Target = Callable[[Any, Control], bool]
+"""Runs on every rank; returns whether it came to its end (False: it saved and stopped because it was told to)."""
+
+_BACK_OFF_S = (0, 5, 15, 45, 120)
+"""Seconds before another start, by failures in a row. The first costs nothing: most failures are single."""
+_SAY_EVERY_S = 60.0
+
+
+@dataclass(frozen=True)
+class Terms:
+    """How many ranks, and what is done when they do not come to their end.
+
+    Attributes:
+        workers: fewest and most ranks; None takes every GPU, or 1 without one.
+        cpus_per_worker: logical CPUs a rank; None shares the cluster's.
+        max_failures: crashes in a row, without progress between them, after which no more starts are made.
+        timeout_s: for collective operations.
+        resize_check_s: seconds between looks for room for more ranks.
+        wait_s: seconds to wait for room for the fewest.
+        interface: network interface of the ranks; None chooses it.
+    """
+
+    workers: tuple[int, int] | None = None
+    cpus_per_worker: int | None = None
+    max_failures: int = 0
+    timeout_s: int = 600
+    resize_check_s: float = 60.0
+    wait_s: float = 0.0
+    interface: str | None = None
+
+
+@dataclass(frozen=True)
+class Crew:
+    """The ranks of one start."""
+
+    ranks: int
+    cpus: int
+    gpu: bool
 
 
 def run_ranks(
-    target: Callable[[Any], None],
+    target: Target,
     argument: Any,
     *,
     name: str,
-    folder: Path,
-    workers: int | None,
-    cpus_per_worker: int | None,
-    max_failures: int,
-    timeout_s: int,
+    folder: str,
+    terms: Terms,
     check: Callable[[int], None],
+    progress: Callable[[], int] = lambda: 0,
 ) -> None:
-    """Call `target(argument)` on every rank and wait for all of them.
+    """Call `target(argument, control)` on every rank and wait for all of them.
 
-    A rank that crashes ends the others; they are started again, up to `max_failures` times. A ValueError is what
-    the user can put right: it is raised here at once, since another try would end the same way.
+    A rank that crashes ends the others; they are started again. A ValueError is what the user can put right: it is
+    raised here at once, since another try would end the same way.
 
     Args:
         name: shown by Ray.
-        folder: for Ray Train's own records; every node sees it.
-        workers: ranks; None takes every GPU, or 1 without one.
-        cpus_per_worker: logical CPUs a rank; None shares the cluster's.
-        timeout_s: for collective operations.
+        folder: for Ray Train's own records; every node sees it: a path, or s3://.
         check: refuses a number of ranks by raising ValueError, before any of them starts.
+        progress: a number that has grown when work was saved since it was asked last; crashes are counted anew then.
 
     Raises:
         ValueError: from `check`, from a rank, or for ranks that the cluster has no room for.
         RuntimeError: the ranks crashed too often.
+        SystemExit: they saved and stopped because the command was told to.
     """
+    signals = StopSignal()
+    signals.install()
     if under_torchrun():
         world = int(os.environ["WORLD_SIZE"])
-        if workers is not None and workers != world:
-            raise SettingsError(f"torchrun started {world} ranks, the settings ask for {workers}: make them agree")
+        if terms.workers is not None and not terms.workers[0] <= world <= terms.workers[1]:
+            asked = _range(*terms.workers)
+            raise SettingsError(f"torchrun started {world} ranks, the settings ask for {asked}: make them agree")
         check(world)
-        target(argument)
+        if not target(argument, SignalControl(signals)):
+            raise SystemExit(STOPPED)
         return
-    if workers is not None:
-        check(workers)
-    with ray_session(min_cpus=(workers or 1) * (cpus_per_worker or 1)):
-        ranks, cpus, gpus = _fit(workers, cpus_per_worker)
-        check(ranks)
-        _run_on_ray(target, argument, name, folder, ranks, cpus, gpus, max_failures, timeout_s)
+    if terms.workers is not None and terms.workers[0] == terms.workers[1]:
+        check(terms.workers[0])
+    with ray_session(min_cpus=(terms.workers or (1, 1))[0] * (terms.cpus_per_worker or 1)):
+        signals.install()  # Ray has put its own in its place
+        _Launcher(target, argument, name, folder, terms, check, progress, signals).run()
 
 
-def _fit(workers: int | None, cpus_per_worker: int | None) -> tuple[int, int, bool]:
-    """Ranks, CPUs a rank, and whether each has a GPU, for the cluster as it is.
+class _Launcher:
+    """The starts of one stage on Ray."""
 
-    Raises:
-        SettingsError: the cluster has no room for them.
-    """
-    import ray
+    def __init__(
+        self,
+        target: Target,
+        argument: Any,
+        name: str,
+        folder: str,
+        terms: Terms,
+        check: Callable[[int], None],
+        progress: Callable[[], int],
+        signals: StopSignal,
+    ) -> None:
+        self.target, self.argument, self.name, self.folder = target, argument, name, folder
+        self.terms, self.check, self.progress, self.signals = terms, check, progress, signals
+        self.attempt = 0
 
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    gpus = int(sum(node.get("GPU", 0) for node in nodes))
-    cores = int(sum(node.get("CPU", 0) for node in nodes))
-    ranks = workers or max(gpus, 1)
-    if gpus and ranks > gpus:
-        raise SettingsError(f"run.workers = {ranks}, but the cluster has {gpus} GPUs: use at most {gpus}")
-    cpus = cpus_per_worker or max(1, cores // ranks)
+    def run(self) -> None:
+        """Start the ranks until they come to their end."""
+        failures, saved = 0, self.progress()
+        while True:
+            crew = self._crew()
+            outcome, why = self._start(crew)
+            self.attempt += 1
+            if outcome == "finished":
+                return
+            if self.signals.requested.is_set():
+                if outcome == "crashed":
+                    log.warning("the ranks crashed while they were told to stop: %s", why)
+                raise SystemExit(STOPPED)
+            now = self.progress()
+            if now > saved:
+                failures, saved = 0, now
+            if outcome == "stopped":
+                log.info("the ranks saved and stopped: %s", why)
+                continue
+            failures += 1
+            if failures > self.terms.max_failures:
+                raise RuntimeError(
+                    f"the ranks crashed {failures} time(s) without a new checkpoint, run.max_failures = "
+                    f"{self.terms.max_failures}; last: {why}"
+                )
+            pause = _BACK_OFF_S[min(failures, len(_BACK_OFF_S)) - 1]
+            log.warning(
+                "crash %d of at most %d without a new checkpoint: %s; starting the ranks again%s",
+                failures,
+                self.terms.max_failures,
+                why,
+                f" in {pause} s" if pause else "",
+            )
+            self._sleep(pause)
 
-    def room(node: dict[str, float]) -> int:
-        places = int(node.get("CPU", 0) // cpus)
-        return min(places, int(node.get("GPU", 0))) if gpus else places
+    def _sleep(self, seconds: float) -> None:
+        if self.signals.requested.wait(seconds):
+            raise SystemExit(STOPPED)
 
-    if cpus_per_worker is None:
-        # Nodes of different sizes: an even share of the whole need not fit on each.
-        while cpus > 1 and sum(map(room, nodes)) < ranks:
-            cpus -= 1
-    if sum(map(room, nodes)) < ranks:
-        raise SettingsError(
-            f"run.workers = {ranks} with {cpus} CPU(s){' and a GPU' if gpus else ''} each do not fit on the cluster "
-            f"({len(nodes)} node(s), {cores} CPUs, {gpus} GPUs): use fewer workers, or a smaller run.cpus_per_worker"
+    # ---- how many --------------------------------------------------------------------------------------------
+
+    def _crew(self) -> Crew:
+        """The largest crew within the terms that there is room for now; waits for room for the smallest.
+
+        Raises:
+            SettingsError: the cluster is too small for the smallest crew, or was for as long as we may wait.
+        """
+        from cluster import capacity
+
+        began = said = time.monotonic()
+        while True:
+            if self.signals.requested.is_set():
+                raise SystemExit(STOPPED)
+            total = capacity.total_nodes()
+            fewest, most, gpu = self._bounds(total)
+            # The list of nodes lags behind what happened to them; before the first start nothing has yet.
+            free = capacity.free_nodes()
+            crew = self._largest(free if self.attempt == 0 else capacity.answering(free), fewest, most, gpu)
+            if crew is not None:
+                if crew.ranks < most:
+                    log.info("room for %d rank(s) of at most %d", crew.ranks, most)
+                return crew
+            waited = time.monotonic() - began
+            if (self.attempt == 0 and self._largest(total, fewest, most, gpu) is None) or waited > self.terms.wait_s:
+                raise SettingsError(self._no_room(total, free, fewest, gpu, waited))
+            if (waited and time.monotonic() - said > _SAY_EVERY_S) or said == began:
+                said = time.monotonic()
+                log.info(
+                    "waiting for room for %d rank(s): %d node(s) with %d CPUs and %d GPUs free; %s more at most",
+                    fewest,
+                    len(free),
+                    sum(node.cpus for node in free),
+                    sum(node.gpus for node in free),
+                    duration(self.terms.wait_s - waited),
+                )
+            self._sleep(1.0)
+
+    def _bounds(self, total: "list[Any]") -> tuple[int, int, bool]:
+        """Fewest and most ranks, and whether each has a GPU."""
+        gpus = int(sum(node.gpus for node in total))
+        # What began on GPUs does not go on without them.
+        self._gpu = getattr(self, "_gpu", gpus > 0)
+        if self.terms.workers is not None:
+            return *self.terms.workers, self._gpu
+        every = max(gpus, 1)
+        return (every if self.attempt == 0 else 1), every, self._gpu
+
+    def _largest(self, nodes: "list[Any]", fewest: int, most: int, gpu: bool) -> Crew | None:
+        """The largest crew that fits on some nodes and splits the batch."""
+        refusal: ValueError | None = None
+        fits = False
+        for ranks in range(most, fewest - 1, -1):
+            cpus = self.terms.cpus_per_worker or max(1, int(sum(node.cpus for node in nodes)) // ranks)
+            while self.terms.cpus_per_worker is None and cpus > 1 and _places(nodes, cpus, gpu) < ranks:
+                cpus -= 1  # nodes of different sizes: an even share of the whole need not fit on each
+            if _places(nodes, cpus, gpu) < ranks:
+                continue
+            fits = True
+            try:
+                self.check(ranks)
+                return Crew(ranks, cpus, gpu)
+            except ValueError as error:
+                refusal = refusal or error
+        if fits and refusal is not None:
+            raise refusal
+        return None
+
+    def _no_room(self, total: "list[Any]", free: "list[Any]", fewest: int, gpu: bool, waited: float) -> str:
+        cpus = self.terms.cpus_per_worker or 1
+        each = f"{cpus} CPU(s){' and a GPU' if gpu else ''} each"
+        cores, gpus = int(sum(node.cpus for node in total)), int(sum(node.gpus for node in total))
+        if _places(total, cpus, gpu) < fewest:
+            return (
+                f"run.workers = {fewest} with {each} do not fit on the cluster ({len(total)} node(s), {cores} CPUs, "
+                f"{gpus} GPUs): use fewer workers, a smaller run.cpus_per_worker, or a range such as run.workers=1-"
+                f"{fewest}"
+            )
+        return (
+            f"there was no room for {fewest} rank(s) with {each} for {duration(waited)} ({len(free)} node(s), "
+            f"{sum(node.cpus for node in free):g} CPUs and {sum(node.gpus for node in free):g} GPUs free): wait for "
+            "other jobs to end, raise run.wait_s, or use fewer workers"
         )
-    return ranks, cpus, gpus > 0
 
+    # ---- one start -------------------------------------------------------------------------------------------
 
-def _on_rank(config: dict[str, Any]) -> None:
-    config["target"](config["argument"])
+    def _start(self, crew: Crew) -> tuple[Literal["finished", "stopped", "crashed"], str]:
+        """Start a crew and wait for it; returns how it ended and why."""
+        os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")  # a crash is noticed sooner than in two s
+        os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
+        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # we watch the nodes ourselves
+        import ray
+        from ray.train import FailureConfig, RunConfig, ScalingConfig
+        from ray.train.torch import TorchTrainer
+        from ray.train.v2.api.exceptions import TrainingFailedError, WorkerGroupError
 
+        from pipeline.ray_ranks import Mailbox, RanksConfig, on_rank
 
-def _run_on_ray(
-    target: Callable[[Any], None],
-    argument: Any,
-    name: str,
-    folder: Path,
-    ranks: int,
-    cpus: int,
-    gpus: bool,
-    max_failures: int,
-    timeout_s: int,
-) -> None:
-    # A crash is noticed within half a second, instead of two.
-    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
-    os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
-    from ray.train import FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchConfig, TorchTrainer
-    from ray.train.v2.api.exceptions import TrainingFailedError, WorkerGroupError
-
-    for attempt in range(max_failures + 1):
+        # On the driver's node: it must outlive every other.
+        here = {"ray.io/node-id": ray.get_runtime_context().get_node_id()}
+        mailbox = ray.remote(num_cpus=0, max_concurrency=4, label_selector=here)(Mailbox).remote()
         trainer = TorchTrainer(
-            _on_rank,
-            train_loop_config={"target": target, "argument": argument},
-            scaling_config=ScalingConfig(num_workers=ranks, use_gpu=gpus, resources_per_worker={"CPU": cpus}),
-            torch_config=TorchConfig(backend="nccl" if gpus else "gloo", timeout_s=timeout_s),
+            on_rank,
+            train_loop_config={
+                "target": self.target,
+                "argument": self.argument,
+                "mailbox": mailbox,
+                "attempt": self.attempt,
+            },
+            scaling_config=ScalingConfig(
+                num_workers=crew.ranks, use_gpu=crew.gpu, resources_per_worker={"CPU": crew.cpus}
+            ),
+            torch_config=RanksConfig(
+                backend="nccl" if crew.gpu else "gloo",
+                timeout_s=self.terms.timeout_s,
+                interface=self.terms.interface,
+            ),
             run_config=RunConfig(
-                name=f"{name}-{os.getpid()}-{attempt}",
-                storage_path=str(folder),
+                name=f"{self.name}-{os.getpid()}-{self.attempt}",
+                storage_path=self.folder,
                 failure_config=FailureConfig(max_failures=0),
             ),
         )
+        self.signals.begun.clear()
+        overseer = _Overseer(self, mailbox, crew)
+        watching = Every(1.0, overseer.look, "overseer")
         try:
             trainer.fit()
-            return
+            finished = ray.get(mailbox.ended.remote())
+            assert finished is not None, "the ranks returned without saying how they ended"
+            return ("finished", "") if finished else ("stopped", overseer.asked or "told to stop")
         except TrainingFailedError as error:
             failures = error.worker_failures if isinstance(error, WorkerGroupError) else {}
             for failure in failures.values():
                 if isinstance(failure, ValueError):
                     raise failure from None
+            hung = ray.get(mailbox.verdict.remote())
             what = "; ".join(f"rank {rank}: {_last_line(failure)}" for rank, failure in sorted(failures.items()))
-            what = what or _last_line(error)
-            if attempt == max_failures:
-                raise RuntimeError(
-                    f"the ranks crashed {attempt + 1} time(s), run.max_failures = {max_failures}; last: {what}"
-                ) from error
-            log.warning("crash %d of at most %d: %s; starting the ranks again", attempt + 1, max_failures, what)
+            if overseer.asked and not hung:
+                # A node that went before the ranks had saved, as was announced: no failure of theirs.
+                return "stopped", f"{overseer.asked}; {what or _last_line(error)}"
+            return "crashed", hung or what or _last_line(error)
+        finally:
+            self.signals.begun.clear()
+            watching.close()
+            ray.kill(mailbox)
+
+
+class _Overseer:
+    """Watches a crew at work, from the driver, and tells it to stop when there is a reason."""
+
+    def __init__(self, launcher: _Launcher, mailbox: Any, crew: Crew) -> None:
+        self.launcher, self.mailbox, self.crew = launcher, mailbox, crew
+        self.asked: str | None = None
+        self._checked = time.monotonic()
+
+    def look(self) -> None:
+        """Look once; called every second from a thread."""
+        import ray
+
+        begun = self.launcher.signals.begun
+        if not begun.is_set() and ray.get(self.mailbox.begun.remote(), timeout=30):
+            begun.set()
+        if self.asked is None:
+            reason = self._reason()
+            if reason:
+                ray.get(self.mailbox.ask.remote(reason), timeout=30)
+                self.asked = reason
+                log.info("telling the ranks to save and stop: %s", reason)
+
+    def _reason(self) -> str | None:
+        import ray
+
+        from cluster import capacity
+
+        if self.launcher.signals.requested.is_set():
+            return "the command was told to stop"
+        nodes: dict[int, str] = {}
+        leaving = capacity.draining()
+        due = time.monotonic() - self._checked > self.launcher.terms.resize_check_s
+        if leaving or due:
+            nodes = ray.get(self.mailbox.places.remote(), timeout=30)
+        lost = sorted({node for node in nodes.values() if node in leaving})
+        if lost:
+            hosts = {node["NodeID"]: node["NodeManagerHostname"] for node in ray.nodes()}
+            return f"node {', '.join(hosts.get(node, node) for node in lost)} is being taken away"
+        if due:
+            self._checked = time.monotonic()
+            larger = self._larger(nodes)
+            if larger:
+                return f"there is room for {larger} ranks instead of {self.crew.ranks}"
+        return None
+
+    def _larger(self, nodes: dict[int, str]) -> int | None:
+        """How many more ranks would fit beside what ours already have; None where none would."""
+        from cluster import capacity
+
+        fewest, most, gpu = self.launcher._bounds(capacity.total_nodes())
+        if most <= self.crew.ranks or len(nodes) < self.crew.ranks:
+            return None
+        ours = list(nodes.values())
+        whole = [
+            capacity.Node(
+                node.id,
+                node.host,
+                node.cpus + ours.count(node.id) * self.crew.cpus,
+                node.gpus + ours.count(node.id) * gpu,
+            )
+            for node in capacity.free_nodes()
+        ]
+        crew = self.launcher._largest(whole, fewest, most, gpu)
+        if crew is None or crew.ranks <= self.crew.ranks:
+            return None
+        crew = self.launcher._largest([node for node in whole if node in capacity.answering(whole)], fewest, most, gpu)
+        return crew.ranks if crew is not None and crew.ranks > self.crew.ranks else None
+
+
+def _places(nodes: "list[Any]", cpus: int, gpu: bool) -> int:
+    return sum(node.room(cpus, gpu) for node in nodes)
+
+
+def _range(fewest: int, most: int) -> str:
+    return str(fewest) if fewest == most else f"{fewest}-{most}"
 
 
 def _last_line(error: BaseException) -> str:

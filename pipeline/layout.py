@@ -198,6 +198,11 @@ def state_bytes(config: VitConfig, precision: Precision, zero_stage: int, ranks:
     return count_parameters(config) * (weight * share[0] + gradient * share[1] + optimizer * share[2])
 
 
+def saved_bytes(config: VitConfig, ranks: int, averages: bool) -> float:
+    """Bytes a rank for its part of a checkpoint: fp32 weights, AdamW's two moments and, if kept, the average."""
+    return count_parameters(config) * 4 * (4 if averages else 3) / ranks
+
+
 def activation_bytes(config: VitConfig, precision: Precision, recompute: bool) -> float:
     """Bytes an image that a forward pass keeps for the backward pass, with attention that stores no matrix.
 

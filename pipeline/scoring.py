@@ -1,5 +1,6 @@
 """Scoring a model on a corpus: every sample once, over any number of ranks."""
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -28,7 +29,13 @@ class Scores:
 
 
 @torch.no_grad()
-def score(module: Any, loader: EvalLoader, kind: Literal["softmax", "sigmoid"], dtype: torch.dtype) -> Scores:
+def score(
+    module: Any,
+    loader: EvalLoader,
+    kind: Literal["softmax", "sigmoid"],
+    dtype: torch.dtype,
+    goes_on: Callable[[], bool] = lambda: True,
+) -> Scores | None:
     """Score a model; all ranks call it and all get the same scores.
 
     Args:
@@ -36,6 +43,10 @@ def score(module: Any, loader: EvalLoader, kind: Literal["softmax", "sigmoid"], 
         loader: gives this rank its share of the corpus.
         kind: which loss.
         dtype: of the model's weights.
+        goes_on: asked before every batch; gives the same answer on all ranks.
+
+    Returns:
+        None if it was told not to go on.
     """
     device = loader.worker.device
     loss_of = softmax_cross_entropy if kind == "softmax" else sigmoid_cross_entropy
@@ -43,6 +54,9 @@ def score(module: Any, loader: EvalLoader, kind: Literal["softmax", "sigmoid"], 
     training = module.training
     module.eval()
     for batch in loader:
+        if not goes_on():
+            module.train(training)
+            return None
         logits = module(batch.images.to(dtype)).float()
         count, classes = logits.shape
         targets = dense_targets(batch.rows, batch.classes, batch.weights, count, classes, device)

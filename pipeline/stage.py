@@ -1,15 +1,12 @@
 """What pre-training and fine-tuning share around the loop: checks, the run's folder, tracking, the hand-over."""
 
-import fcntl
-import hashlib
 import json
 import os
 import shlex
-import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,21 +14,23 @@ from typing import Any
 import torch
 
 from cluster.command import absolute_path, leads, log
-from cluster.folders import folder_at
+from cluster.folders import Folder, folder_at
+from cluster.lease import Lease
 from cluster.ray_runtime import REPOSITORY
 from cluster.settings import SettingsError
-from cluster.storage import read_json, write_json
-from data_prep.corpus import Corpus
+from data_prep.mixture import Mixture
 from models.preprocess import Preprocessing
 from models.vit import VitConfig
 from models.weights import save_safetensors
 from pipeline import checkpoints, layout, packages, pictures, tracking
-from pipeline.config import DataSettings, StageSettings, duration_in_steps
-from pipeline.launch import run_ranks
+from pipeline.agreement import code_hash
+from pipeline.config import RunSettings, StageSettings, duration_in_steps
+from pipeline.corpora import some
+from pipeline.launch import Terms, run_ranks
+from pipeline.run_files import INITIAL_WEIGHTS, METRICS, at_hand, producing
 from pipeline.schedules import Schedule
-from pipeline.train_loop import METRICS, Job, identity_of, train
-
-INITIAL_WEIGHTS = "initial.safetensors"
+from pipeline.train_loop import Job, identity_of, train
+from pipeline.workers import under_torchrun
 
 
 @dataclass(frozen=True)
@@ -48,41 +47,31 @@ class Start:
 
 
 def home_folder(home: str) -> Path:
-    """The folder of runs, tracking database and artifacts.
+    """The folder of the tracking database and artifacts: on this machine, also where the runs are on an object store.
 
     Raises:
-        ValueError: a relative path inside a submitted job, or a URL.
+        ValueError: a relative path inside a submitted job, or a URL in VITFORGE_HOME.
     """
-    given = home or os.environ.get("VITFORGE_HOME", "") or "~/vitforge"
-    path = absolute_path(given, "run.home")
+    given = os.environ.get("VITFORGE_HOME", "") or "~/vitforge"
+    if home and "://" not in home:
+        return Path(absolute_path(home, "run.home"))
+    path = absolute_path(given, "VITFORGE_HOME")
     if "://" in path:
-        raise SettingsError(f"run.home = {path!r}: a folder that every node mounts is needed, not a URL")
+        raise SettingsError(f"VITFORGE_HOME = {path!r}: MLflow needs a folder; give run.home={path} for the runs alone")
     return Path(path)
 
 
-def open_corpora(data: DataSettings) -> tuple[Corpus, Corpus | None]:
-    """The training and held-out corpus of a stage.
+def run_folder(settings: RunSettings) -> Folder:
+    """The folder of a run, on a mounted file system or an object store.
 
     Raises:
-        ValueError: one of them is missing or damaged, or their classes differ.
+        ValueError: a relative path inside a submitted job, or a URL of a kind that is not supported.
     """
-    corpus = Corpus.open(absolute_path(data.corpus, "data.corpus"))
-    heldout = Corpus.open(absolute_path(data.heldout, "data.heldout")) if data.heldout else None
-    if heldout is not None and heldout.label_kind != corpus.label_kind:
-        raise SettingsError(
-            f"data.heldout = {data.heldout!r} has {heldout.label_kind} labels, data.corpus {corpus.label_kind}: shard "
-            "both the same way"
-        )
-    if heldout is not None and heldout.classes != corpus.classes:
-        raise SettingsError(
-            f"data.heldout = {data.heldout!r} has other classes than data.corpus "
-            f"({len(heldout.classes)}: {_some(heldout.classes)}; not {len(corpus.classes)}: {_some(corpus.classes)}): "
-            "shard both from the same class names"
-        )
-    return corpus, heldout
+    home = absolute_path(settings.home, "run.home") if "://" in settings.home else str(home_folder(settings.home))
+    return folder_at(home, "run.home").child("runs").child(settings.name)
 
 
-def check_stage(settings: StageSettings, corpus: Corpus) -> None:
+def check_stage(settings: StageSettings, corpus: Mixture) -> None:
     """Everything about a stage that can be refused before anything expensive starts.
 
     Raises:
@@ -92,8 +81,10 @@ def check_stage(settings: StageSettings, corpus: Corpus) -> None:
         raise SettingsError(f"loss.kind = 'softmax', but {corpus} has many labels an image: use loss.kind=sigmoid")
     total = duration_in_steps(settings.training.duration, settings.training.global_batch, corpus.num_samples)
     Schedule(settings.optimizer, total, settings.training.global_batch, corpus.num_samples)
-    if settings.run.workers is not None:
-        _check_batch(settings, settings.run.workers)
+    if settings.run.worker_bounds is not None:
+        fewest, most = settings.run.worker_bounds
+        if not any(_splits(settings, ranks) for ranks in range(fewest, most + 1)):
+            _check_batch(settings, most)
     empty = [name for name, count in zip(corpus.classes, corpus.class_counts, strict=True) if count == 0]
     if empty:
         log.warning(
@@ -101,7 +92,7 @@ def check_stage(settings: StageSettings, corpus: Corpus) -> None:
             len(empty),
             len(corpus.classes),
             corpus,
-            _some(empty),
+            some(empty),
         )
     if settings.training.global_batch > corpus.num_samples:
         log.warning(
@@ -111,7 +102,7 @@ def check_stage(settings: StageSettings, corpus: Corpus) -> None:
         )
 
 
-def run_stage(stage: str, settings: StageSettings, start: "Start", corpus: Corpus) -> dict[str, Any]:
+def run_stage(stage: str, settings: StageSettings, start: "Start", corpus: Mixture) -> dict[str, Any]:
     """Train on all ranks and hand the model over. A rerun resumes, and repeats nothing that was finished.
 
     Args:
@@ -121,13 +112,12 @@ def run_stage(stage: str, settings: StageSettings, start: "Start", corpus: Corpu
     Returns:
         The content of RUN/result.json: the model's URI, held-out scores, images/s.
     """
-    home = home_folder(settings.run.home)
-    folder = home / "runs" / settings.run.name
+    home, folder = home_folder(settings.run.home), run_folder(settings.run)
     if not leads():
         # Under torchrun every rank comes through here; rank 0 alone keeps the folder, the tracking and the registry.
-        _train(settings, start, corpus, _newest(settings, start, corpus, folder), folder, home, "", "")
+        _train(settings, start, corpus, _newest(settings, start, corpus, folder), folder, home, None, "", "")
         return {}
-    with _run_folder(folder):
+    with _held(folder) as lease:
         record = _open_record(folder, stage, start)
         newest = _newest(settings, start, corpus, folder)
         uri = tracking.connect(home)
@@ -136,21 +126,23 @@ def run_stage(stage: str, settings: StageSettings, start: "Start", corpus: Corpu
         run = tracking.Run(settings.run.name, record.get("mlflow_run"), values, tags, start.parent_run)
         log.info("run %s in %s, tracked at %s", settings.run.name, folder, uri)
         if "mlflow_run" not in record:
-            write_json(folder / "run.json", {**record, "mlflow_run": run.run_id})
-            write_json(folder / "settings.json", values)
-            run.artifact(folder / "settings.json")
-        if start.weights is not None and not (folder / INITIAL_WEIGHTS).exists():
-            save_safetensors(start.weights, folder / INITIAL_WEIGHTS)
-        with tracking.closing(run, drop=lambda: not (folder / METRICS).exists()):
-            _train(settings, start, corpus, newest, folder, home, uri, run.run_id)
+            folder.write_json("run.json", {**record, "mlflow_run": run.run_id})
+            folder.write_json("settings.json", values)
+            with at_hand(folder, "settings.json") as path:
+                run.artifact(path)
+        if start.weights is not None and folder.size(INITIAL_WEIGHTS) is None:
+            with producing(folder, INITIAL_WEIGHTS) as path:
+                save_safetensors(start.weights, path)
+        with tracking.closing(run, drop=lambda: folder.size(METRICS) is None):
+            _train(settings, start, corpus, newest, folder, home, lease, uri, run.run_id)
             return _hand_over(stage, settings, start, corpus, folder, run)
 
 
-def _newest(settings: StageSettings, start: Start, corpus: Corpus, folder: Path) -> checkpoints.Checkpoint | None:
+def _newest(settings: StageSettings, start: Start, corpus: Mixture, folder: Folder) -> checkpoints.Checkpoint | None:
     """The checkpoint that the run goes on from, refused if it is of another run."""
     total = duration_in_steps(settings.training.duration, settings.training.global_batch, corpus.num_samples)
     # One that is handed over without a rank that would load it and fall back is verified here.
-    newest = checkpoints.newest(folder_at(str(folder), "run.home").child("checkpoints"), verify_from=total)
+    newest = checkpoints.newest(folder.child("checkpoints"), verify_from=total)
     if newest is not None:
         identity = identity_of(settings, start.architecture, corpus)
         checkpoints.check_resumable(newest, identity, settings.run.allow_changes)
@@ -160,31 +152,55 @@ def _newest(settings: StageSettings, start: Start, corpus: Corpus, folder: Path)
 def _train(
     settings: StageSettings,
     start: Start,
-    corpus: Corpus,
+    corpus: Mixture,
     newest: checkpoints.Checkpoint | None,
-    folder: Path,
+    folder: Folder,
     home: Path,
+    lease: str | None,
     uri: str,
     run_id: str,
 ) -> None:
     total = duration_in_steps(settings.training.duration, settings.training.global_batch, corpus.num_samples)
-    rows = tracking.read_metrics(folder / METRICS)
+    rows = tracking.metrics_of(folder)
     scored = settings.data.heldout is None or any(row["step"] == total and "heldout/top1" in row for row in rows)
     if newest is not None and newest.step >= total and scored:
         log.info("training is finished already (%s)", newest.folder)
         return
-    initial = str(folder / INITIAL_WEIGHTS) if start.weights is not None else None
+    job = Job(
+        settings,
+        start.architecture.to_json(),
+        folder.url,
+        start.weights is not None,
+        None if under_torchrun() else lease,
+        str(home),
+        uri,
+        run_id,
+    )
     run_ranks(
         train,
-        Job(settings, start.architecture.to_json(), str(folder), initial, str(home), uri, run_id),
+        job,
         name=settings.run.name,
-        folder=folder / "ray",
-        workers=settings.run.workers,
-        cpus_per_worker=settings.run.cpus_per_worker,
-        max_failures=settings.run.max_failures,
-        timeout_s=settings.run.collective_timeout_s,
+        folder=folder.child("ray").url,
+        terms=Terms(
+            settings.run.worker_bounds,
+            settings.run.cpus_per_worker,
+            settings.run.max_failures,
+            settings.run.collective_timeout_s,
+            settings.run.resize_check_s,
+            settings.run.wait_s,
+            settings.run.interface,
+        ),
         check=lambda ranks: _check_batch(settings, ranks),
+        progress=lambda: checkpoints.newest_step(folder.child("checkpoints")),
     )
+
+
+def _splits(settings: StageSettings, ranks: int) -> bool:
+    try:
+        _check_batch(settings, ranks)
+    except SettingsError:
+        return False
+    return True
 
 
 def _check_batch(settings: StageSettings, ranks: int) -> None:
@@ -193,15 +209,16 @@ def _check_batch(settings: StageSettings, ranks: int) -> None:
 
 
 def _hand_over(
-    stage: str, settings: StageSettings, start: Start, corpus: Corpus, folder: Path, run: tracking.Run
+    stage: str, settings: StageSettings, start: Start, corpus: Mixture, folder: Folder, run: tracking.Run
 ) -> dict[str, Any]:
     """Publish the newest checkpoint's weights, draw the curves and write down how the run went."""
-    checkpoint = checkpoints.newest(folder_at(str(folder), "run.home").child("checkpoints"))
+    checkpoint = checkpoints.newest(folder.child("checkpoints"))
     assert checkpoint is not None
-    rows = tracking.read_metrics(folder / METRICS)
-    pictures.draw_curves(rows, folder / "curves.png")
-    run.artifact(folder / "curves.png")
-    shutil.rmtree(folder / "ray", ignore_errors=True)  # Ray Train's records of workers that have ended
+    rows = tracking.metrics_of(folder)
+    with producing(folder, "curves.png") as path:
+        pictures.draw_curves(rows, path)
+        run.artifact(path)
+    folder.child("ray").remove_tree()  # Ray Train's records of workers that have ended
     scores = [row for row in rows if "heldout/top1" in row]
     rates = [row["images_per_second"] for row in rows if "images_per_second" in row]
     waits = [row["data_wait"] for row in rows if "data_wait" in row]
@@ -244,39 +261,41 @@ def _hand_over(
         )
         result["model"] = published.uri
         log.info("registered %s%s", published.uri, f" as @{settings.registry.alias}" if settings.registry.alias else "")
-    write_json(folder / "result.json", result)
+    folder.write_json("result.json", result)
     return result
 
 
 @contextmanager
-def _run_folder(folder: Path) -> Iterator[None]:
-    """The run's folder, made if need be, held against a second job, removed again if no step was taken in it."""
-    fresh = not folder.exists()
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise SettingsError(
-            f"{folder} cannot be made ({error.strerror}): set run.home or VITFORGE_HOME to a folder that can"
-        ) from error
-    with (folder / ".lock").open("w") as lock:
+def _held(folder: Folder) -> Iterator[str]:
+    """The run's folder, held against a second job, removed again if no step was taken in it; gives the lease's token.
+
+    Raises:
+        SettingsError: it cannot be made.
+        LeaseError: another job works in it.
+    """
+    fresh = folder.size("run.json") is None
+    with ExitStack() as stack:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lease = stack.enter_context(Lease(folder))
         except OSError as error:
-            raise SettingsError(f"another job works in {folder}: wait for it, or use another run.name") from error
+            raise SettingsError(
+                f"{folder} cannot be made ({error.strerror or error}): set run.home or VITFORGE_HOME to a folder that "
+                "can"
+            ) from error
         try:
-            yield
+            yield lease.token
         except ValueError:
-            if fresh and not (folder / METRICS).exists():
-                shutil.rmtree(folder)
+            if fresh and folder.size(METRICS) is None:
+                stack.close()  # gives the lease back
+                folder.remove_tree()
             raise
 
 
-def _open_record(folder: Path, stage: str, start: Start) -> dict[str, Any]:
+def _open_record(folder: Folder, stage: str, start: Start) -> dict[str, Any]:
     """RUN/run.json: which stage and parent the folder belongs to, its MLflow run."""
-    path = folder / "run.json"
-    if not path.exists():
+    if folder.size("run.json") is None:
         return {"stage": stage, "parent": start.parent}
-    record: dict[str, Any] = read_json(path)
+    record: dict[str, Any] = folder.read_json("run.json")
     if record["stage"] != stage or record["parent"] != start.parent:
         raise SettingsError(
             f"{folder} holds a {record['stage']} run from {record['parent'] or 'scratch'}, this is a {stage} run from "
@@ -287,11 +306,11 @@ def _open_record(folder: Path, stage: str, start: Start) -> dict[str, Any]:
 
 def recorded_parent(settings: StageSettings) -> str | None:
     """The resolved parent of a run that has begun: an alias may have moved since, the run keeps its parent."""
-    path = home_folder(settings.run.home) / "runs" / settings.run.name / "run.json"
-    return read_json(path).get("parent") if path.exists() else None
+    folder = run_folder(settings.run)
+    return folder.read_json("run.json").get("parent") if folder.size("run.json") is not None else None
 
 
-def _lineage(stage: str, corpus: Corpus, start: Start) -> dict[str, str]:
+def _lineage(stage: str, corpus: Mixture, start: Start) -> dict[str, str]:
     tags = {
         "vitforge.stage": stage,
         "vitforge.corpus": corpus.corpus_hash,
@@ -314,20 +333,7 @@ def git_revision() -> str:
     return done.stdout.strip() if done.returncode == 0 else "unknown"
 
 
-def code_hash() -> str:
-    """A hash of our own source files: names the code also where a job runs from a copy without its history."""
-    digest = hashlib.sha256()
-    for room in ("cluster", "data_prep", "models", "pipeline"):
-        for path in sorted((REPOSITORY / room).rglob("*.py")):
-            digest.update(f"{path.relative_to(REPOSITORY)}\0".encode() + path.read_bytes())
-    return digest.hexdigest()[:16]
-
-
 def print_result(result: dict[str, Any]) -> None:
     """The last lines of a stage, for people and for programs that read its standard output."""
     if result:
         print(json.dumps(result, indent=1), flush=True)
-
-
-def _some(names: list[str], count: int = 5) -> str:
-    return ", ".join(names[:count]) + (", ..." if len(names) > count else "")

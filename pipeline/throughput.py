@@ -79,7 +79,7 @@ class Meter:
         self.peak, self.ranks = peak, ranks
         self.started = self._since = time.perf_counter()
         self._at = 0
-        self._waited = self._idle = 0.0
+        self._waited = self._idle = self._stalled = 0.0
         self._first_done: tuple[int, float] | None = None
 
     @contextmanager
@@ -96,15 +96,20 @@ class Meter:
         yield
         self._idle += time.perf_counter() - begin
 
-    def measure(self, done: int) -> dict[str, float]:
-        """Rates since the last call, `done` steps after the loop began."""
+    def measure(self, done: int, stalled: float) -> dict[str, float]:
+        """Rates since the last call, `done` steps after the loop began.
+
+        Args:
+            stalled: seconds, since the start, that training waited for checkpoints.
+        """
         now = time.perf_counter()
         seconds = max(now - self._since - self._idle, 1e-9)
         rate = (done - self._at) * self.global_batch / seconds
         values = {"images_per_second": rate, "data_wait": self._waited / seconds}
+        values["checkpoint_stall"] = (stalled - self._stalled) / (now - self._since)
         if self.peak:
             values["mfu"] = rate * self.flops / (self.peak * self.ranks)
-        self._since, self._at, self._waited, self._idle = now, done, 0.0, 0.0
+        self._since, self._at, self._waited, self._idle, self._stalled = now, done, 0.0, 0.0, stalled
         if self._first_done is None:
             self._first_done = (done, now)
         return values

@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -15,7 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from cluster.command import log
+from cluster.folders import Folder
 from cluster.storage import write_bytes
+from pipeline.run_files import METRICS
 
 EXPERIMENT = "vitforge"
 FLUSH_SECONDS = 5.0
@@ -212,27 +215,55 @@ def closing(run: Run, drop: Callable[[], bool]) -> Iterator[Run]:
 class MetricsFile:
     """The run's own record of its metrics: RUN/metrics.jsonl, a line a step.
 
-    A restart drops what was recorded after its checkpoint, so that every step stands once.
+    A restart drops what was recorded after its checkpoint, so that every step stands once. On an object store the
+    record is written on this machine, and brought there by `publish`.
 
     Args:
+        folder: the run's.
         step: optimizer steps that the restart has behind it.
     """
 
-    def __init__(self, path: Path, step: int) -> None:
-        kept = [row for row in read_metrics(path) if row["step"] <= step]
-        write_bytes(path, "".join(json.dumps(row) + "\n" for row in kept).encode())
-        self._file = path.open("a")
+    def __init__(self, folder: Folder, step: int) -> None:
+        self._folder = folder
+        self._scratch = None if folder.local else tempfile.TemporaryDirectory(prefix="vitforge-")
+        self._path = Path(self._scratch.name if self._scratch else str(folder.local)) / METRICS
+        kept = [row for row in metrics_of(folder) if row["step"] <= step]
+        content = "".join(json.dumps(row) + "\n" for row in kept).encode()
+        write_bytes(self._path, content)
+        if self._scratch:
+            folder.write_bytes(METRICS, content)
+        self._file = self._path.open("a")
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
         """Add the values of a step."""
         self._file.write(json.dumps({"step": step, **values}) + "\n")
         self._file.flush()
 
+    def publish(self) -> None:
+        """Bring what was written to the run's folder, if it is not there already."""
+        if self._scratch:
+            self._folder.put(self._path, METRICS)
+
+    def close(self) -> None:
+        """Write no more."""
+        self._file.close()
+        if self._scratch:
+            self._scratch.cleanup()
+
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The rows of a metrics file; a last line that a crash cut short is left out."""
+    return _rows(path.read_text()) if path.exists() else []
+
+
+def metrics_of(folder: Folder) -> list[dict[str, Any]]:
+    """The rows of a run's metrics file; none where there is no such file."""
+    return _rows(folder.read_bytes(METRICS).decode()) if folder.size(METRICS) is not None else []
+
+
+def _rows(text: str) -> list[dict[str, Any]]:
     rows = []
-    for line in path.read_text().splitlines() if path.exists() else []:
+    for line in text.splitlines():
         try:
             rows.append(json.loads(line))
         except json.JSONDecodeError:

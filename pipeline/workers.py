@@ -6,6 +6,7 @@ import socket
 from dataclasses import dataclass
 from typing import Any
 
+import psutil
 import torch
 import torch.distributed as dist
 
@@ -60,13 +61,48 @@ def under_torchrun() -> bool:
     return "TORCHELASTIC_RUN_ID" in os.environ
 
 
-def join(timeout_s: int) -> Worker:
+def choose_interface(named: str | None, address: str | None) -> None:
+    """Set the network interface of gloo and NCCL, unless the environment names one already.
+
+    Args:
+        named: the interface that the settings name.
+        address: this machine's address towards the other ranks, whose interface is taken where none is named. None
+            leaves the choice to gloo and NCCL, as on a single machine.
+
+    Raises:
+        ValueError: there is no interface of that name here.
+    """
+    addresses = {name: [entry.address for entry in entries] for name, entries in psutil.net_if_addrs().items()}
+    if named is not None and named not in addresses:
+        raise ValueError(
+            f"run.interface = {named!r}: {node()} has no such network interface; it has {', '.join(sorted(addresses))}"
+        )
+    if named is None:
+        named = next((name for name, there in addresses.items() if address in there), None)
+    if named is not None:
+        for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+            os.environ.setdefault(variable, named)
+
+
+def _address_towards(host: str) -> str | None:
+    """This machine's address on the way to another; None where that is this machine itself."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect((host, 9))  # sends nothing
+        except OSError:
+            return None
+        address: str = probe.getsockname()[0]
+    return None if address.startswith("127.") else address
+
+
+def join(timeout_s: int, interface: str | None = None) -> Worker:
     """Become a rank: choose the device and join the process group that the environment describes.
 
     Without such an environment (no launcher at all) this is a world of one.
 
     Args:
         timeout_s: seconds after which a collective operation that does not finish is an error.
+        interface: network interface towards the other ranks; None chooses it where there are several machines.
     """
     alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
     if "RANK" not in os.environ:
@@ -80,6 +116,8 @@ def join(timeout_s: int) -> Worker:
         torch.cuda.set_device(gpu_index)
         os.environ["LOCAL_RANK"] = str(gpu_index)  # DeepSpeed takes its device from here
     if not dist.is_initialized():
+        several = numbers[1] > numbers[3]
+        choose_interface(interface, _address_towards(os.environ["MASTER_ADDR"]) if several else None)
         timeout = datetime.timedelta(seconds=timeout_s)
         backend = "gloo" if gpu_index is None else "nccl"
         if numbers[1] == 1 and os.environ["MASTER_PORT"] == "0":

@@ -17,7 +17,7 @@ import io
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from unittest import mock
 
@@ -107,7 +107,7 @@ def bench(corpus: Corpus, scratch: Path) -> None:
     turns = Turns(plain)
 
     class LoaderInTurns(TrainLoader):
-        def __iter__(self) -> Iterator[Batch]:
+        def __iter__(self) -> Generator[Batch, None, None]:
             batches = super().__iter__()
             for number in range(self.count):
                 if number >= WARM_UP and (number - WARM_UP) % STEPS == 0:

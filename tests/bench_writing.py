@@ -27,8 +27,7 @@ from cluster.folders import LocalFolder
 from data_prep.corpus import image_check
 from data_prep.image_check import check_image
 from data_prep.shard_plan import Plan
-from data_prep.source_reader import read_groups
-from data_prep.sources import list_source
+from data_prep.sources import SourceSettings, list_source
 from data_prep.tar_shards import ShardWriter
 
 ROUNDS = 5
@@ -61,15 +60,18 @@ def write_shards(plan: Plan, target: Path) -> None:
         with task.folder.building(task.name) as file:
             writer = ShardWriter(file, "cls")
             rows: list[tuple[int, int, int]] = []
-            for images in read_groups(task.root, task.names, task.sizes, task.offsets):
-                rows += add_all(writer, images, task.first_position + len(rows))
+            for images in task.images.groups(task.names, task.sizes):
+                there = [image for image in images if isinstance(image, memoryview)]
+                rows += add_all(writer, there, task.first_position + len(rows))
                 writer.flush()
             writer.finish()
         storage.write_bytes((target / task.name).with_suffix(".idx"), writer.dali_index)
         assert len(rows) == len(task.sizes)
 
 
-def add_all(writer: ShardWriter, images: Sequence[bytes | memoryview], first: int) -> list[tuple[int, int, int]]:
+def add_all(
+    writer: ShardWriter, images: Sequence[bytes] | Sequence[memoryview], first: int
+) -> list[tuple[int, int, int]]:
     """Write images and gather their index rows."""
     rows = []
     for number, image in enumerate(images, first):
@@ -121,7 +123,7 @@ def measure(run: Callable[[], None]) -> tuple[float, float]:
 
 def bench(source: Path, scratch: Path) -> None:
     """Run all writers on an image folder and print a table and the ratios."""
-    listing = list_source(source)
+    listing = list_source(SourceSettings(source=str(source)))
     megabytes = float(listing.sizes.sum()) / 1e6
     plan = Plan(listing, None, SHARD_BYTES, seed=0)
     paths = [source / os.fsdecode(listing.names[number]) for number in range(len(listing))]

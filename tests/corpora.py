@@ -7,12 +7,11 @@ import numpy as np
 from PIL import Image
 
 from cluster.folders import LocalFolder
-from data_prep.corpus import PLAN, Corpus
+from data_prep.corpus import INDEX, PLAN, SAMPLE_DTYPE, Corpus, image_check
 from data_prep.corpus_assembly import assemble
-from data_prep.label_files import list_labelled
 from data_prep.shard_plan import Plan
 from data_prep.shard_task import write_shard
-from data_prep.sources import list_source
+from data_prep.sources import SourceSettings, list_source
 
 
 def encoded(seed: int, size: tuple[int, int] = (40, 30), image_format: str = "JPEG", **options) -> bytes:
@@ -37,9 +36,25 @@ def image_folder(root: Path, classes: int = 3, images: int = 10) -> Path:
 
 def make_corpus(source: Path, folder: Path, shard_mb: float = 0.01, labels: Path | None = None) -> Corpus:
     """Shards a source in this process."""
-    listing = list_source(source) if labels is None else list_labelled(source, labels)
+    listing = list_source(SourceSettings(source=str(source), labels=None if labels is None else str(labels)))
     plan = Plan(listing, None, round(shard_mb * 1e6), seed=0)
     there = LocalFolder(folder)
     there.write_bytes(PLAN, b"{}")
     assemble(there, plan, [write_shard(plan.task(shard, there)) for shard in range(len(plan))])
     return Corpus.open(there)
+
+
+def overwrite(corpus: Corpus, sample: int, content: bytes, own_checksum: bool = False) -> None:
+    """Puts other bytes at the beginning of a sample's image, and with `own_checksum` their checksum into the index."""
+    row = corpus.index[sample]
+    tar = corpus.path / corpus.manifest["shards"][int(row["shard"])]["name"]
+    with tar.open("r+b") as file:
+        file.seek(int(row["offset"]))
+        file.write(content[: int(row["length"])])
+        file.flush()
+        file.seek(int(row["offset"]))
+        image = file.read(int(row["length"]))
+    if own_checksum:
+        index = np.memmap(corpus.path / INDEX, SAMPLE_DTYPE, "r+")
+        index[sample]["check"] = image_check(image)
+        index.flush()

@@ -7,8 +7,12 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pipeline.tracking import read_metrics
+
+if TYPE_CHECKING:
+    import torch
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -31,7 +35,7 @@ def free_port() -> int:
 def torchrun(ranks: int, home: Path, *words: str) -> subprocess.CompletedProcess[str]:
     """A stage under torchrun, to its end."""
     return subprocess.run(
-        _torchrun_command(ranks, words),
+        torchrun_command(ranks, words),
         cwd=REPOSITORY,
         env=environment(home),
         capture_output=True,
@@ -46,7 +50,7 @@ def torchrun_killed(ranks: int, home: Path, metrics: Path, step: int, *words: st
     Returns the last step that it recorded.
     """
     process = subprocess.Popen(
-        _torchrun_command(ranks, words),
+        torchrun_command(ranks, words),
         cwd=REPOSITORY,
         env=environment(home),
         stdout=subprocess.DEVNULL,
@@ -66,7 +70,7 @@ def torchrun_killed(ranks: int, home: Path, metrics: Path, step: int, *words: st
     return max(losses(metrics))
 
 
-def _torchrun_command(ranks: int, words: tuple[str, ...]) -> list[str]:
+def torchrun_command(ranks: int, words: tuple[str, ...]) -> list[str]:
     return [
         sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks),
         "--master-addr", "127.0.0.1", "--master-port", str(free_port()), *words,
@@ -87,3 +91,32 @@ def script(home: Path, *words: str, timeout: float = 400, **extra: str) -> subpr
 
 def losses(metrics: Path) -> dict[int, float]:
     return {row["step"]: row["loss"] for row in read_metrics(metrics) if "loss" in row}
+
+
+def newest_state(checkpoints: Path) -> dict[str, "torch.Tensor"]:
+    """Every state of every parameter in the newest checkpoint, whole: {"NAME STATE": numbers}."""
+    import torch
+
+    from cluster.folders import LocalFolder
+    from pipeline.checkpoints import newest
+
+    checkpoint = newest(LocalFolder(checkpoints))
+    assert checkpoint is not None
+    parts = checkpoint.parts()
+    found = {
+        (name, state): torch.empty(shape)
+        for name, shape in checkpoint.state["shapes"].items()
+        for state in parts.states()
+    }
+    parts.read([(name, state, 0, numbers.view(-1)) for (name, state), numbers in found.items()], "reading")
+    return {f"{name} {state}": numbers for (name, state), numbers in found.items()}
+
+
+def same_state(one: Path, other: Path) -> bool:
+    """Whether the newest checkpoints of two runs hold the same numbers, bit by bit."""
+    import torch
+
+    states = [newest_state(run / "checkpoints") for run in (one, other)]
+    return states[0].keys() == states[1].keys() and all(
+        torch.equal(states[0][key], states[1][key]) for key in states[0]
+    )

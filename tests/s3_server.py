@@ -26,6 +26,9 @@ KINDS = ("slow_down", "reset", "lost_answer", "short", "stall", "denied")
 is done, then the connection is reset. short: an answer's body is cut in its middle. stall: there is no answer.
 denied: 403 AccessDenied."""
 
+PAGE = 20
+"""Objects that one answer lists; S3 gives 1,000."""
+
 ACCESS_KEY = "AKIATESTTESTTESTTEST"
 SECRET_KEY = "hush-this-must-not-be-seen-anywhere"
 
@@ -226,6 +229,7 @@ class S3Server:
 def s3_server() -> Iterator[S3Server]:
     """An S3 server on loopback for the length of a `with` block; it ends with this process, however that ends."""
     variables: Mapping[str, str] = {key: value for key, value in os.environ.items() if not key.startswith("AWS_")}
+    variables = {**variables, "MOTO_S3_DEFAULT_MAX_KEYS": str(PAGE)}
     process = subprocess.Popen(
         [sys.executable, "-m", "tests.s3_server"],
         cwd=REPOSITORY, env=variables, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,

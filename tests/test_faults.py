@@ -9,7 +9,7 @@ import subprocess
 import pytest
 
 from cluster.folders import folder_at
-from pipeline.tracking import read_metrics
+from pipeline.tracking import metrics_of
 from tests import faults
 from tests.corpora import image_folder, make_corpus
 from tests.faults import Fault, a_run, a_run_on_two_hosts, check_record, play
@@ -85,7 +85,7 @@ def test_s3_that_refuses_and_resets_delays_a_run_and_one_that_stays_away_ends_it
     run = folder_at(home, "run.home").child("runs/a")
 
     def recorded() -> dict[int, float]:
-        return {row["step"]: row["loss"] for row in read_metrics(run) if "loss" in row}
+        return {row["step"]: row["loss"] for row in metrics_of(run) if "loss" in row}
 
     s3.faults.rates = {"slow_down": 1.0}
     s3.faults.only = r"^(PUT|POST) .*/step-00000030.*rank-"

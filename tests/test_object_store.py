@@ -3,7 +3,10 @@
 import logging
 import os
 import pickle
+import signal
 import threading
+import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.context import ForkProcess, SpawnProcess
 from pathlib import Path
@@ -12,12 +15,12 @@ from typing import Literal
 import numpy as np
 import pytest
 
-from cluster import object_store, s3_connection
+from cluster import s3_connection, s3_objects
 from cluster.command import log
 from cluster.folders import Folder, LocalFolder, folder_at
 from cluster.s3_connection import PATIENCE, SECRETS, ObjectStoreError
 from cluster.storage import StorageError
-from tests.s3_server import SECRET_KEY, S3Server
+from tests.s3_server import PAGE, SECRET_KEY, S3Server
 
 
 @pytest.fixture(params=["local", "s3"])
@@ -40,8 +43,8 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Large objects that are small: S3 takes parts of 5 MiB and more."""
-    monkeypatch.setattr(object_store, "_PART", 5 << 20)
-    monkeypatch.setattr(object_store, "_RANGE", 1 << 20)
+    monkeypatch.setattr(s3_objects, "PART", 5 << 20)
+    monkeypatch.setattr(s3_objects, "RANGE", 1 << 20)
 
 
 def some_bytes(count: int, seed: int = 0) -> bytes:
@@ -226,6 +229,36 @@ def test_what_stays_broken_is_one_error_that_names_the_object(
     assert not list(tmp_path.iterdir())
 
 
+def test_whoever_is_interrupted_leaves_nothing(remote: Folder, small_parts: None, s3: S3Server, tmp_path: Path) -> None:
+    (tmp_path / "x").write_bytes(some_bytes(11_000_000))
+
+    def for_ever(function: Callable[[], None]) -> None:
+        while True:
+            function()
+
+    def interrupt(number: int, frame: object) -> None:
+        raise InterruptedError("enough")
+
+    before = signal.signal(signal.SIGALRM, interrupt)
+    try:
+        s3.faults.latency = 0.3
+        for attempt in (lambda: remote.put(tmp_path / "x", "x"), lambda: remote.get("there", tmp_path / "y")):
+            remote.write_bytes("there", b"content")
+            signal.setitimer(signal.ITIMER_REAL, 0.8)
+            with pytest.raises(InterruptedError, match="enough"):
+                for_ever(attempt)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    s3.faults.latency = 0
+    deadline = time.monotonic() + 20
+    while uploads(s3, remote) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert uploads(s3, remote) == []
+    assert remote.names() == ["there"]
+    assert [path.name for path in tmp_path.iterdir()] in (["x"], ["x", "y"], ["y", "x"])
+
+
 @pytest.mark.usefixtures("impatient")
 def test_an_upload_that_stays_broken_leaves_nothing(
     remote: Folder, small_parts: None, s3: S3Server, tmp_path: Path
@@ -253,7 +286,7 @@ def test_what_a_killed_writer_leaves_is_removed(remote: Folder, s3: S3Server) ->
 
 def test_more_objects_than_one_answer_lists(remote: Folder, s3: S3Server) -> None:
     client, bucket = s3.client(), remote.url.split("/")[2]
-    names = [f"{number:04d}" for number in range(1005)]
+    names = [f"{number:04d}" for number in range(2 * PAGE + 3)]
     for name in names:
         client.put_object(Bucket=bucket, Key=f"runs/one/{name}", Body=b"")
     assert remote.names() == names

@@ -4,6 +4,7 @@ import gzip
 import io
 import json
 import logging
+import lzma
 import os
 import shutil
 import signal
@@ -19,7 +20,7 @@ from cluster.ray_runtime import ray_session
 from cluster.settings import SettingsError, parse_command
 from data_prep.corpus import Corpus
 from data_prep.shard import ShardSettings, shard_corpus
-from data_prep.sources import list_source
+from data_prep.sources import SourceSettings, list_source
 from data_prep.verify import verify
 from tests.corpora import encoded, image_folder
 
@@ -127,7 +128,7 @@ def test_images_that_do_not_decode_are_quarantined(ray, source, tmp_path, messag
     (source / "c0" / "001.JPEG").write_bytes(b"<html>".ljust((source / "c0" / "001.JPEG").stat().st_size))
     for path in (source / "c2").rglob("*.*"):
         path.write_bytes(bytes(path.stat().st_size))
-    corpus = shard(source, tmp_path / "corpus")
+    corpus = shard(source, tmp_path / "corpus", max_failures=0.5)
     entries = [json.loads(line) for line in (corpus.path / "quarantine.jsonl").read_text().splitlines()]
     reasons = {entry["origin"]: entry["reason"] for entry in entries}
     assert len(reasons) == corpus.manifest["quarantined"] == 2 + 13
@@ -158,7 +159,7 @@ def test_what_is_not_sharded_is_said(source, messages):
     (source / "c1" / ".hidden.jpg").write_text("no image")
     (source / "loose.jpg").write_bytes(encoded(1))
     (source / "empty").mkdir()
-    listing = list_source(source)
+    listing = list_source(SourceSettings(source=str(source)))
     assert listing.classes == ["c0", "c1", "c2", "c3", "empty"]
     assert len(listing) == 50
     assert "1 files without an image's suffix, for example c1/notes.txt" in messages()
@@ -189,24 +190,47 @@ def only_loose_images(tmp):
     return tmp / "source"
 
 
-def zipped(tmp):
+def compressed(tmp):
     outer = tar_of_tars(image_folder(tmp / "images"), tmp / "plain.tar")
-    (tmp / "source.tar.gz").write_bytes(gzip.compress(outer.read_bytes()))
-    return tmp / "source.tar.gz"
+    (tmp / "source.tar.xz").write_bytes(lzma.compress(outer.read_bytes()))
+    return tmp / "source.tar.xz"
 
 
-def class_tar_zipped(tmp):
+def class_tar_compressed(tmp):
     with tarfile.open(tmp / "source.tar", "w") as outer:
-        data = gzip.compress(class_tar(image_folder(tmp / "images") / "c0", tarfile.GNU_FORMAT))
+        data = lzma.compress(class_tar(image_folder(tmp / "images") / "c0", tarfile.GNU_FORMAT))
         info = tarfile.TarInfo("c0.tar")
         info.size = len(data)
         outer.addfile(info, io.BytesIO(data))
     return tmp / "source.tar"
 
 
-def plain_tar_of_images(tmp):
+def compressed_twice(tmp):
+    with tarfile.open(tmp / "source.tar.gz", "w:gz") as outer:
+        data = gzip.compress(class_tar(image_folder(tmp / "images") / "c0", tarfile.GNU_FORMAT))
+        info = tarfile.TarInfo("c0.tar.gz")
+        info.size = len(data)
+        outer.addfile(info, io.BytesIO(data))
+    return tmp / "source.tar.gz"
+
+
+def gzip_damaged(tmp):
+    outer = tar_of_tars(image_folder(tmp / "images"), tmp / "plain.tar")
+    data = bytearray(gzip.compress(outer.read_bytes()))
+    data[-6] ^= 1  # in the checksum
+    (tmp / "source.tar.gz").write_bytes(data)
+    return tmp / "source.tar.gz"
+
+
+def gzip_cut(tmp):
+    outer = tar_of_tars(image_folder(tmp / "images"), tmp / "plain.tar")
+    (tmp / "source.tar.gz").write_bytes(gzip.compress(outer.read_bytes())[:5000])
+    return tmp / "source.tar.gz"
+
+
+def flat_tar_of_images(tmp):
     with tarfile.open(tmp / "source.tar", "w") as outer:
-        outer.add(image_folder(tmp / "images"), "images")
+        outer.add(image_folder(tmp / "images") / "c0" / "001.JPEG", "one.JPEG")
     return tmp / "source.tar"
 
 
@@ -236,16 +260,23 @@ def no_tar(tmp):
         (empty, "is empty"),
         (without_images, "has no images in its 1 sub-folders"),
         (only_loose_images, r"1 images lie directly in it\); an image folder has one sub-folder"),
-        (zipped, r"is compressed with gzip.*decompress it first \(gunzip\)"),
-        (class_tar_zipped, r"class tar c0\.tar in .* is compressed with gzip"),
-        (plain_tar_of_images, "is not a tar of one tar per class: its members are like 'images/c0/"),
+        (compressed, r"is compressed with xz.*decompress it first, or to gzip"),
+        (class_tar_compressed, r"class tar c0\.tar in .* is compressed with xz"),
+        (compressed_twice, r"is compressed, and so are the class tars in it \(c0.tar.gz\)"),
+        (gzip_damaged, "source.tar.gz is damaged or cut short"),
+        (gzip_cut, "source.tar.gz is .*cut short"),
+        (
+            flat_tar_of_images,
+            "is neither a tar of one tar per class nor one of class folders: .* like 'one.JPEG'; give truth",
+        ),
         (lambda tmp: tar_cut(tmp, 9000), "is cut short: member 'c2.tar' should end at byte"),
         (lambda tmp: tar_cut(tmp, -10240), "cut short"),
         (tar_damaged, r"class tar c2\.tar in .* damaged at byte 512: wrong header checksum"),
         (no_tar, "is not a tar or is damaged at byte 0"),
     ],
 )
-def test_unusable_sources_are_refused_and_leave_nothing(tmp_path, make, message):
+def test_unusable_sources_are_refused_and_leave_nothing(tmp_path, monkeypatch, make, message):
+    monkeypatch.setenv("VITFORGE_CACHE", str(tmp_path / "cache"))
     source = make(tmp_path)
     with pytest.raises(ValueError, match=message):
         shard(source, tmp_path / "corpus")
@@ -255,7 +286,7 @@ def test_unusable_sources_are_refused_and_leave_nothing(tmp_path, make, message)
 def test_a_source_of_which_nothing_decodes_is_refused_and_leaves_nothing(ray, source, tmp_path):
     for path in source.rglob("*.*"):
         path.write_bytes(b"x" * 5000)
-    with pytest.raises(ValueError, match=r"no image of source .* can be decoded: 50 x no JPEG"):
+    with pytest.raises(ValueError, match=r"no image of source .* can be used: 50 x no JPEG"):
         shard(source, tmp_path / "corpus")
     assert not (tmp_path / "corpus").exists()
 
@@ -285,13 +316,15 @@ def test_destinations_that_hold_something_else_are_refused_and_kept(ray, source,
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
-        ("l.txt", "", "must be a .jsonl or a .csv file"),
-        ("l.jsonl", "", "names no image"),
-        ("l.jsonl", '{"path": "c0/000.JPEG"}', "line 1: must be an object with path, labels"),
+        ("l.txt", "", "must be a .csv, .jsonl or .parquet file"),
+        ("l.jsonl", "", "has no column that says where the images are"),
+        ("l.jsonl", '{"path": "c0/000.JPEG"}', "has no column of labels: its columns are path"),
+        ("l.jsonl", '{"path": "a", "labels": ["a"]}\n{"path": "b"}', "line 2: must be an object with path and labels"),
         ("l.jsonl", '{"path": "c0/000.JPEG", "labels": ["a"], "weights": []}', "line 1: .* as many numbers"),
-        ("l.jsonl", '{"path": "../000.JPEG", "labels": ["a"]}', "line 1: path '../000.JPEG' must be relative"),
+        ("l.jsonl", '{"path": "../000.JPEG", "labels": ["a"]}', "line 1: path '../000.JPEG' must be .* relative"),
         ("l.jsonl", '{"path": "nothing.jpg", "labels": ["a"]}', "none of the 1 images named"),
-        ("l.csv", "file,label\n", "the first line must be"),
+        ("l.csv", "file,label\n", "names no image"),
+        ("l.csv", "where,label\n", "its columns are where, label; the first line must be"),
         ("l.csv", "path,label,weight\nc0/000.JPEG,a,heavy\n", "line 2: weight 'heavy' is not a number"),
         ("l.csv", "path,label\nc0/000.JPEG,a\nc0/000.JPEG,a\n", "line 3: label 'a' .* stands twice"),
     ],

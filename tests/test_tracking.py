@@ -5,6 +5,7 @@ from functools import partial
 import mlflow
 import pytest
 
+from cluster.folders import LocalFolder
 from pipeline import tracking
 
 
@@ -22,7 +23,7 @@ def history(run, key):
 def test_a_restart_sends_what_was_lost_and_repeats_nothing(home):
     path = home / "metrics.jsonl"
     first = tracking.Run("run", None, {"a": {"b": 1}})
-    record = tracking.MetricsFile(path, 0)
+    record = tracking.MetricsFile(LocalFolder(home), 0)
     for step in (10, 20, 30):
         record.write(step, {"loss": step / 10})
         if step < 30:  # the last point dies with its process
@@ -34,7 +35,7 @@ def test_a_restart_sends_what_was_lost_and_repeats_nothing(home):
 
     # It comes back from a checkpoint at step 20, and takes the steps to 30 again.
     again = tracking.Run("", first.run_id)
-    record = tracking.MetricsFile(path, 20)
+    record = tracking.MetricsFile(LocalFolder(home), 20)
     again.catch_up(tracking.read_metrics(path))
     for step in (25, 30):
         values = {"heldout/top1": 0.5} if step == 25 else {"train/loss": 3.0}
@@ -51,7 +52,7 @@ def test_a_restart_sends_what_was_lost_and_repeats_nothing(home):
 
 def test_points_in_the_record_that_mlflow_never_got_are_sent_at_the_start(home):
     path = home / "metrics.jsonl"
-    record = tracking.MetricsFile(path, 0)
+    record = tracking.MetricsFile(LocalFolder(home), 0)
     run = tracking.Run("run", None)
     for step in range(1, 6):
         record.write(step, {"loss": float(step)})

@@ -1,0 +1,148 @@
+"""Adds images to a corpus: new shards under a new version of the manifest. The older versions stay as they are."""
+
+import re
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Literal
+
+import numpy as np
+import xxhash
+
+from cluster.command import log
+from cluster.folders import Folder
+from cluster.storage import StorageError
+from data_prep.class_names import after, put_in_order
+from data_prep.columns import Labels
+from data_prep.convert import Conversion
+from data_prep.corpus import PLAN, Corpus, CorpusError, file_of_version
+from data_prep.listing import Listing, SourceError
+from data_prep.shard_plan import Appended, Plan
+from data_prep.shard_task import one_line, remove_shard
+
+NewClasses = Literal["append", "refuse"]
+_SHARD_NAME = re.compile(r"shard-(\d{6,})\.tar")
+
+
+def plan_append(
+    listing: Listing, folder: Folder, shard_bytes: int, seed: int, conversion: Conversion, new_classes: NewClasses
+) -> tuple[Plan | None, Corpus]:
+    """Plan shards for the images of a listing that a corpus does not have yet.
+
+    An image is told by its origin: its path relative to the source.
+
+    Returns:
+        The plan, or None where there is nothing new; and the version of the corpus that it adds to.
+
+    Raises:
+        CorpusError: there is no corpus, or it is damaged in a way that appending does not repair.
+        SourceError: labels of another kind, or new classes that are refused.
+    """
+    before = _version_to_add_to(folder)
+    many = isinstance(listing.labels, Labels)
+    if many != (before.label_kind == "multi"):
+        raise SourceError(
+            f"{listing.place} has {'many labels' if many else 'one label'} an image, the corpus {folder} has "
+            f"{'one' if many else 'many'}: that cannot be appended"
+        )
+    new = _not_there_yet(listing, before)
+    if not len(new):
+        return None, before
+    classes = after(before.classes, [name for name in new.classes if name in _used(new)])
+    found = classes[len(before.classes) :]
+    if found and new_classes == "refuse":
+        raise SourceError(
+            f"{listing.place} has {len(found)} classes that the corpus does not have ({', '.join(found[:5])}): give "
+            f"new_classes=append to add them at the end, or relabel=FILE"
+        )
+    if found:
+        log.info("%d new classes at the end of the list: %s", len(found), ", ".join(found[:5]))
+    said = dict(zip(new.classes, new.class_descriptions or new.classes, strict=True))
+    if before.class_descriptions is not None or new.class_descriptions is not None:
+        known = dict(zip(before.classes, before.names, strict=True))
+        descriptions = [known.get(name) or said.get(name, name) for name in classes]
+    else:
+        descriptions = None
+    new = replace(put_in_order(new, classes, None, "the corpus"), class_descriptions=descriptions)
+    planned = before.num_samples + before.manifest["quarantined"]
+    appended = Appended(before.version + 1, before.corpus_hash, _first_shard(folder, before), planned)
+    plan = Plan(new, descriptions, shard_bytes, seed, conversion, appended)
+    _drop_other_plan(folder, plan)
+    return plan, before
+
+
+def _version_to_add_to(folder: Folder) -> Corpus:
+    try:
+        return Corpus.open(folder)
+    except CorpusError as error:
+        # shards of the newest version may be damaged: the same command makes it anew from the one before
+        try:
+            newest = int(folder.read_json("manifest.json").get("version", 1))
+        except StorageError:
+            raise error from None
+        if newest == 1:
+            raise
+        log.warning("%s; making version %d again", str(error).split(". ")[0], newest)
+        return Corpus.open(folder, version=newest - 1)
+
+
+def _not_there_yet(listing: Listing, before: Corpus) -> Listing:
+    there = np.array([_digest(origin) for origin in _origins(before)])
+    here = np.array([_digest(one_line(listing.names[row])) for row in range(len(listing))])
+    is_new = ~np.isin(here, there)
+    rows = np.flatnonzero(is_new)
+    log.info(
+        "%s of %s images are in %s already or were left out of it before, by their origins; %s are new",
+        f"{len(listing) - len(rows):,}", f"{len(listing):,}", before, f"{len(rows):,}",
+    )  # fmt: skip
+    left_before = {entry["origin"] for entry in before.quarantined()}
+    kept = replace(listing, left_out=tuple(item for item in listing.left_out if item[0] not in left_before))
+    return kept.take(rows)
+
+
+def _origins(corpus: Corpus) -> Iterator[str]:
+    for sample in range(corpus.num_samples):
+        yield corpus.origin(sample)
+    for entry in corpus.quarantined():
+        yield entry["origin"]
+
+
+def _digest(origin: str) -> str:
+    return xxhash.xxh3_128_hexdigest(origin.encode("utf-8", "backslashreplace"))
+
+
+def _used(listing: Listing) -> set[str]:
+    labels = listing.labels.rows["class"] if isinstance(listing.labels, Labels) else listing.labels
+    return {listing.classes[number] for number in np.unique(labels).tolist()}
+
+
+def _first_shard(folder: Folder, before: Corpus) -> int:
+    """One more than any shard that an older version planned or has: even one that came out empty keeps its number."""
+    numbers = [0]
+    for shard in before.manifest["shards"]:
+        name = _SHARD_NAME.fullmatch(shard["name"])
+        numbers.append(int(name[1]) + 1 if name else 0)
+    for version in range(1, before.version + 1):
+        plan = folder.read_json(file_of_version(PLAN, version))
+        numbers.append(plan.get("appended", {}).get("first_shard", 0) + plan.get("shards", 0))
+    return max(numbers)
+
+
+def _drop_other_plan(folder: Folder, plan: Plan) -> None:
+    """Remove the unfinished shards of an earlier attempt to append other images; no manifest knows them."""
+    name = file_of_version(PLAN, plan.version)
+    if folder.size(name) is None:
+        return
+    there = folder.read_json(name)
+    if there == plan.describe():
+        return
+    newest = int(folder.read_json("manifest.json").get("version", 1))
+    if newest >= plan.version:
+        raise CorpusError(
+            f"version {newest} of {folder} is damaged, and was made from other images or with other settings than "
+            f"these: give those again to repair it"
+        )
+    log.warning("%s: an unfinished append of other images, or with other settings, is removed", folder)
+    first = there["appended"]["first_shard"]
+    for shard in range(first, first + there["shards"]):
+        remove_shard(folder, f"shard-{shard:06d}.tar")
+    folder.remove(name)

@@ -1,0 +1,218 @@
+"""Copy a corpus, also to and from S3: `python data_prep/copy_corpus.py SOURCE DESTINATION`.
+
+Shards are copied in Ray tasks, as they are written: the lines of all nodes add up, and one node's failure is retried.
+"""
+
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+if __package__ in (None, ""):  # run as a script: the repository root belongs on the path, not this folder
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import xxhash
+from pydantic import Field
+
+from cluster import storage
+from cluster.command import Progress, absolute_path, duration, log, run_command
+from cluster.folders import Folder, folder_at
+from cluster.settings import Settings, parse_command
+from cluster.storage import StorageError
+from data_prep.corpus import MANIFEST, Corpus, CorpusError, read_manifest
+from data_prep.corpus_jobs import GO_ON, check_places, check_room, in_megabytes, run_tasks
+from data_prep.shard_task import SHARD_FILES, record_name, shard_file
+
+DESCRIPTION = """
+Copy a corpus to another folder, on file systems that every node mounts or on S3 (s3://BUCKET/FOLDER). Every shard is
+checked against the manifest while it is copied, and the manifest comes last: what is there is whole. A copy that was
+interrupted goes on where it was when the same command is given again; a finished one is left as it is.
+
+  SOURCE       folder of the corpus
+  DESTINATION  a new folder
+
+example:
+  python data_prep/copy_corpus.py /data/corpora/in21k s3://bucket/corpora/in21k
+"""
+
+_MARK = "copying.json"
+"""In the destination while it is not finished: which corpus is being copied there."""
+_CHUNK = 4 << 20
+
+
+class CopySettings(Settings):
+    """Settings of copying a corpus."""
+
+    source: str
+    """Folder of the corpus."""
+    destination: str
+    """Folder of the copy; made if it is not there."""
+    workers: int = Field(0, ge=0)
+    """Shards copied at a time; 0 is one for each CPU of the cluster."""
+
+
+@dataclass(frozen=True)
+class _CopyTask:
+    """Files that are copied in this order."""
+
+    source: Folder
+    destination: Folder
+    sizes: Mapping[str, int]
+    """Bytes of the files, by name."""
+    checksums: Mapping[str, str]
+    """xxh3_128 of those of them that the manifest has."""
+
+
+def main() -> None:
+    """The command."""
+    copy_corpus(
+        parse_command(
+            CopySettings,
+            prog="data_prep/copy_corpus.py",
+            description=DESCRIPTION,
+            positionals=("source", "destination"),
+        )
+    )
+
+
+def copy_corpus(settings: CopySettings) -> Corpus:
+    """Copy a corpus, or finish doing so; returns the copy opened.
+
+    Raises:
+        CorpusError: the source is no whole corpus, or the destination holds something else or has too little room.
+        StorageError: one of them cannot be reached.
+    """
+    started = time.monotonic()
+    source = folder_at(absolute_path(settings.source, "source"), "source")
+    destination = folder_at(absolute_path(settings.destination, "destination"), "destination")
+    check_places(source, destination)
+    manifest = read_manifest(source)
+    if _is_finished(manifest, destination):
+        corpus = Corpus.open(destination)
+        log.info("%s is finished already (%s images): nothing to do", destination, f"{corpus.num_samples:,}")
+        return corpus
+    sizes = {name: size for name, size in source.tree().items() if "/" not in name and name not in (MANIFEST, _MARK)}
+    there = destination.tree()
+    missing = {name: size for name, size in sizes.items() if there.get(name) != size}
+    check_room(destination, sum(missing.values()))
+    try:
+        destination.remove_unfinished()
+        destination.write_json(_MARK, {"corpus_hash": manifest["corpus_hash"]})
+        _copy_all(source, destination, manifest, sizes, missing, settings.workers)
+        destination.write_bytes(MANIFEST, source.read_bytes(MANIFEST))
+        destination.remove(_MARK)
+    except OSError as error:
+        if isinstance(error, StorageError):
+            raise
+        raise StorageError(f"{destination} cannot be written: {error}. {GO_ON}") from error
+    corpus = Corpus.open(destination)
+    log.info(
+        "copied %s to %s: %s images in %d shards, %s, in %s; corpus hash %s",
+        source, destination, f"{corpus.num_samples:,}", len(corpus.shard_sizes), in_megabytes(sum(sizes.values())),
+        duration(time.monotonic() - started), corpus.corpus_hash,
+    )  # fmt: skip
+    return corpus
+
+
+def _is_finished(manifest: Mapping[str, Any], destination: Folder) -> bool:
+    """Whether a copy is there, whole.
+
+    Raises:
+        CorpusError: the destination holds something else.
+    """
+    found = sorted([*destination.names(), *destination.folders()])
+    mark = MANIFEST if MANIFEST in found else _MARK
+    if not found:
+        return False
+    if mark not in found:
+        raise CorpusError(
+            f"destination {destination} is not empty and was not made by copying (it has {found[0]!r}): "
+            f"give another folder"
+        )
+    if destination.read_json(mark).get("corpus_hash") != manifest["corpus_hash"]:
+        raise CorpusError(f"destination {destination} holds another corpus: give another folder, or remove that one")
+    if mark == _MARK:
+        return False
+    try:
+        Corpus.open(destination)
+    except CorpusError as error:
+        log.warning("%s; copying that again", str(error).split(". ")[0])
+        return False
+    return True
+
+
+def _copy_all(
+    source: Folder,
+    destination: Folder,
+    manifest: Mapping[str, Any],
+    sizes: Mapping[str, int],
+    missing: Mapping[str, int],
+    workers: int,
+) -> None:
+    checksums = {name: facts["xxh3_128"] for name, facts in manifest["files"].items()}
+    checksums |= {shard["name"]: shard["xxh3_128"] for shard in manifest["shards"]}
+    if lost := sorted(set(checksums) - set(sizes)):
+        raise CorpusError(f"{source}/{lost[0]} is missing: the corpus to copy is not whole")
+    # a shard's record comes after what it stands for; what belongs to no shard is one piece of work
+    groups = {
+        shard["name"]: [shard_file(shard["name"], suffix) for suffix in SHARD_FILES] + [record_name(shard["name"])]
+        for shard in manifest["shards"]
+    }
+    of_shards = {name for group in groups.values() for name in group}
+    groups["the index"] = [name for name in sizes if name not in of_shards]
+    tasks = {}
+    for label, group in groups.items():
+        wanted = {name: missing[name] for name in group if name in missing}
+        if wanted:
+            known = {name: checksums[name] for name in wanted if name in checksums}
+            tasks[label] = partial(_CopyTask, source, destination, wanted, known)
+    progress = Progress(len(groups), "shards", "copying")
+    progress.skip(len(groups) - len(tasks))
+    if progress.done:
+        log.info("%d of %d shards are there already", progress.done, len(groups))
+    run_tasks(_copy_files, tasks, destination, workers, progress, units=lambda name: 1)
+
+
+def _copy_files(task: _CopyTask) -> dict[str, Any]:
+    """Copy files; returns how many bytes, in the form of a shard's record.
+
+    Raises:
+        CorpusError: one is not what the manifest says, or has changed.
+        OSError: the storage fails; worth another try.
+    """
+    for name in task.sizes:
+        if task.source.local is None:
+            # beside its place, if that is a file system's: then it is renamed and not written again
+            with TemporaryDirectory(prefix=".copy.writing-", dir=task.destination.local) as scratch:
+                path = Path(scratch, name)
+                task.source.get(name, path)
+                _check(task, name, path.stat().st_size, storage.hash_file(path))
+                task.destination.put(path, name, move=True)
+            continue
+        digest, count = xxhash.xxh3_128(), 0
+        path = task.source.local / name
+        with path.open("rb", buffering=0) as file, task.destination.writing(name) as sink:
+            while chunk := file.read(_CHUNK):
+                digest.update(chunk)
+                count += len(chunk)
+                view = memoryview(chunk)
+                while view:
+                    view = view[sink.write(view) :]
+            _check(task, name, count, digest.hexdigest())  # what fails here does not appear there
+    return {"sizes": {".tar": sum(task.sizes.values())}}
+
+
+def _check(task: _CopyTask, name: str, size: int, checksum: str) -> None:
+    if size != task.sizes[name] or checksum != task.checksums.get(name, checksum):
+        raise CorpusError(
+            f"{task.source}/{name} is damaged: it is not what the manifest says. Look at the whole corpus with "
+            f"data_prep/verify.py"
+        )
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,197 @@
+"""Listing image folders: one sub-folder of images for each class, on a file system or an object store."""
+
+import os
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cluster.command import Progress, log
+from cluster.folders import Folder
+from data_prep.columns import Strings
+from data_prep.listing import Listing, SourceError, looks_like_image
+from data_prep.source_reader import FileImages
+
+_SPLIT_NAMES = {"train", "training", "val", "valid", "validation", "test", "dev", "eval"}
+_LISTING_THREADS = 16
+"""Listing waits for the file system most of the time, on network storage nearly all of it."""
+
+
+class ClassListing(NamedTuple):
+    """The images of one class, sorted by name."""
+
+    names: Strings
+    sizes: NDArray[np.uint64]
+    offsets: NDArray[np.uint64]
+    """In its stream; empty where each image is a file."""
+    others: list[bytes]
+    """Files that do not look like images by their names."""
+
+
+def list_image_folder(folder: Folder) -> Listing:
+    """List a folder with one sub-folder of images (at any depth) for each class.
+
+    Raises:
+        SourceError: it is empty, or no sub-folder has an image.
+    """
+    root = folder.url
+    folders = [name for name in folder.folders() if not name.startswith(".") and name != "__MACOSX"]
+    loose = [name for name in folder.names() if not name.startswith(".")]
+    if not folders and not loose:
+        raise SourceError(f"source {root} is empty")
+    encoded = sorted(os.fsencode(name) for name in folders)
+    classes = class_names(encoded, root)
+    local = folder.local
+    if local is not None:
+        jobs: Iterable[Callable[[], ClassListing]] = [partial(_list_local, local, name) for name in encoded]
+    else:
+        jobs = [partial(_list_remote, folder, os.fsdecode(name)) for name in encoded]
+    listed = collect(classes, jobs)
+    loose_images = [name for name in loose if looks_like_image(name.encode("utf-8", "replace")) and "." in name]
+    if not any(part.names for part in listed):
+        raise SourceError(_why_empty(root, len(folders), loose, loose_images))
+    if loose_images:
+        log.warning(
+            "left out: %d images directly in %s, outside any class folder, for example %s",
+            len(loose_images), root, loose_images[0],
+        )  # fmt: skip
+    warn_of_splits(classes, root)
+    names = Strings.join([part.names for part in listed])
+    return Listing(
+        "image folder", root, classes, names, np.concatenate([part.sizes for part in listed]),
+        FileImages(folder, names), labels_of(listed),
+    )  # fmt: skip
+
+
+def _why_empty(root: str, folders: int, loose: Sequence[str], loose_images: Sequence[str]) -> str:
+    tars = [name for name in loose if name.endswith((".tar", ".tar.gz", ".tgz"))]
+    hint = "; an image folder has one sub-folder of images for each class"
+    if tars:
+        hint = "; it has tars: give the tar of class tars itself as the source"
+    elif loose_images:
+        hint += ", or give truth=FILE (the classes of ImageNet's validation images) or labels=TABLE"
+    return (
+        f"source {root} has no images in its {folders} sub-folders"
+        + (f" ({len(loose_images)} images lie directly in it)" if loose_images else "")
+        + hint
+    )
+
+
+def list_loose_images(folder: Folder) -> tuple[Strings, NDArray[np.uint64]]:
+    """Names and sizes of the images directly in a folder, sorted."""
+    sizes = {name: size for name, size in _sizes_in(folder) if looks_like_image(os.fsencode(name))}
+    names = sorted(sizes, key=os.fsencode)
+    return Strings.of([os.fsencode(name) for name in names]), np.array([sizes[name] for name in names], np.uint64)
+
+
+def _sizes_in(folder: Folder) -> list[tuple[str, int]]:
+    if folder.local is None:
+        return [(name, size) for name, size in folder.tree().items() if "/" not in name]
+    with os.scandir(folder.local) as entries:
+        return [(entry.name, entry.stat().st_size) for entry in entries if entry.is_file()]
+
+
+def _list_local(root: Path, name: bytes) -> ClassListing:
+    found: list[tuple[bytes, int]] = []
+    others: list[bytes] = []
+    base = os.fsencode(root)
+    waiting = [name]
+    while waiting:
+        folder = waiting.pop()
+        with os.scandir(base + b"/" + folder) as entries:
+            for entry in entries:
+                path = folder + b"/" + entry.name
+                if entry.name.startswith(b"."):
+                    continue
+                if entry.is_dir():
+                    waiting.append(path)
+                elif looks_like_image(entry.name):
+                    found.append((path, entry.stat().st_size))
+                else:
+                    others.append(path)
+    return _sorted(found, others)
+
+
+def _list_remote(folder: Folder, name: str) -> ClassListing:
+    found: list[tuple[bytes, int]] = []
+    others: list[bytes] = []
+    for path, size in folder.child(name).tree().items():
+        if any(part.startswith(".") for part in path.split("/")):
+            continue
+        encoded = os.fsencode(f"{name}/{path}")
+        if looks_like_image(encoded):
+            found.append((encoded, size))
+        else:
+            others.append(encoded)
+    return _sorted(found, others)
+
+
+def _sorted(found: list[tuple[bytes, int]], others: list[bytes]) -> ClassListing:
+    found.sort()
+    sizes = np.fromiter((size for _, size in found), np.uint64, len(found))
+    return ClassListing(Strings.of([path for path, _ in found]), sizes, np.zeros(0, np.uint64), others)
+
+
+# ------------------------------------------------------------------------------- shared with the listing of tars
+
+
+def class_names(names: Sequence[bytes], source: str) -> list[str]:
+    """Names of classes as text.
+
+    Raises:
+        SourceError: one is not UTF-8, or stands twice.
+    """
+    decoded = []
+    for name in names:
+        try:
+            decoded.append(name.decode("utf-8"))
+        except UnicodeDecodeError:
+            raise SourceError(f"class name {name!r} in {source} is not UTF-8: rename it") from None
+    twice = [name for name, count in Counter(decoded).items() if count > 1]
+    if twice:
+        raise SourceError(f"{source} has two tars for class {twice[0]!r}: join or rename them")
+    return decoded
+
+
+def warn_of_splits(classes: Sequence[str], source: str) -> None:
+    """Say it where the classes look like the splits of a data set."""
+    if {name.lower() for name in classes} <= _SPLIT_NAMES:
+        log.warning(
+            "the classes are named %s: if these are splits, give inside=%s (the folder in %s that holds the class "
+            "folders)", ", ".join(classes), classes[0], source,
+        )  # fmt: skip
+
+
+def collect(classes: Sequence[str], jobs: Iterable[Callable[[], ClassListing]]) -> list[ClassListing]:
+    """List classes in threads, with progress; says what was left out."""
+    progress = Progress(len(classes), "classes", "listing")
+    listed: list[ClassListing] = []
+    images = 0
+    with ThreadPoolExecutor(_LISTING_THREADS) as pool:
+        try:
+            for part in pool.map(lambda job: job(), jobs):
+                listed.append(part)
+                images += len(part.names)
+                progress.update(1, f"{images:,} images")
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+    warn_of_others(listed)
+    return listed
+
+
+def warn_of_others(listed: Sequence[ClassListing]) -> None:
+    """Say which files were not taken for images."""
+    others = [name for part in listed for name in part.others]
+    if others:
+        log.warning("left out: %d files without an image's suffix, for example %s", len(others), os.fsdecode(others[0]))
+
+
+def labels_of(listed: Sequence[ClassListing]) -> NDArray[np.int32]:
+    """The class of each image, int32 [N]."""
+    return np.repeat(np.arange(len(listed), dtype=np.int32), [len(part.names) for part in listed])

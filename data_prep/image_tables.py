@@ -1,0 +1,248 @@
+"""Listing tables: in each row an image's path or address and its labels, perhaps with weights (the JFT style)."""
+
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Literal, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from cluster.command import Progress, log
+from cluster.folders import Folder, LocalFolder
+from data_prep.columns import LABEL_DTYPE, Labels, Strings
+from data_prep.listing import Listing, SourceError
+from data_prep.remote_images import FetchPolicy, RemoteImages
+from data_prep.source_reader import FileImages, Images
+from data_prep.table_files import TABLE_SUFFIXES, Columns, TableRows, class_names_of, read_rows_of
+
+LabelKind = Literal["auto", "one", "many"]
+_THREADS = 16
+_CHUNK = 4096
+
+
+def table_files(place: Path) -> list[Path]:
+    """The files of a table: itself, or the Parquet files directly in a folder; none where it is no table."""
+    if place.is_file():
+        return [place] if place.suffix in TABLE_SUFFIXES else []
+    if place.is_dir():
+        return sorted(path for path in place.iterdir() if path.suffix == ".parquet" and not path.name.startswith("."))
+    return []
+
+
+class _Rows(NamedTuple):
+    """A whole table: I images in the order of their paths, R rows, K labels."""
+
+    paths: list[str]
+    """[I], unique, sorted by their bytes."""
+    image_of_label: NDArray[np.int64]
+    """[K]."""
+    labels: NDArray[np.int64]
+    """Number of the class [K]."""
+    weights: NDArray[np.float64]
+    """[K]."""
+    classes: list[str]
+
+
+@dataclass(frozen=True)
+class TableOptions:
+    """What a user may say about a table."""
+
+    labels_per_image: LabelKind = "auto"
+    assumed_bytes: int = 100_000
+    """Of an image that must be fetched to know."""
+    policy: FetchPolicy = field(default_factory=FetchPolicy)
+
+
+def list_table(files: Sequence[Path], root: Folder, columns: Columns, options: TableOptions) -> Listing:
+    """List the images that a table names, with their labels.
+
+    An image may stand in several rows, each with one of its labels. Images that are named but are not there are left
+    out, with the reason; those of other machines are fetched when they are sharded.
+
+    Args:
+        files: of the table.
+        root: what relative paths are relative to.
+
+    Raises:
+        SourceError: a row is wrong (with the line), or none of the images is there.
+    """
+    where = f"table {files[0]}" if len(files) == 1 else f"table {files[0].parent}"
+    rows = _gather(files, columns, where)
+    many = _many(rows, columns, options.labels_per_image, where)
+    names = class_names_of(files[0], columns.label)
+    labels = _numbered(rows, names, many, where)
+    classes = names or rows.classes
+    paths, sizes, images, missing = _locate(rows.paths, root, options)
+    there = np.flatnonzero(~missing)
+    left_out = tuple((paths[row], "named in the table, but there is no such file") for row in np.flatnonzero(missing))
+    if not len(there):
+        raise SourceError(
+            f"none of the {len(paths)} images named in {where} is in {root.url}, for example not {paths[0]!r}: "
+            f"relative paths are relative to the folder given as the source (with labels=TABLE), or to the table's own"
+        )
+    listing = Listing(
+        "table of images", where.removeprefix("table "), classes,
+        Strings.of([os.fsencode(path) for path in paths]), sizes, images, labels, (),
+    )  # fmt: skip
+    return listing if not left_out else listing.take(there, left_out)
+
+
+def _gather(files: Sequence[Path], columns: Columns, where: str) -> _Rows:
+    batches: list[TableRows] = []
+    progress = Progress(len(files), "files", "reading the table")
+    total = 0
+    for file in files:
+        for batch in read_rows_of(file, columns):
+            batches.append(batch)
+            total += len(batch.counts)
+        progress.update(1, f"{total:,} rows")
+    if not total:
+        raise SourceError(f"{where} names no image")
+    paths = pa.chunked_array([batch.paths for batch in batches], pa.string())
+    lines = np.concatenate([batch.lines for batch in batches])
+    counts = np.concatenate([batch.counts for batch in batches])
+    labels = pa.chunked_array([batch.labels for batch in batches], pa.string())
+    weights = np.concatenate([batch.weights for batch in batches])
+    unique, image_of_row = _sorted_codes(paths)
+    _check_paths(unique, image_of_row, lines, where)
+    row_of_label = np.repeat(np.arange(len(counts)), counts)
+    image_of_label = image_of_row[row_of_label]
+    classes, numbers = _sorted_codes(labels) if len(labels) else ([], np.zeros(0, np.int64))
+
+    def complain(label: int, what: str) -> None:
+        row = row_of_label[label]
+        raise SourceError(
+            f"{where}, line {lines[row]}: label {classes[numbers[label]]!r} of {unique[image_of_row[row]]!r} {what}"
+        )
+
+    if "" in classes:
+        complain(int(np.flatnonzero(numbers == classes.index(""))[0]), "has no name")
+    wrong = np.flatnonzero(~(np.isfinite(weights) & (weights >= 0)))
+    if len(wrong):
+        complain(int(wrong[0]), f"has weight {weights[wrong[0]]}: a number not below 0 is needed")
+    order = np.lexsort((np.arange(len(numbers)), numbers, image_of_label))
+    same = np.flatnonzero((np.diff(image_of_label[order]) == 0) & (np.diff(numbers[order]) == 0))
+    if len(same):
+        complain(int(order[same[0] + 1]), "stands twice")
+    return _Rows(unique, image_of_label[order], numbers[order], weights[order], classes)
+
+
+def _sorted_codes(values: pa.ChunkedArray) -> tuple[list[str], NDArray[np.int64]]:
+    """The different values sorted by their bytes, and for each value which one it is."""
+    encoded = pc.dictionary_encode(values).combine_chunks()
+    if isinstance(encoded, pa.ChunkedArray):
+        encoded = encoded.chunk(0)
+    order = pc.sort_indices(encoded.dictionary.cast(pa.binary())).to_numpy()
+    place = np.empty(len(order), np.int64)
+    place[order] = np.arange(len(order))
+    return encoded.dictionary.take(pa.array(order)).to_pylist(), place[encoded.indices.to_numpy().astype(np.int64)]
+
+
+def _check_paths(paths: Sequence[str], image_of_row: NDArray[np.int64], lines: NDArray[np.int64], where: str) -> None:
+    for number, path in enumerate(paths):
+        parts = PurePosixPath(path).parts
+        if not parts or ("://" not in path and not path.startswith("/") and ".." in parts):
+            line = lines[np.flatnonzero(image_of_row == number)[0]]
+            raise SourceError(
+                f"{where}, line {line}: path {path!r} must be an address, an absolute path, or relative to the source "
+                f"and inside it"
+            )
+
+
+def _many(rows: _Rows, columns: Columns, asked: LabelKind, where: str) -> bool:
+    """Whether images have many labels each."""
+    counts = np.bincount(rows.image_of_label, minlength=len(rows.paths))
+    if asked == "many":
+        many = True
+    elif asked == "one":
+        wrong = np.flatnonzero(counts != 1)
+        if len(wrong):
+            raise SourceError(
+                f"labels_per_image = one: {where} gives {rows.paths[wrong[0]]!r} {counts[wrong[0]]} labels"
+            )
+        many = False
+    else:
+        many = columns.weight is not None or bool((counts != 1).any())
+        log.info(
+            "%s: %s (labels_per_image=auto)", where,
+            "many labels an image" if many else "one label an image, and no weights: one class each",
+        )  # fmt: skip
+    if not rows.classes:
+        raise SourceError(f"{where} gives no image a label")
+    return many
+
+
+def _numbered(rows: _Rows, names: Sequence[str] | None, many: bool, where: str) -> NDArray[np.int32] | Labels:
+    numbers = rows.labels
+    if names is not None:  # labels are numbers into the names that the table carries
+        given = [int(name) if name.isdigit() else -1 for name in rows.classes]
+        if min(given) < 0 or max(given) >= len(names):
+            raise SourceError(f"{where}: its labels are not numbers of the {len(names)} classes it names")
+        numbers = np.array(given, np.int64)[numbers]
+    if not many:
+        return numbers.astype(np.int32)
+    order = np.lexsort((numbers, rows.image_of_label))
+    table = np.empty(len(numbers), LABEL_DTYPE)
+    table["class"], table["weight"] = numbers[order], rows.weights[order]
+    counts = np.bincount(rows.image_of_label, minlength=len(rows.paths))
+    return Labels(table, np.concatenate([[0], np.cumsum(counts)]))
+
+
+def _locate(
+    paths: list[str], root: Folder, options: TableOptions
+) -> tuple[list[str], NDArray[np.uint64], Images, NDArray[np.bool_]]:
+    """Paths as they are written down, sizes, where the images are, and which are missing."""
+    far = np.array(["://" in path for path in paths], np.bool_)
+    absolute = np.array([path.startswith("/") for path in paths], np.bool_)
+    if not far.any() and not absolute.any():
+        paths = [str(PurePosixPath(path)) for path in paths]
+        sizes = _sizes(root, paths)
+        images: Images = FileImages(root, Strings.of([os.fsencode(path) for path in paths]))
+        return paths, np.maximum(sizes, 0).astype(np.uint64), images, sizes < 0
+    if absolute.all():
+        inner = [path.lstrip("/") for path in paths]
+        sizes = _sizes(LocalFolder(Path("/")), inner)
+        images = FileImages(LocalFolder(Path("/")), Strings.of([os.fsencode(path) for path in inner]))
+        return paths, np.maximum(sizes, 0).astype(np.uint64), images, sizes < 0
+    addresses = [
+        path if is_far or is_absolute else f"{root.url}/{path}"
+        for path, is_far, is_absolute in zip(paths, far, absolute, strict=True)
+    ]
+    images = RemoteImages(Strings.of([os.fsencode(address) for address in addresses]), options.policy)
+    assumed = np.full(len(paths), options.assumed_bytes, np.uint64)
+    log.info(
+        "%s of %s images are fetched where the table says; shards are cut as if each had %s bytes (image_kb)",
+        f"{int(far.sum()):,}", f"{len(paths):,}", f"{options.assumed_bytes:,}",
+    )  # fmt: skip
+    return paths, assumed, images, np.zeros(len(paths), np.bool_)
+
+
+def _sizes(root: Folder, paths: Sequence[str]) -> NDArray[np.int64]:
+    """Bytes of files in a folder, -1 for those that are not there."""
+    local = root.local
+    if local is None:
+        known = root.tree()
+        return np.array([known.get(path, -1) for path in paths], np.int64)
+    progress = Progress(len(paths), "images", "listing")
+
+    def sizes_of(chunk: Sequence[str]) -> list[int]:
+        found = []
+        for path in chunk:
+            try:
+                found.append(Path(local, path).stat().st_size)
+            except (FileNotFoundError, NotADirectoryError):
+                found.append(-1)
+        return found
+
+    sizes: list[int] = []
+    with ThreadPoolExecutor(_THREADS) as pool:
+        chunks = [paths[start : start + _CHUNK] for start in range(0, len(paths), _CHUNK)]
+        for part in pool.map(sizes_of, chunks):
+            sizes.extend(part)
+            progress.update(len(part))
+    return np.array(sizes, np.int64)

@@ -1,0 +1,174 @@
+"""Images appended to a corpus: a new version of it, the older ones stay readable and as they were."""
+
+import json
+import logging
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from cluster.ray_runtime import ray_session
+from data_prep.corpus import Corpus
+from data_prep.shard import ShardSettings, shard_corpus
+from data_prep.verify import verify
+from tests.corpora import encoded, image_folder
+
+
+@pytest.fixture(scope="module", autouse=True)
+def ray():
+    with ray_session():
+        yield
+
+
+@pytest.fixture
+def messages(caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("vitforge"), "propagate", True)
+    caplog.set_level(logging.INFO, "vitforge")
+    return lambda: "\n".join(record.getMessage() for record in caplog.records)
+
+
+def shard(source: Path, destination: Path, **settings: object) -> Corpus:
+    values = {"shard_mb": 0.02} | {key: str(v) if isinstance(v, Path) else v for key, v in settings.items()}
+    return shard_corpus(ShardSettings(source=str(source), destination=str(destination), **values))
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+
+
+def grow(root: Path, first: int, count: int = 15, classes: tuple[str, ...] = ("c0", "c2", "a-new-one")) -> None:
+    for number in range(first, first + count):
+        path = root / classes[number % len(classes)] / f"new-{number}.jpg"
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(encoded(number, (50, 40)))
+
+
+def test_appended_images_are_new_shards_of_a_new_version(tmp_path, messages):
+    root = image_folder(tmp_path / "images")
+    (root / "c1" / "broken.jpg").write_bytes(b"<html>")
+    first = shard(root, tmp_path / "corpus")
+    before = content(tmp_path / "corpus")
+    grow(root, 1000)
+    second = shard(root, tmp_path / "corpus", append=True)
+    assert "15 are new" in messages()
+    assert "1 new classes at the end of the list: a-new-one" in messages()
+    assert (second.version, second.num_samples) == (2, first.num_samples + 15)
+    assert second.classes == [*first.classes, "a-new-one"]
+    assert second.manifest["quarantined"] == 1
+    assert [entry["origin"] for entry in second.quarantined()] == ["c1/broken.jpg"]
+    after = content(tmp_path / "corpus")
+    assert {name for name in before if after[name] != before[name]} == {"manifest.json"}
+    assert after["manifest-000001.json"] == before["manifest.json"]
+
+    old = Corpus.open(f"{tmp_path / 'corpus'}#1")
+    assert old.corpus_hash == first.corpus_hash
+    assert list(verify(old)) == list(verify(second)) == []
+    ids = np.arange(first.num_samples)
+    assert np.array_equal(old.index, second.index[: len(ids)])
+    assert [second.origin(sample) for sample in ids] == [old.origin(sample) for sample in ids]
+    assert sum(second.class_counts) == second.num_samples
+    assert second.class_counts[second.classes.index("a-new-one")] == 5
+    keys = [name for path in (tmp_path / "corpus").glob("*.idx") for name in path.read_text().split() if ".jpg" in name]
+    assert len(keys) == len(set(keys)) == second.num_samples
+
+    grow(root, 2000)
+    third = shard(root, tmp_path / "corpus", append=True)
+    assert (third.version, third.num_samples, third.corpus_hash) == (3, first.num_samples + 30, third.corpus_hash)
+    assert Corpus.open(f"{tmp_path / 'corpus'}#2").corpus_hash == second.corpus_hash
+    assert list(verify(third)) == []
+    with pytest.raises(ValueError, match="has no version 4: it has versions 1 to 3"):
+        Corpus.open(f"{tmp_path / 'corpus'}#4")
+
+
+def test_appending_nothing_new_changes_nothing(tmp_path, messages):
+    root = image_folder(tmp_path / "images")
+    shard(root, tmp_path / "corpus")
+    grow(root, 1000)
+    shard(root, tmp_path / "corpus", append=True)
+    before = content(tmp_path / "corpus")
+    again = shard(root, tmp_path / "corpus", append=True)
+    assert again.version == 2
+    assert "has all of them: nothing to do" in messages()
+    assert content(tmp_path / "corpus") == before
+
+
+def test_an_append_that_was_killed_goes_on_or_gives_way(tmp_path, messages):
+    root = image_folder(tmp_path / "images")
+    first = shard(root, tmp_path / "corpus")
+    grow(root, 1000, count=40)
+    shard(root, tmp_path / "corpus", append=True)
+    whole = content(tmp_path / "corpus")
+    # as a kill before the end leaves it: no index, the manifest still the old one, a shard missing
+    (tmp_path / "corpus" / "manifest.json").write_bytes(whole["manifest-000001.json"])
+    number = len(first.shard_sizes)
+    for name in ("manifest-000001.json", "index-000002.bin", f"shard-{number:06d}.record.json"):
+        (tmp_path / "corpus" / name).unlink()
+    kept = (tmp_path / "corpus" / f"shard-{number + 1:06d}.tar").stat().st_ino
+    assert Corpus.open(str(tmp_path / "corpus")).corpus_hash == first.corpus_hash
+    shard(root, tmp_path / "corpus", append=True)
+    assert content(tmp_path / "corpus") == whole
+    assert (tmp_path / "corpus" / f"shard-{number + 1:06d}.tar").stat().st_ino == kept
+
+    (tmp_path / "corpus" / "manifest.json").write_bytes(whole["manifest-000001.json"])
+    (tmp_path / "corpus" / "manifest-000001.json").unlink()
+    for path in root.rglob("new-*.jpg"):
+        path.unlink()
+    grow(root, 3000, count=5)
+    other = shard(root, tmp_path / "corpus", append=True)
+    assert "an unfinished append of other images, or with other settings, is removed" in messages()
+    assert (other.version, other.num_samples) == (2, first.num_samples + 5)
+    assert list(verify(other)) == []
+
+
+def test_damage_in_any_version_is_repaired_by_its_command(tmp_path):
+    root = image_folder(tmp_path / "images")
+    first = shard(root, tmp_path / "corpus")
+    grow(root, 1000, count=30)
+    second = shard(root, tmp_path / "corpus", append=True)
+    whole = content(tmp_path / "corpus")
+    added = tmp_path / "corpus" / f"shard-{len(first.shard_sizes):06d}.tar"
+    added.write_bytes(added.read_bytes()[:-1])
+    with pytest.raises(ValueError, match="cut short"):
+        Corpus.open(str(tmp_path / "corpus"))
+    assert shard(root, tmp_path / "corpus", append=True).corpus_hash == second.corpus_hash
+    assert content(tmp_path / "corpus") == whole
+    for path in root.rglob("new-*.jpg"):
+        path.unlink()
+    for folder in root.iterdir():
+        if not any(folder.iterdir()):
+            folder.rmdir()
+    (tmp_path / "corpus" / "shard-000000.record.json").unlink()
+    repaired = shard(root, tmp_path / "corpus")
+    assert repaired.corpus_hash == first.corpus_hash
+    assert content(tmp_path / "corpus") == whole
+    assert Corpus.open(str(tmp_path / "corpus")).corpus_hash == second.corpus_hash
+
+
+def test_many_labels_are_appended(tmp_path):
+    root = image_folder(tmp_path / "images")
+    rows = [{"path": str(path.relative_to(root)), "labels": ["x", path.parent.name]} for path in root.rglob("*.JPEG")]
+    table = tmp_path / "labels.jsonl"
+    table.write_text("".join(json.dumps(row) + "\n" for row in rows[:20]))
+    first = shard(root, tmp_path / "corpus", labels=table)
+    table.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    second = shard(root, tmp_path / "corpus", labels=table, append=True)
+    assert list(verify(second)) == []
+    assert (first.num_samples, second.num_samples) == (20, 30)
+    for sample in range(30):
+        _, classes, _ = second.labels_of([sample])
+        assert {second.classes[number] for number in classes} == {"x", second.origin(sample).split("/")[0]}
+
+
+def test_what_cannot_be_appended_is_refused(tmp_path):
+    root = image_folder(tmp_path / "images")
+    with pytest.raises(ValueError, match="there is no finished corpus"):
+        shard(root, tmp_path / "corpus", append=True)
+    shard(root, tmp_path / "corpus")
+    before = content(tmp_path / "corpus")
+    grow(root, 1000)
+    with pytest.raises(ValueError, match=r"has 1 classes that the corpus does not have \(a-new-one\)"):
+        shard(root, tmp_path / "corpus", append=True, new_classes="refuse")
+    (tmp_path / "labels.csv").write_text("path,label,weight\nc0/000.JPEG,a,0.5\n")
+    with pytest.raises(ValueError, match=r"has many labels an image, the corpus .* has one"):
+        shard(root, tmp_path / "corpus", append=True, labels=tmp_path / "labels.csv")
+    assert content(tmp_path / "corpus") == before

@@ -1,0 +1,99 @@
+"""What runs survive: wishes to stop, ranks that hang, batches that are not finite."""
+
+import json
+import os
+import signal
+import subprocess
+import time
+
+import mlflow
+import psutil
+import pytest
+
+from pipeline import tracking
+from tests.corpora import image_folder, make_corpus
+from tests.running import REPOSITORY, environment, losses, torchrun, torchrun_command
+
+STEPS = 200
+TINY = [
+    "pipeline/pretrain.py", "demo", "model.width=32", "model.depth=2", "model.heads=2", "model.mlp_dim=64",
+    f"training.duration={STEPS} steps", "training.global_batch=12", "optimizer.warmup=5 steps", "log.every=1",
+    "checkpoint.every=25 steps", "registry.name=null", "run.workers=null",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory):
+    root = tmp_path_factory.mktemp("survival")
+    corpus = make_corpus(image_folder(root / "images", classes=3, images=20), root / "corpus")
+    return root / "home", corpus.path
+
+
+def words(places, name, *overrides):
+    return [*TINY, f"data.corpus={places[1]}", f"run.name={name}", *overrides]
+
+
+def start(places, name, ranks, *overrides):
+    """A stage under torchrun, under way: its process and those of its ranks."""
+    process = subprocess.Popen(
+        torchrun_command(ranks, tuple(words(places, name, *overrides))),
+        cwd=REPOSITORY, env=environment(places[0]), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    metrics = places[0] / "runs" / name / "metrics.jsonl"
+    deadline = time.monotonic() + 240
+    while max(losses(metrics), default=0) < 5:
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    workers = [child for child in psutil.Process(process.pid).children() if "pretrain.py" in " ".join(child.cmdline())]
+    assert len(workers) == ranks
+    return process, workers
+
+
+def test_a_run_that_is_told_to_stop_saves_and_goes_on_with_identical_losses(places):
+    process, workers = start(places, "stopped", 2)
+    workers[1].send_signal(signal.SIGTERM)  # one rank knows, all must stop at the same step
+    output, _ = process.communicate(timeout=120)
+    assert "the same command goes on from there" in output
+    folder = places[0] / "runs" / "stopped"
+    taken = max(losses(folder / "metrics.jsonl"))
+    assert 5 <= taken < STEPS
+    assert (folder / "checkpoints" / f"step-{taken:08d}").is_dir()
+    assert json.loads((folder / "heartbeat.json").read_text())["state"] == "stopped"
+    for name in ("stopped", "straight"):
+        done = torchrun(2, places[0], *words(places, name))
+        assert done.returncode == 0, done.stderr[-4000:]
+    assert losses(folder / "metrics.jsonl") == losses(places[0] / "runs" / "straight" / "metrics.jsonl")
+    mlflow_run = json.loads((folder / "run.json").read_text())["mlflow_run"]
+    tracking.connect(places[0])
+    assert mlflow.get_run(mlflow_run).info.status == "FINISHED"
+
+
+def test_a_rank_that_hangs_is_named_and_all_are_ended(places):
+    process, workers = start(
+        places, "hung", 2, "training.duration=100k steps", "checkpoint.every=50k steps", "run.hang_timeout_s=20"
+    )
+    workers[1].send_signal(signal.SIGSTOP)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode != 0
+    assert f"rank 1 on {os.uname().nodename} (process {workers[1].pid}), in " in output
+    assert "gave no sign of life for" in output
+    assert not any(worker.is_running() for worker in workers)
+
+
+def test_a_batch_that_makes_the_loss_jump_is_left_out_and_reported(places):
+    """The first loss after the warm-up of the statistics that is above the smallest factor counts as a spike."""
+    overrides = ("health.spike_factor=1.0000001", "health.max_skips=3")
+    done = torchrun(2, places[0], *words(places, "spikes", *overrides))
+    assert done.returncode != 0
+    assert "going back to the last checkpoint, and on without this batch" in done.stderr
+    assert "3 batches were left out already (health.max_skips = 3)" in done.stderr
+    reports = places[0] / "runs" / "spikes" / "reports"
+    report = json.loads(sorted(reports.glob("step-*.json"))[0].read_text())
+    assert report["spike"] is True
+    assert sorted(share["rank"] for share in report["shares"]) == [0, 1]
+    samples = [sample for share in report["shares"] for sample in share["ids"]]
+    assert len(samples) == 12
+    assert all(str(sample) in report["origins"] for sample in samples)
+    assert all((reports / name).stat().st_size > 100 for name in report["images"].values())
+    assert (reports / f"step-{report['step']:08d}" / "sheet.png").stat().st_size > 1000

@@ -167,17 +167,18 @@ def _copy_all(
     }
     of_shards = {name for group in groups.values() for name in group}
     groups["the index"] = [name for name in sizes if name not in of_shards]
-    tasks = {}
+    tasks, megabytes = {}, {}
     for label, group in groups.items():
         wanted = {name: missing[name] for name in group if name in missing}
+        megabytes[label] = round(sum(sizes.get(name, 0) for name in group) / 1e6)
         if wanted:
             known = {name: checksums[name] for name in wanted if name in checksums}
             tasks[label] = partial(_CopyTask, source, destination, wanted, known)
-    progress = Progress(len(groups), "shards", "copying")
-    progress.skip(len(groups) - len(tasks))
-    if progress.done:
-        log.info("%d of %d shards are there already", progress.done, len(groups))
-    run_tasks(_copy_files, tasks, destination, workers, progress, units=lambda name: 1)
+    progress = Progress(sum(megabytes.values()), "MB", "copying")
+    if len(tasks) < len(groups):
+        progress.skip(sum(size for label, size in megabytes.items() if label not in tasks))
+        log.info("%d of %d shards are there already", len(groups) - len(tasks), len(groups))
+    run_tasks(_copy_files, tasks, destination, workers, progress, units=megabytes.__getitem__)
 
 
 def _copy_files(task: _CopyTask) -> dict[str, Any]:

@@ -26,6 +26,7 @@ from data_prep.corpus import (
     file_of_version,
     manifest_hash,
 )
+from data_prep.removed import REMOVED, Removed
 from data_prep.shard_task import read_rows, remove_shard
 
 _AHEAD = 16
@@ -64,6 +65,10 @@ class CorpusPlan(Protocol):
     @property
     def left_out(self) -> Sequence[tuple[str, str]]:
         """Images that are named but cannot be had: (path, reason)."""
+
+    @property
+    def removed(self) -> Removed | None:
+        """Duplicates that were taken out of the source."""
 
     def describe(self) -> dict[str, Any]:
         """What is kept in plan.json: at least plan_hash, settings and source (its kind and counts)."""
@@ -176,6 +181,10 @@ def assemble(
     for entry in quarantined:
         quarantine.write((json.dumps(entry, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace"))
     files[names[QUARANTINE]] = quarantine.close()
+    if plan.removed is not None:
+        removed = _HashedFile(folder, file_of_version(REMOVED, plan.version))
+        removed.write(plan.removed.lines)
+        files[file_of_version(REMOVED, plan.version)] = removed.close()
     converted = sum(record.get("converted", 0) for record in records)
 
     shards = [
@@ -211,6 +220,9 @@ def assemble(
     }
     if converted:
         manifest["converted"] = converted
+    if plan.removed is not None:
+        manifest["removed"] = plan.removed.counts
+        manifest["created_by"]["excluded"] = plan.removed.places
     if before is not None:
         manifest["version"] = plan.version
         manifest["appended_to"] = {"corpus_hash": before.corpus_hash, "shards": len(shards_before)}

@@ -85,7 +85,8 @@ def describe_images(images: Sequence[bytes | memoryview]) -> NDArray[np.void]:
     coefficients = (_DCT @ pixels @ _DCT.T)[:, _PLACES[:, 0], _PLACES[:, 1]]
     strength = np.linalg.norm(coefficients[:, :64], axis=1) / _SIDE
     descriptors["pictured"] = strength >= _FLAT
-    descriptors["hash"] = np.packbits(coefficients[:, :64] > 0, axis=1, bitorder="little").view("<u8")[:, 0]
+    bits = np.packbits(coefficients[:, :64] > 0, axis=1, bitorder="little")
+    descriptors["hash"] = np.ascontiguousarray(bits).view("<u8")[:, 0]
     white = coefficients * _WHITENING
     white *= 127 / np.maximum(np.linalg.norm(white, axis=1, keepdims=True), 1e-6)
     descriptors["shape"] = np.rint(white)

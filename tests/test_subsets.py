@@ -88,7 +88,8 @@ def messages(caplog, monkeypatch):
 
 
 def parts_of(corpus: Corpus, destination: Path | Folder, **settings) -> dict[str, Corpus]:
-    return make_parts(SubsetSettings(corpus=corpus.url, destination=str(destination), **settings))
+    values = settings | {"subsets": tuple(settings.get("subsets", ()))}
+    return make_parts(SubsetSettings(corpus=corpus.url, destination=str(destination), **values))
 
 
 def origins(corpus: Corpus) -> list[str]:

@@ -14,7 +14,8 @@ from cluster.storage import StorageError
 from data_prep.class_names import after, put_in_order
 from data_prep.columns import Labels
 from data_prep.convert import Conversion
-from data_prep.corpus import PLAN, SHARDS_AT, Corpus, CorpusError, file_of_version
+from data_prep.corpus import Corpus
+from data_prep.corpus_format import PLAN, SHARDS_AT, CorpusError, file_of_version
 from data_prep.listing import Listing, SourceError
 from data_prep.shard_plan import Appended, Plan
 from data_prep.shard_task import one_line, remove_shard

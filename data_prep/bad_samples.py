@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cluster.storage import StorageError
-from data_prep.corpus import CorpusError, ShardError
+from data_prep.corpus_format import CorpusError, ShardError
 from data_prep.mixture import Mixture
 from data_prep.order import ATTEMPTS_IN_SHARD
 

@@ -24,7 +24,8 @@ from cluster.command import Progress, absolute_path, duration, log, run_command
 from cluster.folders import Folder, folder_at
 from cluster.settings import Settings, parse_command
 from cluster.storage import StorageError
-from data_prep.corpus import MANIFEST, SHARDS_AT, Corpus, CorpusError, read_manifest, shards_folder
+from data_prep.corpus import Corpus
+from data_prep.corpus_format import MANIFEST, SHARDS_AT, CorpusError, read_manifest, shards_folder
 from data_prep.corpus_jobs import GO_ON, check_places, check_room, in_megabytes, run_tasks
 from data_prep.shard_task import SHARD_FILES, record_name, shard_file
 

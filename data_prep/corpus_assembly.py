@@ -15,14 +15,14 @@ import xxhash
 from cluster.folders import Folder
 from cluster.storage import StorageError
 from data_prep.columns import LABEL_DTYPE, Labels
-from data_prep.corpus import (
+from data_prep.corpus import Corpus
+from data_prep.corpus_format import (
     FORMAT_VERSION,
     INDEX,
     LABEL_POINTERS,
     LABELS,
     MANIFEST,
     QUARANTINE,
-    Corpus,
     file_of_version,
     manifest_hash,
 )

@@ -11,8 +11,9 @@ from typing import Any
 from cluster.command import Progress, duration, log
 from cluster.folders import Folder
 from cluster.storage import StorageError
-from data_prep.corpus import MANIFEST, PLAN, QUARANTINE, Corpus, CorpusError, file_of_version
+from data_prep.corpus import Corpus
 from data_prep.corpus_assembly import CorpusPlan
+from data_prep.corpus_format import MANIFEST, PLAN, QUARANTINE, CorpusError, file_of_version
 from data_prep.listing import SourceError
 from data_prep.removed import REMOVED, removed_in_words
 from data_prep.shard_task import finished_records, remove_shard

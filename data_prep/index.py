@@ -22,8 +22,9 @@ from cluster.command import Progress, absolute_path, log, run_command
 from cluster.folders import Folder, LocalFolder, folder_at
 from cluster.settings import Settings, parse_command
 from data_prep.class_names import read_classes
-from data_prep.corpus import FORMAT_VERSION, Corpus
+from data_prep.corpus import Corpus
 from data_prep.corpus_assembly import assemble
+from data_prep.corpus_format import FORMAT_VERSION
 from data_prep.corpus_jobs import (
     GO_ON,
     begin,

@@ -10,7 +10,7 @@ import numpy as np
 from cluster import storage
 from cluster.folders import Folder
 from data_prep.columns import Labels
-from data_prep.corpus import SAMPLE_DTYPE, image_check
+from data_prep.corpus_format import SAMPLE_DTYPE, image_check
 from data_prep.image_check import UnusableImage, check_image
 from data_prep.listing import SourceError
 from data_prep.shard_task import MAX_IMAGE_BYTES, commit_shard, one_line

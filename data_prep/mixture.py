@@ -22,7 +22,8 @@ from typing import Literal
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from data_prep.corpus import Corpus, CorpusError
+from data_prep.corpus import Corpus
+from data_prep.corpus_format import CorpusError
 from data_prep.order import SampleOrder, seed_of_part, substitute
 
 _MOST = 2**31

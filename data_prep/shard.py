@@ -19,8 +19,9 @@ from cluster.folders import Folder, folder_at
 from cluster.settings import SettingsError, parse_command
 from data_prep.append import NewClasses, plan_append
 from data_prep.convert import Conversion
-from data_prep.corpus import MANIFEST, Corpus, CorpusError
+from data_prep.corpus import Corpus
 from data_prep.corpus_assembly import assemble
+from data_prep.corpus_format import MANIFEST, CorpusError
 from data_prep.corpus_jobs import (
     GO_ON,
     begin,

@@ -5,7 +5,8 @@ from typing import Any
 from cluster.command import absolute_path, log
 from cluster.folders import folder_at
 from cluster.ray_runtime import ray_session
-from data_prep.corpus import MANIFEST, Corpus, CorpusError
+from data_prep.corpus import Corpus
+from data_prep.corpus_format import MANIFEST, CorpusError
 from data_prep.corpus_jobs import LAID_DOWN
 from data_prep.embedded_images import lay_down_dataset, list_laid_down
 from data_prep.listing import Listing

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from cluster.folders import Folder
 from data_prep.columns import Labels, Strings
 from data_prep.convert import Conversion
-from data_prep.corpus import FORMAT_VERSION
+from data_prep.corpus_format import FORMAT_VERSION
 from data_prep.listing import Listing
 from data_prep.order import OF_SOURCE, Permutation
 from data_prep.removed import Removed

@@ -14,7 +14,7 @@ from cluster.folders import Folder
 from cluster.storage import StorageError
 from data_prep.columns import Labels
 from data_prep.convert import convert
-from data_prep.corpus import SAMPLE_DTYPE, image_check
+from data_prep.corpus_format import SAMPLE_DTYPE, image_check
 from data_prep.image_check import UnusableImage, check_image
 from data_prep.shard_plan import ShardTask
 from data_prep.tar_shards import ShardWriter

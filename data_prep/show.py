@@ -16,7 +16,8 @@ from cluster import storage
 from cluster.command import absolute_path, log, run_command
 from cluster.settings import Settings, parse_command
 from data_prep.contact_sheet import draw_contact_sheet, draw_histograms
-from data_prep.corpus import QUARANTINE, Corpus
+from data_prep.corpus import Corpus
+from data_prep.corpus_format import QUARANTINE
 from data_prep.distributions import Bar, Distribution, measure
 from data_prep.order import Permutation
 

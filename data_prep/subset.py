@@ -22,7 +22,9 @@ from cluster.folders import Folder, folder_at
 from cluster.settings import Settings, SettingsError, parse_command
 from cluster.storage import StorageError
 from data_prep.columns import LABEL_DTYPE
-from data_prep.corpus import (
+from data_prep.corpus import Corpus
+from data_prep.corpus_assembly import HashedFile
+from data_prep.corpus_format import (
     FORMAT_VERSION,
     INDEX,
     LABEL_POINTERS,
@@ -30,12 +32,10 @@ from data_prep.corpus import (
     MANIFEST,
     PLACES,
     SHARDS_AT,
-    Corpus,
     CorpusError,
     manifest_hash,
     read_manifest,
 )
-from data_prep.corpus_assembly import HashedFile
 from data_prep.corpus_jobs import check_places
 from data_prep.stratify import apportion, random_places
 

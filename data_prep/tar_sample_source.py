@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 from cluster.command import Progress, log
 from cluster.folders import LocalFolder
 from data_prep.columns import LABEL_DTYPE, Labels, Strings
-from data_prep.corpus import MANIFEST, Corpus
+from data_prep.corpus import Corpus
+from data_prep.corpus_format import MANIFEST
 from data_prep.listing import Listing, SourceError
 from data_prep.source_reader import Stream, StreamImages
 from data_prep.tar_headers import TarError, iterate_members

@@ -19,7 +19,8 @@ from cluster import storage
 from cluster.command import Progress, absolute_path, log, run_command
 from cluster.folders import Folder
 from cluster.settings import Settings, parse_command
-from data_prep.corpus import INDEX, PLACES, Corpus, CorpusError, image_check
+from data_prep.corpus import Corpus
+from data_prep.corpus_format import INDEX, PLACES, CorpusError, image_check
 from data_prep.shard_task import shard_file
 from data_prep.tar_headers import Member, TarError, iterate_members
 from data_prep.webdataset_tars import UnusableSample, dali_index, dali_index_line, iterate_samples, parse_label

@@ -21,7 +21,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from data_prep.corpus import INDEX, MANIFEST, SAMPLE_DTYPE, Corpus, manifest_hash
+from data_prep.corpus import Corpus
+from data_prep.corpus_format import INDEX, MANIFEST, SAMPLE_DTYPE, manifest_hash
 from data_prep.mixture import Schedule
 from data_prep.order import SampleOrder
 from tests.corpora import image_folder, make_corpus

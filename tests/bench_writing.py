@@ -24,7 +24,7 @@ import numpy as np
 
 from cluster import storage
 from cluster.folders import LocalFolder
-from data_prep.corpus import image_check
+from data_prep.corpus_format import image_check
 from data_prep.image_check import check_image
 from data_prep.shard_plan import Plan
 from data_prep.sources import SourceSettings, list_source

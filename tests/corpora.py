@@ -7,8 +7,9 @@ import numpy as np
 from PIL import Image
 
 from cluster.folders import LocalFolder
-from data_prep.corpus import INDEX, PLAN, SAMPLE_DTYPE, Corpus, image_check
+from data_prep.corpus import Corpus
 from data_prep.corpus_assembly import assemble
+from data_prep.corpus_format import INDEX, PLAN, SAMPLE_DTYPE, image_check
 from data_prep.shard_plan import Plan
 from data_prep.shard_task import write_shard
 from data_prep.sources import SourceSettings, list_source

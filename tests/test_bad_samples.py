@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from data_prep.corpus import Corpus, CorpusError
+from data_prep.corpus import Corpus
+from data_prep.corpus_format import CorpusError
 from data_prep.mixture import Mixture
 from pipeline.loader import EvalLoader, TrainLoader, check_bad
 from pipeline.workers import Worker

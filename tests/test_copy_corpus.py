@@ -13,7 +13,8 @@ import pytest
 
 from cluster.folders import Folder, LocalFolder, folder_at
 from data_prep.copy_corpus import CopySettings, copy_corpus
-from data_prep.corpus import Corpus, CorpusError
+from data_prep.corpus import Corpus
+from data_prep.corpus_format import CorpusError
 from tests.corpora import image_folder, make_corpus
 from tests.running import REPOSITORY, environment
 from tests.s3_server import S3Server

@@ -13,7 +13,8 @@ import pytest
 from PIL import Image
 
 from cluster import storage
-from data_prep.corpus import Corpus, CorpusError, manifest_hash
+from data_prep.corpus import Corpus
+from data_prep.corpus_format import CorpusError, manifest_hash
 from data_prep.image_check import UnusableImage, check_image
 from data_prep.verify import verify
 from tests.corpora import encoded, image_folder, make_corpus

@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_prep.corpus import Corpus, CorpusError
+from data_prep.corpus import Corpus
+from data_prep.corpus_format import CorpusError
 from data_prep.mixture import MixedOrder, Mixture, Schedule
 from data_prep.order import SampleOrder
 from tests.corpora import encoded, image_folder, make_corpus

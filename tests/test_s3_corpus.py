@@ -15,7 +15,8 @@ import torch
 from cluster.folders import Folder, LocalFolder, folder_at
 from cluster.ray_runtime import ray_session
 from cluster.s3_connection import PATIENCE
-from data_prep.corpus import Corpus, CorpusError
+from data_prep.corpus import Corpus
+from data_prep.corpus_format import CorpusError
 from data_prep.shard import ShardSettings, shard_corpus
 from data_prep.verify import verify
 from pipeline.config import DataSettings

@@ -15,7 +15,8 @@ from cluster.folders import Folder, folder_at
 from cluster.ray_runtime import ray_session
 from cluster.settings import SettingsError
 from data_prep.copy_corpus import CopySettings, copy_corpus
-from data_prep.corpus import Corpus, CorpusError
+from data_prep.corpus import Corpus
+from data_prep.corpus_format import CorpusError
 from data_prep.distributions import measure
 from data_prep.order import SampleOrder
 from data_prep.shard import ShardSettings, shard_corpus

@@ -1,0 +1,177 @@
+"""The corpus: sharded images with an index, as training reads it.
+
+A corpus is a folder (format version 1):
+
+    manifest.json             what the corpus is; committed last; `corpus_hash` is its identity
+    plan.json                 what was asked for; written first, so that a rerun knows its own unfinished work
+    index.bin                 SAMPLE_DTYPE [N]; the row number is the sample id
+    labels.bin, labels.ptr    many labels only: LABEL_DTYPE [K] and uint64 [N + 1], sample i has labels ptr[i]:ptr[i+1]
+    shard-000000.tar          plain USTAR: KEY.jpg (or png, webp, ...) and KEY.cls, or KEY.json with many labels
+    shard-000000.idx          index of the tar for DALI's own reader
+    shard-000000.origins      where each sample came from, one line a sample
+    shard-000000.rows.npz     the shard's part of the index, from which a rerun of sharding builds it again
+    shard-000000.record.json  committed last of a shard's files; a rerun of sharding skips shards that have it
+    quarantine.jsonl          images left out: {"origin", "reason"} a line
+    removed.jsonl             duplicates left out, where they were looked for: see data_prep/removed.py
+
+A subset (data_prep/subset.py) shares the shards of the corpus that it was made of: its manifest says where they are,
+relative to its own folder (`shards_at`), its index has the chosen rows only, and places.bin (uint32 [N]) says which
+line of its shard's .origins each of them is.
+
+Images that are appended later come as new shards under a new version, N = 2, 3, ...: plan-00000N.json, index-00000N.bin
+(which begins with the one before), labels-00000N.bin, labels-00000N.ptr and quarantine-00000N.jsonl. manifest.json is
+always that of the newest version, those before are kept as manifest-000001.json, manifest-000002.json, ...; `PATH#1`
+opens the first one. The ids, and the bytes, of the samples of an older version are the same in a newer one.
+
+The tars and .idx files are what the webdataset package and DALI's own reader expect.
+"""
+
+import hashlib
+import json
+import posixpath
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import xxhash
+
+from cluster.folders import Folder, folder_at
+from cluster.storage import StorageError
+
+FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
+PLAN = "plan.json"
+INDEX = "index.bin"
+LABELS = "labels.bin"
+LABEL_POINTERS = "labels.ptr"
+QUARANTINE = "quarantine.jsonl"
+PLACES = "places.bin"
+SHARDS_AT = "shards_at"
+"""Key of the manifest: where the shards are, relative to the corpus's own folder; without it they are there."""
+
+SAMPLE_DTYPE = np.dtype(
+    [
+        ("offset", "<u8"),  # of the encoded image inside its tar, bytes
+        ("length", "<u4"),  # of the encoded image, bytes
+        ("shard", "<u4"),  # place of the tar in the manifest's list
+        ("label", "<i4"),  # the class; with many labels the heaviest; -1 without any
+        ("check", "<u4"),  # low 32 bits of xxh3_64 of the encoded image
+        ("width", "<u2"),  # pixels, after EXIF orientation
+        ("height", "<u2"),
+    ]
+)
+"""A row of the index, 28 bytes."""
+
+REPAIR = "Running the same shard command again writes what is missing or cut short"
+REPAIR_MANIFEST = f"Remove {MANIFEST} and run the same shard command again: it is built anew from the finished shards"
+"""What would do, for messages."""
+
+
+class CorpusError(StorageError):
+    """A corpus that is missing, unfinished or damaged; the message names the file and says what would do."""
+
+
+class ShardError(CorpusError):
+    """A shard none of whose samples can be read: it is gone, or cannot be fetched."""
+
+
+def file_of_version(name: str, version: int) -> str:
+    """Name of a file of a corpus (index.bin, ...) in a version of it; in the first it is the name itself."""
+    stem, _, suffix = name.rpartition(".")
+    return name if version == 1 else f"{stem}-{version:06d}.{suffix}"
+
+
+def image_check(data: Any) -> int:
+    """The checksum kept for a sample: low 32 bits of xxh3_64 of the encoded image."""
+    return xxhash.xxh3_64_intdigest(data) & 0xFFFFFFFF
+
+
+def manifest_hash(manifest: dict[str, Any]) -> str:
+    """The identity of a corpus: sha256 of the manifest's canonical JSON.
+
+    `created_by` (tools, place of the source) and the shards' place are left out: they do not change what it holds.
+    """
+    content = {key: value for key, value in manifest.items() if key not in ("corpus_hash", "created_by", SHARDS_AT)}
+    canonical = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+    return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def shards_folder(folder: Folder, manifest: Mapping[str, Any]) -> Folder:
+    """Where the tars of a corpus are."""
+    if SHARDS_AT not in manifest:
+        return folder
+    scheme, separator, path = folder.url.rpartition("://")
+    return folder_at(scheme + separator + posixpath.normpath(posixpath.join(path, manifest[SHARDS_AT])), "corpus")
+
+
+def check_base(folder: Folder, manifest: dict[str, Any], shards_at: Folder) -> None:
+    """Whether the corpus that a subset shares shards with still has them as they were; it may have more by now."""
+    try:
+        there = {(shard["name"], shard["xxh3_128"]) for shard in read_manifest(shards_at)["shards"]}
+    except CorpusError as error:
+        raise CorpusError(
+            f"{folder} is a subset that shares the shards of {shards_at}, and needs it: {error}"
+        ) from error
+    changed = [shard["name"] for shard in manifest["shards"] if (shard["name"], shard["xxh3_128"]) not in there]
+    if changed:
+        raise CorpusError(
+            f"{folder} is a subset that shares the shards of {shards_at}, which is another corpus by now (its "
+            f"{changed[0]} is not the one of then): make the subset again"
+        )
+
+
+def check_size(folder: Folder, name: str, size: int | None, expected: int) -> None:
+    if size is None:
+        raise CorpusError(f"{folder}/{name} is missing. {REPAIR}")
+    if size != expected:
+        raise CorpusError(
+            f"{folder}/{name} has {size} bytes where the manifest says {expected}: cut short or altered. {REPAIR}"
+        )
+
+
+def older_manifest(folder: Folder, newest: dict[str, Any], version: int) -> str:
+    """Name of the manifest of an older version."""
+    name = f"manifest-{version:06d}.json"
+    last = newest.get("version", 1)
+    if version > last or folder.size(name) is None:
+        raise CorpusError(f"{folder} has no version {version}: it has version{'s 1 to' if last > 1 else ''} {last}")
+    return name
+
+
+def read_manifest(folder: Folder, name: str = MANIFEST) -> dict[str, Any]:
+    """The manifest of a corpus.
+
+    Args:
+        folder: of the corpus.
+        name: of the manifest, where it is not that of the newest version.
+
+    Raises:
+        CorpusError: missing, of another format version, or altered.
+        StorageError: the object store cannot be reached.
+    """
+    path = f"{folder}/{name}"
+    if folder.size(name) is None:
+        if folder.local is not None and not folder.local.is_dir():
+            raise CorpusError(f"no corpus at {folder}: there is no such folder")
+        advice = (
+            "make one with `python data_prep/shard.py SOURCE DESTINATION`"
+            if folder.size(PLAN) is None
+            else "its sharding has not finished; run the same shard command again to go on"
+        )
+        raise CorpusError(f"no corpus at {folder}: {MANIFEST} is missing; {advice}")
+    try:
+        manifest = folder.read_json(name)
+    except OSError:
+        raise
+    except StorageError as error:
+        raise CorpusError(f"{error}. {REPAIR_MANIFEST}") from error
+    if not isinstance(manifest, dict) or "format_version" not in manifest:
+        raise CorpusError(f"{path} is not the manifest of a corpus. {REPAIR_MANIFEST}")
+    if manifest["format_version"] != FORMAT_VERSION:
+        raise CorpusError(
+            f"{path} has format version {manifest['format_version']}, this code reads {FORMAT_VERSION}: read it "
+            "with the code that wrote it, or shard the images again"
+        )
+    if manifest.get("corpus_hash") != manifest_hash(manifest):
+        raise CorpusError(f"{path} was altered: it does not match its own corpus_hash. {REPAIR_MANIFEST}")
+    return manifest

@@ -278,7 +278,8 @@ def _train(job: Job, folder: Folder, worker: workers.Worker, oversight: Oversigh
             scores = heldout is not None and (due or step + 1 == total)
             step_ids: list[NDArray[np.int64]] = []
             _seed_dropout(training.seed, step, worker.rank)
-            mixing = augment.draw_mixing(data.augment, training.seed, step, data.image_size)
+            window = window_of(step, skipped)
+            mixing = augment.draw_mixing(data.augment, training.seed, window, data.image_size)
             set_learning_rate(engine, rate_of(step), averaging_decay(training.ema, step))
             for _ in range(plan.accumulation):
                 oversight.at("first step" if step == began else "waiting for data", step + 1)
@@ -303,7 +304,7 @@ def _train(job: Job, folder: Folder, worker: workers.Worker, oversight: Oversigh
                 norm = reduce_and_update(engine, measure=logged or saves)
                 losses.append(loss.detach())
             mean = torch.stack(losses[-plan.accumulation :]).mean()
-            health.took(step + 1, window_of(step, skipped), np.concatenate(step_ids), mean, nonfinite_flag(engine))
+            health.took(step + 1, window, np.concatenate(step_ids), mean, nonfinite_flag(engine))
             if record:
                 record.write(step + 1, step_ids)
             step += 1

@@ -350,20 +350,33 @@ class Corpus:
         with self._lock:
             lines = self._origins.get(shard)
         if lines is None:
-            name = f"{self.manifest['shards'][shard]['name'].removesuffix('.tar')}.origins"
-            try:
-                lines = self.folder.read_bytes(name).decode("utf-8").split("\n")[:-1]
-            except StorageError as error:
-                raise CorpusError(f"{error}. {_REPAIR}") from error
-            if len(lines) != self.shard_sizes[shard]:
-                raise CorpusError(
-                    f"{self.folder}/{name} has {len(lines)} lines for {self.shard_sizes[shard]} samples. {_REPAIR}"
-                )
+            lines = self._read_origins(shard)
             with self._lock:
                 self._origins[shard] = lines
                 while len(self._origins) > 8:
                     self._origins.popitem(last=False)
         return lines[sample - int(self._first_ids[shard])]
+
+    def origins(self) -> Iterator[str]:
+        """Where each sample came from, in the order of the ids.
+
+        Raises:
+            CorpusError: as `origin`.
+        """
+        for shard in range(len(self.shard_sizes)):
+            yield from self._read_origins(shard)
+
+    def _read_origins(self, shard: int) -> list[str]:
+        name = f"{self.manifest['shards'][shard]['name'].removesuffix('.tar')}.origins"
+        try:
+            lines = self.folder.read_bytes(name).decode("utf-8").split("\n")[:-1]
+        except StorageError as error:
+            raise CorpusError(f"{error}. {_REPAIR}") from error
+        if len(lines) != self.shard_sizes[shard]:
+            raise CorpusError(
+                f"{self.folder}/{name} has {len(lines)} lines for {self.shard_sizes[shard]} samples. {_REPAIR}"
+            )
+        return lines
 
     def _checked_ids(self, ids: ArrayLike) -> NDArray[np.int64]:
         which = np.asarray(ids, dtype=np.int64).reshape(-1)

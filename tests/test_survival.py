@@ -121,7 +121,8 @@ def test_ranks_that_do_not_have_the_same_are_named(tmp_path, other):
     script.write_text(code)
     done = subprocess.run(
         torchrun_command(2, (str(script), other, str(tmp_path))),
-        cwd=REPOSITORY, env=environment(tmp_path, PYTHONPATH=str(REPOSITORY)), capture_output=True, text=True, timeout=120,
+        cwd=REPOSITORY, env=environment(tmp_path, PYTHONPATH=str(REPOSITORY)), capture_output=True, text=True,
+        timeout=120,
     )  # fmt: skip
     assert done.returncode != 0
     what = "the code of Vitforge" if other == "code" else "the data (data.corpus)"

@@ -29,13 +29,13 @@ from tests.watched_run import POLL_S, ThisMachine, WatchedRun
 
 SCRATCH = Path("/dev/shm") / f"vitforge-faults-{os.getpid()}"
 """The node's own disk: another file system than the run's folder, so that an upload is a copy."""
-SAVE_EVERY = 40
+SAVE_EVERY = 20
 """Steps between checkpoints."""
 BATCH = 12
 IMAGES = 66
 """In the corpus; no multiple of the batch, so that a step may lie in two epochs."""
 WORDS = [
-    "pipeline/pretrain.py", "demo", "model.width=192", "model.depth=4", "model.heads=3", "data.image_size=32",
+    "pipeline/pretrain.py", "demo", "model.width=128", "model.depth=3", "model.heads=2", "data.image_size=32",
     "training.duration=1000000 steps", f"training.global_batch={BATCH}", "training.ema=0.999", "log.every=1",
     "log.samples=true", f"checkpoint.every={SAVE_EVERY} steps", "checkpoint.keep=3", "registry.name=null",
     "run.name=faults", "run.max_failures=20", "run.cpus_per_worker=1", "data.decode_threads=1",

@@ -14,7 +14,7 @@ from cluster.storage import StorageError
 from data_prep.class_names import after, put_in_order
 from data_prep.columns import Labels
 from data_prep.convert import Conversion
-from data_prep.corpus import PLAN, Corpus, CorpusError, file_of_version
+from data_prep.corpus import PLAN, SHARDS_AT, Corpus, CorpusError, file_of_version
 from data_prep.listing import Listing, SourceError
 from data_prep.shard_plan import Appended, Plan
 from data_prep.shard_task import one_line, remove_shard
@@ -38,6 +38,8 @@ def plan_append(
         SourceError: labels of another kind, or new classes that are refused.
     """
     before = _version_to_add_to(folder)
+    if SHARDS_AT in before.manifest:
+        raise CorpusError(f"{folder} is a subset that shares the shards of another corpus: append to that one")
     many = isinstance(listing.labels, Labels)
     if many != (before.label_kind == "multi"):
         raise SourceError(

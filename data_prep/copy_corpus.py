@@ -23,7 +23,7 @@ from cluster.command import Progress, absolute_path, duration, log, run_command
 from cluster.folders import Folder, folder_at
 from cluster.settings import Settings, parse_command
 from cluster.storage import StorageError
-from data_prep.corpus import MANIFEST, Corpus, CorpusError, read_manifest
+from data_prep.corpus import MANIFEST, SHARDS_AT, Corpus, CorpusError, read_manifest, shards_folder
 from data_prep.corpus_jobs import GO_ON, check_places, check_room, in_megabytes, run_tasks
 from data_prep.shard_task import SHARD_FILES, record_name, shard_file
 
@@ -42,6 +42,9 @@ example:
 _MARK = "copying.json"
 """In the destination while it is not finished: which corpus is being copied there."""
 _CHUNK = 4 << 20
+_INDEX_FILES = "the index"
+_OF_SUBSET = (".tar", ".idx", ".origins")
+"""Suffixes of a shard's files that a subset needs; the others are for going on with its sharding."""
 
 
 class CopySettings(Settings):
@@ -95,7 +98,11 @@ def copy_corpus(settings: CopySettings) -> Corpus:
         corpus = Corpus.open(destination)
         log.info("%s is finished already (%s images): nothing to do", destination, f"{corpus.num_samples:,}")
         return corpus
+    shards_at = shards_folder(source, manifest)
     sizes = {name: size for name, size in source.tree().items() if "/" not in name and name not in (MANIFEST, _MARK)}
+    if shards_at != source:  # a subset: the copy has the shards themselves
+        wanted = {shard_file(shard["name"], suffix) for shard in manifest["shards"] for suffix in _OF_SUBSET}
+        sizes |= {name: size for name, size in shards_at.tree().items() if name in wanted}
     there = destination.tree()
     missing = {name: size for name, size in sizes.items() if there.get(name) != size}
     check_room(destination, sum(missing.values()))
@@ -103,7 +110,7 @@ def copy_corpus(settings: CopySettings) -> Corpus:
         destination.remove_unfinished()
         destination.write_json(_MARK, {"corpus_hash": manifest["corpus_hash"]})
         _copy_all(source, destination, manifest, sizes, missing, settings.workers)
-        destination.write_bytes(MANIFEST, source.read_bytes(MANIFEST))
+        destination.write_json(MANIFEST, {key: value for key, value in manifest.items() if key != SHARDS_AT})
         destination.remove(_MARK)
     except OSError as error:
         if isinstance(error, StorageError):
@@ -163,13 +170,14 @@ def _copy_all(
         for shard in manifest["shards"]
     }
     of_shards = {name for group in groups.values() for name in group}
-    groups["the index"] = [name for name in sizes if name not in of_shards]
+    groups[_INDEX_FILES] = [name for name in sizes if name not in of_shards]
     tasks = {}
     for label, group in groups.items():
         wanted = {name: missing[name] for name in group if name in missing}
         if wanted:
             known = {name: checksums[name] for name in wanted if name in checksums}
-            tasks[label] = partial(_CopyTask, source, destination, wanted, known)
+            place = source if label == _INDEX_FILES else shards_folder(source, manifest)
+            tasks[label] = partial(_CopyTask, place, destination, wanted, known)
     progress = Progress(len(groups), "shards", "copying")
     progress.skip(len(groups) - len(tasks))
     if progress.done:

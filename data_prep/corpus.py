@@ -12,6 +12,11 @@ A corpus is a folder (format version 1):
     shard-000000.rows.npz     the shard's part of the index, from which a rerun of sharding builds it again
     shard-000000.record.json  committed last of a shard's files; a rerun of sharding skips shards that have it
     quarantine.jsonl          images left out: {"origin", "reason"} a line
+    removed.jsonl             duplicates left out, where they were looked for: see data_prep/removed.py
+
+A subset (data_prep/subset.py) shares the shards of the corpus that it was made of: its manifest says where they are,
+relative to its own folder (`shards_at`), its index has the chosen rows only, and places.bin (uint32 [N]) says which
+line of its shard's .origins each of them is.
 
 Images that are appended later come as new shards under a new version, N = 2, 3, ...: plan-00000N.json, index-00000N.bin
 (which begins with the one before), labels-00000N.bin, labels-00000N.ptr and quarantine-00000N.jsonl. manifest.json is
@@ -24,10 +29,11 @@ The tars and .idx files are what the webdataset package and DALI's own reader ex
 import hashlib
 import json
 import os
+import posixpath
 import re
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -50,6 +56,9 @@ INDEX = "index.bin"
 LABELS = "labels.bin"
 LABEL_POINTERS = "labels.ptr"
 QUARANTINE = "quarantine.jsonl"
+PLACES = "places.bin"
+SHARDS_AT = "shards_at"
+"""Key of the manifest: where the shards are, relative to the corpus's own folder; without it they are there."""
 
 SAMPLE_DTYPE = np.dtype(
     [
@@ -96,9 +105,9 @@ def image_check(data: Any) -> int:
 def manifest_hash(manifest: dict[str, Any]) -> str:
     """The identity of a corpus: sha256 of the manifest's canonical JSON.
 
-    `created_by` (tools, place of the source) is left out: it does not change what the corpus holds.
+    `created_by` (tools, place of the source) and the shards' place are left out: they do not change what it holds.
     """
-    content = {key: value for key, value in manifest.items() if key not in ("corpus_hash", "created_by")}
+    content = {key: value for key, value in manifest.items() if key not in ("corpus_hash", "created_by", SHARDS_AT)}
     canonical = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
     return hashlib.sha256(canonical.encode()).hexdigest()
 
@@ -165,6 +174,8 @@ class Corpus:
             labels = path / self.file_name(LABELS)
             has_labels = storage.file_size(labels)
             self._labels = np.memmap(labels, LABEL_DTYPE, "r") if has_labels else np.empty(0, LABEL_DTYPE)
+        if PLACES in manifest["files"]:
+            self._places = np.memmap(path / PLACES, "<u4", "r")
         self._open_shards: OrderedDict[int, _OpenShard] = OrderedDict()
         self._origins: OrderedDict[int, list[str]] = OrderedDict()
         self._lock = threading.Lock()
@@ -204,19 +215,22 @@ class Corpus:
         manifest = read_manifest(folder)
         if version is not None and version != manifest.get("version", 1):
             manifest = read_manifest(folder, _older(folder, manifest, version))
-        sizes = {name: facts["bytes"] for name, facts in manifest["files"].items()}
-        sizes |= {shard["name"]: shard["bytes"] for shard in manifest["shards"]}
+        shards_at = shards_folder(folder, manifest)
+        if shards_at != folder:
+            _check_base(folder, manifest, shards_at)
+        sizes = [(folder, name, facts["bytes"]) for name, facts in manifest["files"].items()]
+        sizes += [(shards_at, shard["name"], shard["bytes"]) for shard in manifest["shards"]]
         if folder.local is not None:
-            for name, size in sizes.items():
-                _check_size(folder, name, folder.size(name), size)
+            for where, name, size in sizes:
+                _check_size(where, name, where.size(name), size)
             for name, facts in manifest["files"].items():
                 if check == "content" and storage.hash_file(folder.local / name) != facts["xxh3_128"]:
                     raise CorpusError(f"{folder}/{name} is damaged: its checksum is not the manifest's. {_REPAIR}")
             return cls(folder, folder.local, manifest, cache_bytes)
         if check == "content":
-            there = folder.tree()
-            for name, size in sizes.items():
-                _check_size(folder, name, there.get(name), size)
+            there = {where.url: where.tree() for where in (folder, shards_at)}
+            for where, name, size in sizes:
+                _check_size(where, name, there[where.url].get(name), size)
         here = fetch_files(folder, manifest["files"], manifest["corpus_hash"], check=check == "content")
         return cls(folder, here, manifest, cache_bytes)
 
@@ -246,14 +260,19 @@ class Corpus:
         return self.url.rstrip("/").rpartition("/")[2]
 
     @cached_property
+    def shards_folder(self) -> Folder:
+        """Where the tars are: its own folder, or that of the corpus whose shards it shares."""
+        return shards_folder(self.folder, self.manifest)
+
+    @cached_property
     def shards(self) -> Shards:
         """The tars, as files of this node."""
         shards = self.manifest["shards"]
         names = [shard["name"] for shard in shards]
-        if self.folder.local is not None:
-            return _LocalShards(self.folder.local, names)
+        if self.shards_folder.local is not None:
+            return _LocalShards(self.shards_folder.local, names)
         sizes, checksums = [shard["bytes"] for shard in shards], [shard["xxh3_128"] for shard in shards]
-        return ShardCache(self.folder, names, sizes, checksums, cache_folder() / "shards", self._cache_bytes)
+        return ShardCache(self.shards_folder, names, sizes, checksums, cache_folder() / "shards", self._cache_bytes)
 
     def __len__(self) -> int:
         return self.num_samples
@@ -296,8 +315,9 @@ class Corpus:
 
     def quarantined(self) -> Iterator[dict[str, str]]:
         """Images that were left out: {"origin", "reason"}."""
-        with (self.path / self.file_name(QUARANTINE)).open(encoding="utf-8") as lines:
-            yield from map(json.loads, lines)
+        if self.file_name(QUARANTINE) in self.manifest["files"]:
+            with (self.path / self.file_name(QUARANTINE)).open(encoding="utf-8") as lines:
+                yield from map(json.loads, lines)
 
     @property
     def shard_sizes(self) -> list[int]:
@@ -369,18 +389,27 @@ class Corpus:
         if lines is None:
             name = f"{self.manifest['shards'][shard]['name'].removesuffix('.tar')}.origins"
             try:
-                lines = self.folder.read_bytes(name).decode("utf-8").split("\n")[:-1]
+                lines = self.shards_folder.read_bytes(name).decode("utf-8").split("\n")[:-1]
             except StorageError as error:
                 raise CorpusError(f"{error}. {_REPAIR}") from error
-            if len(lines) != self.shard_sizes[shard]:
+            facts = self.manifest["shards"][shard]
+            expected = facts.get("samples_there", facts["samples"])
+            if len(lines) != expected:
                 raise CorpusError(
-                    f"{self.folder}/{name} has {len(lines)} lines for {self.shard_sizes[shard]} samples. {_REPAIR}"
+                    f"{self.shards_folder}/{name} has {len(lines)} lines for {expected} samples. {_REPAIR}"
                 )
             with self._lock:
                 self._origins[shard] = lines
                 while len(self._origins) > 8:
                     self._origins.popitem(last=False)
-        return lines[sample - int(self._first_ids[shard])]
+        return lines[int(self.places_of([sample])[0])]
+
+    def places_of(self, ids: ArrayLike) -> NDArray[np.int64]:
+        """Which of the samples of its shard's tar each sample is (int64 [B]), counted from 0."""
+        which = self._checked_ids(ids)
+        if PLACES in self.manifest["files"]:
+            return self._places[which].astype(np.int64)
+        return which - self._first_ids[self.index["shard"][which]]
 
     def _checked_ids(self, ids: ArrayLike) -> NDArray[np.int64]:
         which = np.asarray(ids, dtype=np.int64).reshape(-1)
@@ -402,7 +431,7 @@ class Corpus:
             raise ShardError(str(error)) from error
         except OSError as error:
             name = self.manifest["shards"][shard]["name"]
-            raise ShardError(f"{self.folder}/{name} cannot be opened: {error.strerror}. {_REPAIR}") from error
+            raise ShardError(f"{self.shards_folder}/{name} cannot be opened: {error.strerror}. {_REPAIR}") from error
         with self._lock:
             self._open_shards[shard] = opened
             if len(self._open_shards) > _MAX_OPEN_SHARDS:
@@ -425,9 +454,33 @@ class Corpus:
         member = header.split(b"\0")[0].decode("ascii", "backslashreplace")
         name = self.manifest["shards"][shard]["name"]
         raise CorpusError(
-            f"{self.folder}/{name} is damaged: sample {sample} (member {member!r}, {len(image)} bytes at offset "
+            f"{self.shards_folder}/{name} is damaged: sample {sample} (member {member!r}, {len(image)} bytes at offset "
             f"{offset}) is not what was written. To write this shard again, remove "
             f"{Path(name).stem}.record.json and run the same shard command"
+        )
+
+
+def shards_folder(folder: Folder, manifest: Mapping[str, Any]) -> Folder:
+    """Where the tars of a corpus are."""
+    if SHARDS_AT not in manifest:
+        return folder
+    scheme, separator, path = folder.url.rpartition("://")
+    return folder_at(scheme + separator + posixpath.normpath(posixpath.join(path, manifest[SHARDS_AT])), "corpus")
+
+
+def _check_base(folder: Folder, manifest: dict[str, Any], shards_at: Folder) -> None:
+    """Whether the corpus that a subset shares shards with still has them as they were; it may have more by now."""
+    try:
+        there = {(shard["name"], shard["xxh3_128"]) for shard in read_manifest(shards_at)["shards"]}
+    except CorpusError as error:
+        raise CorpusError(
+            f"{folder} is a subset that shares the shards of {shards_at}, and needs it: {error}"
+        ) from error
+    changed = [shard["name"] for shard in manifest["shards"] if (shard["name"], shard["xxh3_128"]) not in there]
+    if changed:
+        raise CorpusError(
+            f"{folder} is a subset that shares the shards of {shards_at}, which is another corpus by now (its "
+            f"{changed[0]} is not the one of then): make the subset again"
         )
 
 

@@ -26,6 +26,7 @@ from data_prep.corpus import (
     file_of_version,
     manifest_hash,
 )
+from data_prep.removed import REMOVED, Removed
 from data_prep.shard_task import read_rows, remove_shard
 
 _AHEAD = 16
@@ -65,11 +66,15 @@ class CorpusPlan(Protocol):
     def left_out(self) -> Sequence[tuple[str, str]]:
         """Images that are named but cannot be had: (path, reason)."""
 
+    @property
+    def removed(self) -> Removed | None:
+        """Duplicates that were taken out of the source."""
+
     def describe(self) -> dict[str, Any]:
         """What is kept in plan.json: at least plan_hash, settings and source (its kind and counts)."""
 
 
-class _HashedFile:
+class HashedFile:
     """A file that is written in order and hashed on the way."""
 
     def __init__(self, folder: Folder, name: str) -> None:
@@ -139,9 +144,9 @@ def assemble(
     labels_so_far = 0
     files: dict[str, Any] = {}
     many = plan.label_kind == "multi"
-    index = _HashedFile(folder, names[INDEX])
-    label_rows = _HashedFile(folder, names[LABELS]) if many else None
-    pointers = _HashedFile(folder, names[LABEL_POINTERS]) if many else None
+    index = HashedFile(folder, names[INDEX])
+    label_rows = HashedFile(folder, names[LABELS]) if many else None
+    pointers = HashedFile(folder, names[LABEL_POINTERS]) if many else None
     if before is not None:
         counts[: len(before.classes)] = before.class_counts
         for file, name in ((index, INDEX), (label_rows, LABELS), (pointers, LABEL_POINTERS)):
@@ -170,12 +175,16 @@ def assemble(
         *({"origin": origin, "reason": reason} for origin, reason in plan.left_out),
         *(entry for record in records for entry in record["quarantined"]),
     ]
-    quarantine = _HashedFile(folder, names[QUARANTINE])
+    quarantine = HashedFile(folder, names[QUARANTINE])
     if before is not None:
         quarantine.write_all(before.path / before.file_name(QUARANTINE))
     for entry in quarantined:
         quarantine.write((json.dumps(entry, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace"))
     files[names[QUARANTINE]] = quarantine.close()
+    if plan.removed is not None:
+        removed = HashedFile(folder, file_of_version(REMOVED, plan.version))
+        removed.write(plan.removed.lines)
+        files[file_of_version(REMOVED, plan.version)] = removed.close()
     converted = sum(record.get("converted", 0) for record in records)
 
     shards = [
@@ -211,6 +220,9 @@ def assemble(
     }
     if converted:
         manifest["converted"] = converted
+    if plan.removed is not None:
+        manifest["removed"] = plan.removed.counts
+        manifest["created_by"]["excluded"] = plan.removed.places
     if before is not None:
         manifest["version"] = plan.version
         manifest["appended_to"] = {"corpus_hash": before.corpus_hash, "shards": len(shards_before)}

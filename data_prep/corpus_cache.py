@@ -3,6 +3,7 @@
 $VITFORGE_CACHE (or ~/.cache/vitforge)
     corpora/CORPUS_HASH/    index.bin, labels.bin, labels.ptr, ...
     shards/                 see shard_cache.py
+    gzip/                   what decoding gzip tars gave, see image_tars.py
 """
 
 import fcntl

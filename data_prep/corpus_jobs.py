@@ -14,6 +14,7 @@ from cluster.storage import StorageError
 from data_prep.corpus import MANIFEST, PLAN, QUARANTINE, Corpus, CorpusError, file_of_version
 from data_prep.corpus_assembly import CorpusPlan
 from data_prep.listing import SourceError
+from data_prep.removed import REMOVED, removed_in_words
 from data_prep.shard_task import finished_records, remove_shard
 
 _ATTEMPTS = 4
@@ -21,6 +22,8 @@ _PAUSE, _LONGEST_PAUSE = 0.5, 60.0
 """Seconds before a shard is tried again that could not be written: a failing disk or network may need time."""
 LAID_DOWN = "images"
 """Folder in the destination for images that are copied out of tables first; gone when the corpus is finished."""
+DUPLICATES = "duplicates"
+"""Folder in the destination for what the search for duplicates has found so far; gone when the corpus is finished."""
 GO_ON = "The finished shards stay; run the same command again to go on"
 
 
@@ -42,19 +45,29 @@ def check_places(source: Folder, folder: Folder) -> None:
         raise CorpusError(f"destination {folder} is a file: give a folder")
 
 
+def check_destination(folder: Folder) -> list[str]:
+    """What is in a destination, without working folders.
+
+    Raises:
+        CorpusError: files that are none of ours.
+    """
+    found = sorted([*folder.names(), *(name for name in folder.folders() if name not in (LAID_DOWN, DUPLICATES))])
+    if found and PLAN not in found:
+        raise CorpusError(
+            f"destination {folder} is not empty and was not made by sharding (it has {found[0]!r}): give another folder"
+        )
+    return found
+
+
 def finished_before(folder: Folder, plan: CorpusPlan) -> Corpus | None:
     """The corpus if an earlier run finished it; None if there is work to do.
 
     Raises:
         CorpusError: the folder holds another corpus or files that are none of ours.
     """
-    found = sorted([*folder.names(), *(name for name in folder.folders() if name != LAID_DOWN)])
+    found = check_destination(folder)
     if not found:
         return None
-    if PLAN not in found:
-        raise CorpusError(
-            f"destination {folder} is not empty and was not made by sharding (it has {found[0]!r}): give another folder"
-        )
     there = folder.read_json(PLAN)
     if there != plan.describe():
         raise CorpusError(
@@ -108,9 +121,15 @@ def remove_unfinished_corpus(folder: Folder, names: list[str], version: int = 1)
         remove_shard(folder, name)
     folder.remove(file_of_version(PLAN, version))
     if version == 1:
-        folder.child(LAID_DOWN).remove_tree()
+        remove_working_folders(folder)
         if folder.local is not None:
             folder.local.rmdir()
+
+
+def remove_working_folders(folder: Folder) -> None:
+    """Remove what is needed only until the corpus is finished."""
+    for name in (LAID_DOWN, DUPLICATES):
+        folder.child(name).remove_tree()
 
 
 def run_tasks(
@@ -186,7 +205,7 @@ def run_tasks(
                 heapq.heappush(again, (time.monotonic() + pause, name))
                 continue
             look(records[name])
-            done_bytes += records[name]["sizes"][".tar"]
+            done_bytes += sum(records[name]["sizes"].values())
             note = f"{done_bytes / 1e6 / max(time.monotonic() - progress.started, 1e-9):,.0f} MB/s"
             progress.update(units(name), note)
 
@@ -216,6 +235,8 @@ def log_summary(corpus: Corpus, seconds: float) -> None:
             "%s images are left out, listed in %s: %s",
             f"{manifest['quarantined']:,}", f"{corpus}/{corpus.file_name(QUARANTINE)}", reasons_in_words(reasons),
         )  # fmt: skip
+    if "removed" in manifest:
+        log.info("%s; see %s/%s", removed_in_words(manifest["removed"]), corpus, corpus.file_name(REMOVED))
     empty = [name for name, count in zip(corpus.classes, corpus.class_counts, strict=True) if not count]
     if empty:
         log.warning("%d classes have no image: %s", len(empty), _some(empty))

@@ -21,6 +21,7 @@ from cluster import storage
 from cluster.command import Progress, log
 from cluster.folders import Folder
 from data_prep.columns import Strings
+from data_prep.corpus_cache import cache_folder
 from data_prep.gzip_points import GzipError, GzipPoints, find_points
 from data_prep.image_folders import (
     ClassListing,
@@ -394,9 +395,8 @@ def _refuse_compression_of_members(names: Sequence[bytes], where: str) -> None:
 
 
 def _cache_path(key: str) -> Path:
-    base = os.environ.get("VITFORGE_CACHE") or "~/.cache/vitforge"
     name = hashlib.sha256(f"{_CACHE_VERSION} {key}".encode("utf-8", "surrogateescape")).hexdigest()[:32]
-    return Path(base).expanduser() / "gzip" / f"{name}.npz"
+    return cache_folder() / "gzip" / f"{name}.npz"
 
 
 def _to_cache(key: str, parts: Sequence[_Part]) -> None:

@@ -128,6 +128,10 @@ class IndexPlan:
         return ()
 
     @property
+    def removed(self) -> None:
+        """Tars of others are taken as they are."""
+
+    @property
     def plan_hash(self) -> str:
         """Of the tars' names and sizes, the classes and the settings."""
         tars = [(tar.name, size) for tar, size in zip(self.tars, self.sizes, strict=True)]

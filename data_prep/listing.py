@@ -7,6 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_prep.columns import Labels, Strings
+from data_prep.removed import Removed
 from data_prep.source_reader import Images, SourceError
 
 __all__ = ["Listing", "SourceError", "looks_like_image"]
@@ -39,6 +40,8 @@ class Listing:
     """Images that are named but are not sharded: (name, reason)."""
     class_descriptions: list[str] | None = None
     """What people call the classes, where the source says so."""
+    removed: Removed | None = None
+    """Duplicates that were taken out."""
 
     def __len__(self) -> int:
         return len(self.sizes)

@@ -132,6 +132,8 @@ class _Fetcher:
         try:
             return folder.read_bytes(name)  # tries again by itself
         except StorageError as error:
+            if isinstance(error, OSError):
+                raise  # the store went on failing: worth another try later
             if folder.size(name) is None:
                 raise UnusableImage("there is no such object") from error
             raise UnusableImage(f"cannot be fetched: {error}") from error

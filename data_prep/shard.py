@@ -23,7 +23,6 @@ from data_prep.corpus import MANIFEST, Corpus, CorpusError
 from data_prep.corpus_assembly import assemble
 from data_prep.corpus_jobs import (
     GO_ON,
-    LAID_DOWN,
     begin,
     check_places,
     check_room,
@@ -32,8 +31,10 @@ from data_prep.corpus_jobs import (
     log_summary,
     reasons_in_words,
     remove_unfinished_corpus,
+    remove_working_folders,
     run_tasks,
 )
+from data_prep.duplicates import DEFAULT_DISTANCE, MAX_DISTANCE, DuplicateSearch, remove_duplicates
 from data_prep.failure_share import FailureShare
 from data_prep.listing import Listing, SourceError
 from data_prep.shard_plan import Plan
@@ -94,6 +95,13 @@ class ShardSettings(SourceSettings):
     """Encode JPEGs again that a hardware decoder does not take (progressive, CMYK), as baseline RGB. Not lossless."""
     jpeg_quality: int = Field(95, ge=1, le=100)
     """Of images that are encoded again."""
+    exclude: tuple[str, ...] = ()
+    """Corpora whose images must not be in this one, such as evaluation sets: exact copies and near ones (re-encoded,
+    resized, gray, mirrored, slightly cropped) are left out and listed in DESTINATION/removed.jsonl."""
+    dedup: bool = False
+    """Leave out the same way what the source has twice; the first in sorted order stays."""
+    duplicate_distance: int = Field(DEFAULT_DISTANCE, ge=0, le=MAX_DISTANCE)
+    """Bits by which the 64-bit perceptual hashes of near copies may differ; 0: equal hashes only."""
     workers: int = Field(0, ge=0)
     """Shards written at a time; 0 is two for each CPU of the cluster. The corpus does not depend on it."""
 
@@ -130,7 +138,8 @@ def shard_listing(listed: Callable[[], Listing], folder: Folder, settings: Shard
     started = time.monotonic()
     if settings.append and folder.size(MANIFEST) is None:
         raise CorpusError(f"append = true: there is no finished corpus at {folder} to append to")
-    listing = listed()
+    search = DuplicateSearch(settings.exclude, settings.dedup, settings.duplicate_distance)
+    listing = remove_duplicates(listed(), search, folder, settings.workers)
     shard_bytes = round(settings.shard_mb * 1e6)
     conversion = Conversion(settings.min_side, settings.max_side, settings.baseline, settings.jpeg_quality)
     before: Corpus | None = None
@@ -144,7 +153,7 @@ def shard_listing(listed: Callable[[], Listing], folder: Folder, settings: Shard
         finished = finished_before(folder, plan)
         if finished is not None:
             log.info("%s is finished already (%s images): nothing to do", folder, f"{finished.num_samples:,}")
-            folder.child(LAID_DOWN).remove_tree()
+            remove_working_folders(folder)
             return finished
     log.info(
         "%s images of %s classes in %s (%s): %d shards of about %s",
@@ -167,6 +176,8 @@ def shard_listing(listed: Callable[[], Listing], folder: Folder, settings: Shard
 def _check_settings(settings: ShardSettings) -> None:
     if settings.jpeg_quality != 95 and not (settings.max_side or settings.baseline):
         raise SettingsError("jpeg_quality is not read: no image is encoded again (max_side or baseline)")
+    if settings.duplicate_distance != DEFAULT_DISTANCE and not (settings.exclude or settings.dedup):
+        raise SettingsError("duplicate_distance is not read: no duplicates are looked for (exclude or dedup)")
     if settings.new_classes != "append" and not settings.append:
         raise SettingsError("new_classes is not read: it is for append=true")
     if settings.max_side and settings.min_side > settings.max_side:
@@ -181,7 +192,7 @@ def _make_corpus(folder: Folder, plan: Plan, settings: ShardSettings, before: Co
         raise SourceError(f"no image of source {plan.root} can be used: {reasons_in_words(reasons)}")
     folder.remove_unfinished()
     assemble(folder, plan, records, before)
-    folder.child(LAID_DOWN).remove_tree()
+    remove_working_folders(folder)
     return Corpus.open(folder, version=plan.version)
 
 

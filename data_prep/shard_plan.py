@@ -15,6 +15,7 @@ from data_prep.convert import Conversion
 from data_prep.corpus import FORMAT_VERSION
 from data_prep.listing import Listing
 from data_prep.order import OF_SOURCE, Permutation
+from data_prep.removed import Removed
 from data_prep.source_reader import Images
 from data_prep.tar_headers import BLOCK
 
@@ -78,6 +79,8 @@ class Plan:
         self.conversion = conversion or Conversion()
         self.appended = appended
         self.settings = {"seed": seed, "shard_bytes": shard_bytes, **self.conversion.describe()}
+        if listing.removed is not None:
+            self.settings["duplicates"] = listing.removed.settings
         self.order = _shuffled(len(listing), seed)
         ends = np.cumsum(listing.sizes[self.order] + np.uint64(_BYTES_BESIDE_IMAGE))
         total = int(ends[-1])
@@ -114,6 +117,11 @@ class Plan:
     def left_out(self) -> tuple[tuple[str, str], ...]:
         """Images that are named but cannot be had: (path, reason)."""
         return self.listing.left_out
+
+    @property
+    def removed(self) -> Removed | None:
+        """Duplicates that were taken out of the source."""
+        return self.listing.removed
 
     def __len__(self) -> int:
         """Number of shards."""

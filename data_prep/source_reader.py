@@ -170,7 +170,8 @@ class _OpenFiles:
     def read_into(self, name: str, view: memoryview, offset: int) -> int:
         if self._folder.local is None:
             return _copy(self._folder.read_bytes(name, offset, len(view)), view)
-        return _read_fully(self._descriptor(name).number, view, offset)
+        opened = self._descriptor(name)  # held while it is read: another thread may open the same file and replace it
+        return _read_fully(opened.number, view, offset)
 
     def read_at(self, name: str, start: int) -> Callable[[int, int], bytes]:
         """Reads (size, offset) of the file from `start` on; short at its end."""

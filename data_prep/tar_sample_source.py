@@ -49,7 +49,7 @@ def list_corpus(place: Path) -> Listing:
     streams = tuple(Stream(shard["name"]) for shard in corpus.manifest["shards"])
     index = corpus.index
     images = StreamImages(
-        LocalFolder(place), streams, index["shard"].astype(np.int32), index["offset"].astype(np.uint64)
+        corpus.shards_folder, streams, index["shard"].astype(np.int32), index["offset"].astype(np.uint64)
     )
     labels: Labels | NDArray[np.int32] = index["label"].astype(np.int32)
     if corpus.label_kind == "multi":

@@ -9,13 +9,16 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from cluster.command import duration, log
 from cluster.ray_runtime import ray_session
 from cluster.settings import SettingsError
 from pipeline.stopping import STOPPED, Control, Every, SignalControl, StopSignal
 from pipeline.workers import under_torchrun
+
+if TYPE_CHECKING:
+    from cluster.capacity import Node
 
 Target = Callable[[Any, Control], bool]
 """Runs on every rank; returns whether it came to its end (False: it saved and stopped because it was told to)."""
@@ -118,9 +121,18 @@ class _Launcher:
         self.target, self.argument, self.name, self.folder = target, argument, name, folder
         self.terms, self.check, self.progress, self.signals = terms, check, progress, signals
         self.attempt = 0
+        self._gpu: bool | None = None
+        self._mailbox: Any = None
 
     def run(self) -> None:
         """Start the ranks until they come to their end."""
+        import ray
+
+        from pipeline.mailbox import Mailbox
+
+        # On the driver's node: it must outlive every other.
+        here = {"ray.io/node-id": ray.get_runtime_context().get_node_id()}
+        self._mailbox = ray.remote(num_cpus=0, label_selector=here)(Mailbox).remote()
         failures, saved = 0, self.progress()
         while True:
             crew = self._crew()
@@ -168,7 +180,8 @@ class _Launcher:
         """
         from cluster import capacity
 
-        began = said = time.monotonic()
+        began = time.monotonic()
+        say = began + 5
         while True:
             if self.signals.requested.is_set():
                 raise SystemExit(STOPPED)
@@ -184,8 +197,8 @@ class _Launcher:
             waited = time.monotonic() - began
             if (self.attempt == 0 and self._largest(total, fewest, most, gpu) is None) or waited > self.terms.wait_s:
                 raise SettingsError(self._no_room(total, free, fewest, gpu, waited))
-            if (waited and time.monotonic() - said > _SAY_EVERY_S) or said == began:
-                said = time.monotonic()
+            if time.monotonic() > say:
+                say = time.monotonic() + _SAY_EVERY_S
                 log.info(
                     "waiting for room for %d rank(s): %d node(s) with %d CPUs and %d GPUs free; %s more at most",
                     fewest,
@@ -196,17 +209,18 @@ class _Launcher:
                 )
             self._sleep(1.0)
 
-    def _bounds(self, total: "list[Any]") -> tuple[int, int, bool]:
+    def _bounds(self, total: "list[Node]") -> tuple[int, int, bool]:
         """Fewest and most ranks, and whether each has a GPU."""
         gpus = int(sum(node.gpus for node in total))
         # What began on GPUs does not go on without them.
-        self._gpu = getattr(self, "_gpu", gpus > 0)
+        if self._gpu is None:
+            self._gpu = gpus > 0
         if self.terms.workers is not None:
             return *self.terms.workers, self._gpu
         every = max(gpus, 1)
         return (every if self.attempt == 0 else 1), every, self._gpu
 
-    def _largest(self, nodes: "list[Any]", fewest: int, most: int, gpu: bool) -> Crew | None:
+    def _largest(self, nodes: "list[Node]", fewest: int, most: int, gpu: bool) -> Crew | None:
         """The largest crew that fits on some nodes and splits the batch."""
         refusal: ValueError | None = None
         fits = False
@@ -226,7 +240,7 @@ class _Launcher:
             raise refusal
         return None
 
-    def _no_room(self, total: "list[Any]", free: "list[Any]", fewest: int, gpu: bool, waited: float) -> str:
+    def _no_room(self, total: "list[Node]", free: "list[Node]", fewest: int, gpu: bool, waited: float) -> str:
         cpus = self.terms.cpus_per_worker or 1
         each = f"{cpus} CPU(s){' and a GPU' if gpu else ''} each"
         cores, gpus = int(sum(node.cpus for node in total)), int(sum(node.gpus for node in total))
@@ -251,15 +265,13 @@ class _Launcher:
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # we watch the nodes ourselves
         import ray
         from ray.train import FailureConfig, RunConfig, ScalingConfig
-        from ray.train.torch import TorchTrainer
         from ray.train.v2.api.exceptions import TrainingFailedError, WorkerGroupError
 
-        from pipeline.ray_ranks import Mailbox, RanksConfig, on_rank
+        from pipeline.ray_ranks import RanksConfig, RanksTrainer, on_rank
 
-        # On the driver's node: it must outlive every other.
-        here = {"ray.io/node-id": ray.get_runtime_context().get_node_id()}
-        mailbox = ray.remote(num_cpus=0, max_concurrency=4, label_selector=here)(Mailbox).remote()
-        trainer = TorchTrainer(
+        mailbox = self._mailbox
+        ray.get(mailbox.clear.remote())
+        trainer = RanksTrainer(
             on_rank,
             train_loop_config={
                 "target": self.target,
@@ -303,7 +315,6 @@ class _Launcher:
         finally:
             self.signals.begun.clear()
             watching.close()
-            ray.kill(mailbox)
 
 
 class _Overseer:
@@ -375,7 +386,7 @@ class _Overseer:
         return crew.ranks if crew is not None and crew.ranks > self.crew.ranks else None
 
 
-def _places(nodes: "list[Any]", cpus: int, gpu: bool) -> int:
+def _places(nodes: "list[Node]", cpus: int, gpu: bool) -> int:
     return sum(node.room(cpus, gpu) for node in nodes)
 
 

@@ -429,7 +429,10 @@ def log_line(step: int, total: int, values: dict[str, float], seconds_left: floa
 
 
 def _seed_dropout(seed: int, step: int, rank: int) -> None:
-    """Dropout and stochastic depth start each step from a state that only seed, step and rank decide."""
+    """Dropout and stochastic depth start each step from a state that only seed, step and rank decide.
+
+    They are the same after a restart; another number of ranks or another micro-batch draws other masks.
+    """
     torch.manual_seed((seed * 0x9E3779B97F4A7C15 + step * 0xC2B2AE3D27D4EB4F + rank * 0x165667B19E3779F9) % 2**63)
 
 

@@ -69,9 +69,7 @@ def write_shards(plan: Plan, target: Path) -> None:
         assert len(rows) == len(task.sizes)
 
 
-def add_all(
-    writer: ShardWriter, images: Sequence[bytes] | Sequence[memoryview], first: int
-) -> list[tuple[int, int, int]]:
+def add_all(writer: ShardWriter, images: Iterable[bytes | memoryview], first: int) -> list[tuple[int, int, int]]:
     """Write images and gather their index rows."""
     rows = []
     for number, image in enumerate(images, first):

@@ -3,6 +3,7 @@
 import json
 import logging
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -27,8 +28,10 @@ def messages(caplog, monkeypatch):
     return lambda: "\n".join(record.getMessage() for record in caplog.records)
 
 
-def shard(source: Path, destination: Path, **settings: object) -> Corpus:
-    values = {"shard_mb": 0.02} | {key: str(v) if isinstance(v, Path) else v for key, v in settings.items()}
+def shard(source: Path, destination: Path, **settings: Any) -> Corpus:
+    values: dict[str, Any] = {"shard_mb": 0.02} | {
+        key: str(v) if isinstance(v, Path) else v for key, v in settings.items()
+    }
     return shard_corpus(ShardSettings(source=str(source), destination=str(destination), **values))
 
 
@@ -65,7 +68,7 @@ def test_appended_images_are_new_shards_of_a_new_version(tmp_path, messages):
     assert list(verify(old)) == list(verify(second)) == []
     ids = np.arange(first.num_samples)
     assert np.array_equal(old.index, second.index[: len(ids)])
-    assert [second.origin(sample) for sample in ids] == [old.origin(sample) for sample in ids]
+    assert list(map(second.origin, range(len(ids)))) == list(map(old.origin, range(len(ids))))
     assert sum(second.class_counts) == second.num_samples
     assert second.class_counts[second.classes.index("a-new-one")] == 5
     keys = [name for path in (tmp_path / "corpus").glob("*.idx") for name in path.read_text().split() if ".jpg" in name]

@@ -71,6 +71,7 @@ def test_overrides_reach_nested_keys_with_their_types():
         ("data.mixture=[{corpus: /a, weigth: 1}]", ["'data.mixture.0.weigth'", "'data.mixture.0.weight'"]),
         ("data.mixture=[{corpus: /a, weight: 0}]", ["data.mixture.0.weight = 0", "greater than 0"]),
         ("data.mixture_classes=separate", ["data.mixture_classes has no effect with data.mixture = None"]),
+        ("checkpoint.keep_best=heldout/top1", ["checkpoint.keep_best", "data.heldout"]),
         ("registry.name=null", []),
         ("registry.alias=best", []),
         ("training.zero_stage=4", ["training.zero_stage", "4"]),

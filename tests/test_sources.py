@@ -10,6 +10,7 @@ import os
 import tarfile
 import threading
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -45,8 +46,10 @@ def folder(tmp_path):
     return image_folder(tmp_path / "images", classes=3, images=12)
 
 
-def shard(source: object, destination: Path, **settings: object) -> Corpus:
-    values = {"shard_mb": 0.01} | {key: str(v) if isinstance(v, Path) else v for key, v in settings.items()}
+def shard(source: object, destination: Path, **settings: Any) -> Corpus:
+    values: dict[str, Any] = {"shard_mb": 0.01} | {
+        key: str(v) if isinstance(v, Path) else v for key, v in settings.items()
+    }
     corpus = shard_corpus(ShardSettings(source=str(source), destination=str(destination), **values))
     assert list(verify(corpus)) == []
     return corpus
@@ -56,7 +59,7 @@ def tars_of(corpus: Corpus) -> list[str]:
     return [facts["xxh3_128"] for facts in corpus.manifest["shards"]]
 
 
-def contents(corpus: Corpus) -> dict[str, tuple[bytes, object]]:
+def contents(corpus: Corpus) -> dict[str, tuple[bytes, list[tuple[str, float]]]]:
     """By origin: the image's bytes and its labels as names."""
     found = {}
     for sample in range(corpus.num_samples):

@@ -1,0 +1,62 @@
+"""What was taken out of a listing because it is there already, or is in an evaluation set."""
+
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+REMOVED = "removed.jsonl"
+"""File beside the manifest: one line an image that was removed, see `Removed.lines`."""
+
+
+@dataclass(frozen=True)
+class Removed:
+    """Duplicates that were removed from a source."""
+
+    settings: dict[str, Any]
+    """What was asked for; it decides the corpus together with the rest of the plan."""
+    lines: bytes
+    """JSON lines, in the order of the source: `row` (of the source's listing) and `origin` of the image; `reason`,
+    "exact" (the same bytes) or "near"; `corpus`, the corpus_hash of the one that it is a duplicate of an image of, or
+    null for the source itself; `of`, the origin of that image, which may itself be listed; for near ones the `distance`
+    of the hashes, in bits, the `similarity` of the shapes, and whether one is the other `mirrored`."""
+    places: dict[str, str]
+    """Where the excluded corpora lie, by their corpus_hash."""
+
+    @cached_property
+    def entries(self) -> list[dict[str, Any]]:
+        """The lines."""
+        return [json.loads(line) for line in self.lines.splitlines()]
+
+    @property
+    def rows(self) -> NDArray[np.int64]:
+        """Of the images in the listing, ascending."""
+        return np.array([entry["row"] for entry in self.entries], np.int64)
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """How many were removed: in all, and for which reason."""
+        inside = sum(entry["corpus"] is None for entry in self.entries)
+        exact = sum(entry["reason"] == "exact" for entry in self.entries)
+        mirrored = sum(bool(entry.get("mirrored")) for entry in self.entries)
+        total = len(self.entries)
+        return {
+            "images": total,
+            "inside_the_source": inside,
+            "of_excluded_corpora": total - inside,
+            "exact": exact,
+            "near": total - exact,
+            "mirrored": mirrored,
+        }
+
+
+def removed_in_words(counts: dict[str, int]) -> str:
+    """What was removed, by `Removed.counts`."""
+    return (
+        f"{counts['images']:,} duplicates are removed: {counts['of_excluded_corpora']:,} of images in excluded "
+        f"corpora, {counts['inside_the_source']:,} of earlier images of the source; {counts['exact']:,} exact, "
+        f"{counts['near']:,} near ({counts['mirrored']:,} mirrored)"
+    )

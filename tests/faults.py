@@ -25,7 +25,7 @@ from cluster.settings import SettingsError
 from tests import sample_record
 from tests.corpora import image_folder, make_corpus
 from tests.two_hosts import TwoHosts, two_hosts, why_not
-from tests.watched_run import POLL_S, ThisMachine, WatchedRun
+from tests.watched_run import POLL_S, ThisMachine, WatchedRun, command_line
 
 SCRATCH = Path("/dev/shm") / f"vitforge-faults-{os.getpid()}"
 """The node's own disk: another file system than the run's folder, so that an upload is a copy."""
@@ -154,6 +154,8 @@ def ranks(run: WatchedRun) -> list[psutil.Process]:
 def driver(run: WatchedRun) -> None:
     """Kill the process that people started."""
     assert run.driver is not None
+    if isinstance(run.place, ThisMachine):
+        run.place.family()  # to be found at the end, should they not end by themselves
     run.driver.kill()
     run.driver.wait()
 
@@ -262,6 +264,9 @@ def play(run: WatchedRun, fault: Fault, timeout: float = 900) -> Round:
         assert run.alive(), f"{fault.name}: the run ended: {run.output()[-4000:]}"
         assert now < struck + timeout, f"{fault.name}: no step in {timeout:.0f} s: {run.output()[-4000:]}"
         time.sleep(POLL_S)
+    if isinstance(run.place, ThisMachine):
+        left = [command_line(process) for process in run.place.orphans()]
+        assert not left, f"{fault.name}: of the killed driver there are still {left}"
     assert resumed[-1] == committed, f"{fault.name}: resumed from {resumed[-1]}, committed was {committed}"
     return Round(fault.name, highest, resumed[-1], when - struck, len(ranks(run)))
 

@@ -87,7 +87,7 @@ def test_s3_that_refuses_and_resets_delays_a_run_and_one_that_stays_away_ends_it
     def recorded() -> dict[int, float]:
         return {row["step"]: row["loss"] for row in metrics_of(run) if "loss" in row}
 
-    s3.faults.rates = {"slow_down": 1.0}
+    s3.faults.rates = {"denied": 1.0}
     s3.faults.only = r"^(PUT|POST) .*/step-00000030.*rank-"
     stopped = torchrun(1, tmp_path, *words)
     assert stopped.returncode != 0

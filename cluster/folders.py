@@ -112,7 +112,7 @@ class Folder(ABC):
 
     @abstractmethod
     def get(self, name: str, path: Path) -> None:
-        """Bring a file to a local path, whole or not at all.
+        """Bring a file to a local path, whole or not at all; a machine that fails may lose it again.
 
         Raises:
             StorageError: it is missing or cannot be read.

@@ -92,8 +92,12 @@ class ObjectFolder(Folder):
             path.unlink()
 
     def get(self, name: str, path: Path) -> None:
-        with storage.atomic_file(path) as file:
-            _run(self._objects.get_file(name, os.dup(file.fileno())))
+        arriving = storage.temporary_path(path)
+        try:
+            _run(self._objects.get_file(name, os.open(arriving, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)))
+            arriving.replace(path)
+        finally:
+            arriving.unlink(missing_ok=True)
 
     def remove(self, name: str) -> None:
         _run(self._objects.remove(name))

@@ -8,7 +8,6 @@ import logging
 import os
 import re
 import secrets
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -34,22 +33,6 @@ if "RAY_ADDRESS" not in os.environ and "RAY_AUTH_MODE" not in os.environ:
     # without any, and writes a token file that changes how later clusters of this user start.)
     os.environ["RAY_AUTH_MODE"] = "token"
     os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
-
-
-def quiet_worker() -> None:
-    """Runs first in every Ray process of a private cluster, which has no dashboard.
-
-    Ray Train's clean-up actor asks the dashboard every second whether its controller is alive, and complains
-    that it got no answer. Its work is to free a cluster that outlives the job; a private one ends with the job.
-    """
-    logging.getLogger("ray.train.v2._internal.execution.controller.placement_group_cleaner").setLevel(logging.ERROR)
-    usual = threading.excepthook
-
-    def hook(failure: threading.ExceptHookArgs) -> None:
-        if failure.thread is None or failure.thread.name != "PlacementGroupCleanerMonitor":
-            usual(failure)
-
-    threading.excepthook = hook
 
 
 @contextmanager
@@ -93,7 +76,6 @@ def ray_session(min_cpus: int = 1) -> Iterator[None]:
                 ) from error
         else:
             cpus = max(min_cpus, os.cpu_count() or 1)
-            common["runtime_env"]["worker_process_setup_hook"] = "cluster.ray_runtime.quiet_worker"
             ray.init(
                 address="local",
                 num_cpus=cpus,

@@ -188,12 +188,22 @@ def _settings_in(annotation: Any) -> type[Settings] | None:
     return None
 
 
+def _settings_in_list(annotation: Any) -> type[Settings] | None:
+    for candidate in (annotation, *typing.get_args(annotation)):
+        if typing.get_origin(candidate) in (tuple, list):
+            return _settings_in(candidate)
+    return None
+
+
 def _section(settings_type: type[Settings], path: Sequence[str]) -> type[Settings] | None:
     current: type[Settings] | None = settings_type
     for part in path:
+        if part.isdigit():  # an item of a list, whose class its key has given
+            continue
         if current is None or part not in current.model_fields:
             return None
-        current = _settings_in(current.model_fields[part].annotation)
+        annotation = current.model_fields[part].annotation
+        current = _settings_in(annotation) or _settings_in_list(annotation)
     return current
 
 
@@ -218,6 +228,8 @@ def _type_name(annotation: Any) -> str:
         return f"list of {_type_name(arguments[0])}" if arguments else "list"
     if origin is typing.Annotated:
         return _type_name(arguments[0])
+    if isinstance(annotation, type) and issubclass(annotation, Settings):
+        return "{" + ", ".join(annotation.model_fields) + "}"
     return {"str": "text", "int": "integer", "float": "number", "bool": "true|false"}.get(
         getattr(annotation, "__name__", str(annotation)), getattr(annotation, "__name__", str(annotation))
     )

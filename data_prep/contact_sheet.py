@@ -13,6 +13,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from cluster import storage
 from data_prep.corpus import Corpus
 from data_prep.distributions import Distribution
+from data_prep.mixture import Mixture
 
 _CELL = 160
 """Pixels of a thumbnail's longer side."""
@@ -20,7 +21,7 @@ _GAP, _LINE, _TITLE = 10, 15, 30
 _INK, _PAPER, _ALARM = "#202020", "#ffffff", "#b00020"
 
 
-def draw_contact_sheet(corpus: Corpus, ids: ArrayLike, title: str, path: Path) -> list[str]:
+def draw_contact_sheet(corpus: Corpus | Mixture, ids: ArrayLike, title: str, path: Path) -> list[str]:
     """Draw samples (int64 [B], at least one) with class, size and sample id under each, as a PNG written atomically.
 
     Returns:
@@ -37,20 +38,21 @@ def draw_contact_sheet(corpus: Corpus, ids: ArrayLike, title: str, path: Path) -
     draw, font, small = ImageDraw.Draw(sheet), _font(12), _font(10)
     draw.text((_GAP, 8), _fitting(title, font, sheet.width - 2 * _GAP), _INK, font)
     failures = []
-    labels = _class_names(corpus, which)
-    for place, (sample, label) in enumerate(zip(which.tolist(), labels, strict=True)):
+    mixture = Mixture.of(corpus)
+    columns_of = zip(which.tolist(), _class_names(mixture, which), *mixture.image_sizes(which), strict=True)
+    for place, (sample, label, width, high) in enumerate(columns_of):
         left = _GAP + place % columns * (_CELL + _GAP)
         top = _TITLE + place // columns * (_CELL + 2 * _LINE + _GAP)
-        row = corpus.index[sample]
+        content = mixture.read([sample])[0].tobytes()
         try:
-            picture = _thumbnail(corpus.read([sample])[0].tobytes())
+            picture = _thumbnail(content)
             sheet.paste(picture, (left + (_CELL - picture.width) // 2, top + (_CELL - picture.height) // 2))
         except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-            failures.append(f"sample {sample} ({corpus.origin(sample)}): {error}")
+            failures.append(f"sample {sample} ({mixture.origin(sample)}): {error}")
             draw.rectangle((left, top, left + _CELL - 1, top + _CELL - 1), outline=_ALARM)
             draw.text((left + 8, top + _CELL // 2 - 6), "cannot be decoded", _ALARM, font)
         draw.text((left, top + _CELL + 1), _fitting(label, font, _CELL), _INK, font)
-        facts = f"#{sample}  {row['width']}x{row['height']}  {row['length'] / 1000:,.1f} kB"
+        facts = f"#{sample}  {width}x{high}  {len(content) / 1000:,.1f} kB"
         draw.text((left, top + _CELL + _LINE + 1), _fitting(facts, small, _CELL), "#707070", small)
     _write_png(sheet, path)
     return failures
@@ -96,16 +98,18 @@ def draw_histograms(corpus: Corpus, distributions: Sequence[Distribution], path:
     storage.write_bytes(path, buffer.getvalue())
 
 
-def _class_names(corpus: Corpus, ids: np.ndarray) -> list[str]:
+def _class_names(corpus: Mixture, ids: np.ndarray) -> list[str]:
     """The (heaviest) class of each sample as people call it, and how many more it has."""
-    names = corpus.names
-    labels = corpus.index["label"][ids].tolist()
-    rows, _, _ = corpus.labels_of(ids)
-    others = np.bincount(rows, minlength=len(ids)) - 1
-    return [
-        ("no label" if label < 0 else names[label]) + (f" +{more}" if more > 0 else "")
-        for label, more in zip(labels, others.tolist(), strict=True)
-    ]
+    rows, classes, weights = corpus.labels_of(ids)
+    found = []
+    for place in range(len(ids)):
+        own = np.flatnonzero((rows == place) & (classes >= 0))
+        if len(own) == 0:
+            found.append("no label")
+            continue
+        heaviest = corpus.names[classes[own[np.argmax(weights[own])]]]
+        found.append(heaviest + (f" +{len(own) - 1}" if len(own) > 1 else ""))
+    return found
 
 
 def _thumbnail(data: bytes) -> Image.Image:

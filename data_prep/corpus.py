@@ -33,7 +33,7 @@ import posixpath
 import re
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -85,6 +85,10 @@ _REPAIR_MANIFEST = f"Remove {MANIFEST} and run the same shard command again: it 
 
 class CorpusError(StorageError):
     """A corpus that is missing, unfinished or damaged; the message names the file and says what would do."""
+
+
+class ShardError(CorpusError):
+    """A shard none of whose samples can be read: it is gone, or cannot be fetched."""
 
 
 def file_of_version(name: str, version: int) -> str:
@@ -359,6 +363,19 @@ class Corpus:
             images.append(image)
         return images
 
+    def prefetch(self, order: Sequence[int], ahead: int) -> None:
+        """Say in which order shards will be read from now on; of an object store the first `ahead` are fetched.
+
+        See `ShardCache.prefetch`.
+        """
+        if not isinstance(self.shards, ShardCache):
+            return
+        self.shards.prefetch(order, ahead)
+        with self._lock:  # what the cache has let go of takes room on the disk as long as it is open
+            for shard, opened in list(self._open_shards.items()):
+                if os.fstat(opened.descriptor).st_nlink == 0:
+                    del self._open_shards[shard]
+
     def origin(self, sample: int) -> str:
         """Where a sample came from: the path of its image inside the source.
 
@@ -370,17 +387,7 @@ class Corpus:
         with self._lock:
             lines = self._origins.get(shard)
         if lines is None:
-            name = f"{self.manifest['shards'][shard]['name'].removesuffix('.tar')}.origins"
-            try:
-                lines = self.shards_folder.read_bytes(name).decode("utf-8").split("\n")[:-1]
-            except StorageError as error:
-                raise CorpusError(f"{error}. {_REPAIR}") from error
-            facts = self.manifest["shards"][shard]
-            expected = facts.get("samples_there", facts["samples"])
-            if len(lines) != expected:
-                raise CorpusError(
-                    f"{self.shards_folder}/{name} has {len(lines)} lines for {expected} samples. {_REPAIR}"
-                )
+            lines = self._read_origins(shard)
             with self._lock:
                 self._origins[shard] = lines
                 while len(self._origins) > 8:
@@ -393,6 +400,29 @@ class Corpus:
         if PLACES in self.manifest["files"]:
             return self._places[which].astype(np.int64)
         return which - self._first_ids[self.index["shard"][which]]
+
+    def origins(self) -> Iterator[str]:
+        """Where each sample came from, in the order of the ids.
+
+        Raises:
+            CorpusError: as `origin`.
+        """
+        for shard in range(len(self.shard_sizes)):
+            lines = self._read_origins(shard)
+            ids = np.arange(self._first_ids[shard], self._first_ids[shard + 1])
+            yield from (lines[place] for place in self.places_of(ids).tolist())
+
+    def _read_origins(self, shard: int) -> list[str]:
+        facts = self.manifest["shards"][shard]
+        name = f"{facts['name'].removesuffix('.tar')}.origins"
+        try:
+            lines = self.shards_folder.read_bytes(name).decode("utf-8").split("\n")[:-1]
+        except StorageError as error:
+            raise CorpusError(f"{error}. {_REPAIR}") from error
+        expected = facts.get("samples_there", facts["samples"])
+        if len(lines) != expected:
+            raise CorpusError(f"{self.shards_folder}/{name} has {len(lines)} lines for {expected} samples. {_REPAIR}")
+        return lines
 
     def _checked_ids(self, ids: ArrayLike) -> NDArray[np.int64]:
         which = np.asarray(ids, dtype=np.int64).reshape(-1)
@@ -410,11 +440,11 @@ class Corpus:
                 return opened
         try:
             opened = _OpenShard(self.shards.open(shard))  # which may take long, and other threads read meanwhile
+        except StorageError as error:
+            raise ShardError(str(error)) from error
         except OSError as error:
-            if isinstance(error, StorageError):
-                raise
             name = self.manifest["shards"][shard]["name"]
-            raise CorpusError(f"{self.shards_folder}/{name} cannot be opened: {error.strerror}. {_REPAIR}") from error
+            raise ShardError(f"{self.shards_folder}/{name} cannot be opened: {error.strerror}. {_REPAIR}") from error
         with self._lock:
             self._open_shards[shard] = opened
             if len(self._open_shards) > _MAX_OPEN_SHARDS:

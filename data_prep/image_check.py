@@ -11,9 +11,10 @@ import struct
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import simplejpeg
-from PIL import Image, ImageFile
+from PIL import Image, ImageFile, TiffImagePlugin
 
 MAX_SIDE = 65535
 """Pixels that a side may have: what the index can hold, and JPEG's own limit."""
@@ -27,7 +28,25 @@ _SIGNATURES = (
 )
 _PILLOW_FORMATS = {"png": "PNG", "webp": "WEBP", "bmp": "BMP", "tif": "TIFF"}
 _ORIENTATION = 0x0112
+_BITS_PER_SAMPLE, _EXTRA_SAMPLES = 258, 338
+_PREMULTIPLIED = 1
+_COMMON_TIFFS = {
+    ("1", (1,)),
+    ("L", (8,)),
+    ("I;16", (16,)),
+    ("I;16B", (16,)),
+    ("RGB", (8, 8, 8)),
+    ("RGBA", (8, 8, 8, 8)),
+}
+"""Pillow's mode and the bits a sample of the TIFFs that DALI (training) and Pillow (consumers) decode alike."""
 _START_OF_SCAN = 0xDA
+_RARE_LAYOUTS: dict[tuple[str, Any], str] = {
+    ("zip", "LA;16B"): "16-bit gray with alpha",
+    ("raw", "BGR;15"): "16-bit colours",
+    ("raw", "BGR;16"): "16-bit colours",
+    ("bmp_rle", "P;4"): "4 bits, run-length encoded",
+}
+"""Pillow's codec and layout of the PNGs and BMPs that DALI does not decode, or to other pixels."""
 
 
 class UnusableImage(ValueError):  # noqa: N818 - it says what the image is
@@ -146,14 +165,36 @@ def _check_by_pillow(data: bytes | memoryview, extension: str) -> tuple[int, int
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of metadata; pixels that cannot be decoded raise
             with Image.open(io.BytesIO(data), formats=[name]) as image:
+                _refuse_ambiguous(image)
                 image.load()  # a TIFF is turned upright by this
                 width, height = image.size
                 exif = image.info.get("exif") if extension in ("png", "webp") else None
                 return (height, width) if exif and _turns(exif) else (width, height)
+    except UnusableImage:
+        raise
     except Image.DecompressionBombError as error:
         raise UnusableImage(f"too large: {error}") from error
     except Exception as error:  # Pillow's plugins raise whatever their parsing runs into
         raise UnusableImage(f"damaged {name}: {str(error) or type(error).__name__}") from error
+
+
+def _refuse_ambiguous(image: ImageFile.ImageFile) -> None:
+    """Refuse what training could not decode, or would see other pixels of than a consumer of the model.
+
+    All other kinds were seen to give the same pixels in both, bit for bit.
+    """
+    if isinstance(image, TiffImagePlugin.TiffImageFile):
+        bits = tuple(image.tag_v2.get(_BITS_PER_SAMPLE, ()))
+        premultiplied = _PREMULTIPLIED in tuple(image.tag_v2.get(_EXTRA_SAMPLES, ()))
+        if (image.mode, bits) not in _COMMON_TIFFS or premultiplied:
+            depth = " + ".join(map(str, bits)) or "an unknown number of"
+            alpha = " with premultiplied alpha" if premultiplied else ""
+            raise UnusableImage(f"TIFF of a rare kind ({image.mode}, {depth} bits{alpha}): convert to PNG")
+        return
+    for tile in image.tile:
+        layout = tile.args[0] if isinstance(tile.args, tuple) else tile.args
+        if (tile.codec_name, layout) in _RARE_LAYOUTS:
+            raise UnusableImage(f"{image.format} of a rare kind ({_RARE_LAYOUTS[tile.codec_name, layout]}): convert it")
 
 
 def _turns(exif: bytes) -> bool:

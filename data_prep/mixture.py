@@ -17,7 +17,6 @@ import json
 import math
 from collections.abc import Sequence
 from fractions import Fraction
-from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -146,10 +145,9 @@ class MixedOrder:
             ids[here] = own + self._first_ids[part]
         return epochs, ids
 
-    def windows_at(self, position: int) -> list[tuple[int, int]]:
-        """(epoch, window) that each part stands in at a position."""
-        turns = self._schedule.counts(position)
-        return [order.window_at(turn) for order, turn in zip(self.parts, turns, strict=True)]
+    def window_at(self, part: int, position: int) -> tuple[int, int]:
+        """(epoch, window) that a part stands in at a position."""
+        return self.parts[part].window_at(self._schedule.counts(position)[part])
 
     def shards_from(self, part: int, position: int, count: int) -> list[int]:
         """The next `count` shards that a part with windows needs, from its window at a position on."""
@@ -167,6 +165,7 @@ class Mixture:
             the second that the first does not have, and so on. Separate: PART:NAME, part after part.
         names: what to call the classes before people.
         class_counts: images of each class, over all parts.
+        class_shares: float64 [classes], how likely an image that comes has each class.
         label_kind: multi if any part has many labels an image.
 
     Args:
@@ -174,9 +173,10 @@ class Mixture:
         weights: of the parts, above 0; only their ratios count. By default all are equal.
         classes: classes of the same name are one (merge), or every part keeps its own (separate).
         names: of the parts, for separate classes; by default those of their folders.
+        known: the classes with their numbers, instead of those that the parts have.
 
     Raises:
-        CorpusError: weights that cannot be, or two parts of the same name.
+        CorpusError: weights that cannot be, two parts of the same name, or a class that is not known.
     """
 
     def __init__(
@@ -185,6 +185,7 @@ class Mixture:
         weights: Sequence[Fraction | int] | None = None,
         classes: Literal["merge", "separate"] = "merge",
         names: Sequence[str] | None = None,
+        known: Sequence[str] | None = None,
     ) -> None:
         self.parts = list(parts)
         try:
@@ -196,36 +197,41 @@ class Mixture:
         self.label_kind: Literal["single", "multi"] = (
             "multi" if any(part.label_kind == "multi" for part in self.parts) else "single"
         )
-        self._mode, self._part_names = classes, list(names or [Path(str(part)).name for part in self.parts])
+        self._mode, self._part_names = classes, list(names or [part.name for part in self.parts])
         if classes == "separate" and len(set(self._part_names)) < len(self.parts):
             raise CorpusError(
                 f"data.mixture_classes = separate needs parts of different names, got {', '.join(self._part_names)}: "
                 "give them as {corpus: ..., weight: ..., name: ...}"
             )
-        self._number_classes()
+        self._shard_starts = [np.concatenate([[0], np.cumsum(part.shard_sizes, dtype=np.int64)]) for part in self.parts]
+        self._number_classes(known)
 
     @classmethod
     def of(cls, corpus: "Corpus | Mixture") -> "Mixture":
         """A corpus as a mixture of one, in every respect the same; a mixture itself."""
         return corpus if isinstance(corpus, Mixture) else cls([corpus])
 
-    def _number_classes(self) -> None:
-        numbers: dict[str, int] = {}
-        self.names: list[str] = []
+    def _number_classes(self, known: Sequence[str] | None) -> None:
+        numbers = {name: number for number, name in enumerate(known or [])}
+        self.names = list(numbers)
         self._maps: list[NDArray[np.int64]] = []
         for part, part_name in zip(self.parts, self._part_names, strict=True):
             prefix = f"{part_name}:" if self._mode == "separate" else ""
             own = []
             for name, shown in zip(part.classes, part.names, strict=True):
+                if known is not None and name not in numbers:
+                    raise CorpusError(f"{part} has the class {name!r}, which is not known")
                 number = numbers.setdefault(prefix + name, len(numbers))
                 if number == len(self.names):
                     self.names.append(prefix + shown)
                 own.append(number)
             self._maps.append(np.array(own, np.int64))
         self.classes = list(numbers)
-        counts = np.zeros(len(self.classes), np.int64)
-        for part, mapped in zip(self.parts, self._maps, strict=True):
+        counts, self.class_shares = np.zeros(len(self.classes), np.int64), np.zeros(len(self.classes))
+        for part, weight, mapped in zip(self.parts, self.schedule.weights, self._maps, strict=True):
             np.add.at(counts, mapped, part.class_counts)
+            share = weight / sum(self.schedule.weights) / part.num_samples
+            np.add.at(self.class_shares, mapped, share * np.array(part.class_counts))
         self.class_counts: list[int] = counts.tolist()
 
     def __str__(self) -> str:
@@ -239,10 +245,10 @@ class Mixture:
         return f"the mixture of {' and '.join(shares)}"
 
     @property
-    def identity(self) -> str:
-        """Two mixtures with the same one show the same bytes under the same labels in the same order.
+    def corpus_hash(self) -> str:
+        """The identity: two mixtures with the same one show the same bytes under the same labels in the same order.
 
-        For a single corpus its corpus_hash.
+        For a single corpus its own.
         """
         if len(self.parts) == 1 and self._mode == "merge":
             return self.parts[0].corpus_hash
@@ -293,27 +299,30 @@ class Mixture:
         """The shards of samples (int64 [B]), numbered through over the parts."""
         which = np.asarray(ids, np.int64)
         shards = np.empty_like(which)
-        before = np.cumsum([0, *(len(part.shard_sizes) for part in self.parts)])
         for part, places, own in self._by_part(which):
-            shards[places] = self.parts[part].index["shard"][own] + before[part]
+            before = sum(len(starts) - 1 for starts in self._shard_starts[:part])
+            shards[places] = np.searchsorted(self._shard_starts[part], own, side="right") - 1 + before
         return shards
 
     def substitute(self, sample: int, seed: int, attempt: int) -> int:
         """The sample shown in place of one that cannot be read: one of the same part (data_prep/order.py)."""
         part = int(self.part_of([sample])[0])
         first = int(self.first_ids[part])
-        own = substitute(self.parts[part].num_samples, seed_of_part(seed, part), sample - first, attempt)
-        return first + own
+        return first + substitute(self._shard_starts[part], seed_of_part(seed, part), sample - first, attempt)
+
+    def origin(self, sample: int) -> str:
+        """Where a sample came from (`Corpus.origin`)."""
+        part = int(self.part_of([sample])[0])
+        return self.parts[part].origin(sample - int(self.first_ids[part]))
 
     def describe(self, sample: int) -> str:
-        """A sample for messages: its number, where it came from, its corpus."""
+        """A sample for messages: its number in its corpus, and where it came from."""
         part = int(self.part_of([sample])[0])
-        own = sample - int(self.first_ids[part])
         try:
-            origin = self.parts[part].origin(own)
-        except CorpusError:  # the file of origins is gone too
-            origin = "origin unknown"
-        return f"sample {own} of {self.parts[part]} ({origin})"
+            origin = self.origin(sample)
+        except CorpusError:  # that is lost too
+            origin = "of unknown origin"
+        return f"sample {sample - int(self.first_ids[part])} of {self.parts[part]} ({origin})"
 
     def _by_part(self, ids: NDArray[np.int64]) -> list[tuple[int, NDArray[np.int64], NDArray[np.int64]]]:
         """For each part that some of the ids are of: (part, their places, their numbers in the part)."""

@@ -19,7 +19,10 @@ _MIN_BITS = 8
 # What a permutation is of, told apart in the generator's last counter word: stream 0xFFFF, which no other
 # use of randomness has (counter_rng.uniform).
 OF_SAMPLES, _OF_SHARDS, _OF_WINDOW, OF_SOURCE = 0xFFFF0000, 0xFFFF0100, 0xFFFF0200, 0xFFFF0300
-_OF_PART, _OF_SUBSTITUTE, OF_SUBSET = 0xFFFF0400, 0xFFFF0500, 0xFFFF0600
+_OF_PART, _OF_SUBSTITUTE, _OF_OTHER_SHARD, OF_SUBSET = 0xFFFF0400, 0xFFFF0500, 0xFFFF0600, 0xFFFF0700
+
+ATTEMPTS_IN_SHARD = 4
+"""Substitutes for a bad sample that are looked for in a shard before the next one."""
 
 
 def _mix(values: NDArray[np.uint64], key: np.uint64) -> NDArray[np.uint64]:
@@ -186,12 +189,26 @@ def seed_of_part(seed: int, part: int) -> int:
     return int(words[0]) << 32 | int(words[1])
 
 
-def substitute(num_samples: int, seed: int, sample: int, attempt: int) -> int:
-    """The sample shown in place of one that cannot be read: any of its corpus, decided by these numbers alone.
+def substitute(shard_starts: NDArray[np.int64], seed: int, sample: int, attempt: int) -> int:
+    """The sample shown in place of one that cannot be read, decided by these numbers alone.
+
+    The first ATTEMPTS_IN_SHARD attempts are samples of the same shard, which is at hand; then come those of another
+    shard, and so on. Every sample of a shard has the same other shards, so that a shard that is lost costs an object
+    store one more shard and not one for each of its samples.
 
     Args:
-        num_samples: of the corpus that `sample` is of.
+        shard_starts: int64 [shards + 1], the first sample of each shard, and their number.
+        seed: of the order.
+        sample: the one that cannot be read.
         attempt: 0, 1, ... as long as the substitutes cannot be read either.
     """
-    words = philox4x32(check_seed(seed), sample & 0xFFFFFFFF, sample >> 32, attempt, _OF_SUBSTITUTE)
-    return (int(words[0]) << 32 | int(words[1])) % num_samples
+    shard, turn = int(np.searchsorted(shard_starts, sample, side="right")) - 1, attempt // ATTEMPTS_IN_SHARD
+    if turn:
+        shard = _draw(len(shard_starts) - 1, seed, shard, turn, _OF_OTHER_SHARD)
+    first, end = int(shard_starts[shard]), int(shard_starts[shard + 1])
+    return first + _draw(end - first, seed, sample, attempt, _OF_SUBSTITUTE)
+
+
+def _draw(size: int, seed: int, number: int, attempt: int, use: int) -> int:
+    words = philox4x32(check_seed(seed), number & 0xFFFFFFFF, number >> 32, attempt, use)
+    return (int(words[0]) << 32 | int(words[1])) % size

@@ -35,7 +35,7 @@ _ATTEMPTS = 3
 """How often a shard is fetched that arrives with other bytes than were written."""
 _DISK_SHARE = 0.8
 """Of the disk, beside what is on it from others."""
-_PLANNED = 4096
+PLANNED = 4096
 """Shards of an order that are written down; what comes later counts as never."""
 _LOOK_AGAIN_S, _IDLE_S = 0.25, 5.0
 """Between looks for room that another process may have made, and while nothing is to be fetched."""
@@ -159,7 +159,7 @@ class ShardCache:
         all readers of the folder have said decides what is pushed out: first what nobody will need, the longest
         unused before others, then what will be needed last.
         """
-        content = b"".join(bytes.fromhex(self.checksums[shard]) for shard in order[:_PLANNED])
+        content = b"".join(bytes.fromhex(self.checksums[shard]) for shard in order[:PLANNED])
         with self._room():
             if self._plan is None:
                 self._plan = _Held.take(self.cache_dir / f"plan-{uuid.uuid4().hex[:12]}", wait=False)

@@ -132,14 +132,25 @@ def decode(image: "bytes | npt.NDArray[Any]") -> Pixels:
         raise ImageError(f"bytes of an encoded image or a uint8 array are wanted, not {type(image).__name__}")
     try:
         with Image.open(io.BytesIO(image)) as opened:
+            kind = opened.tile[0].args if opened.format == "PNG" and opened.tile else None
             upright = ImageOps.exif_transpose(opened)
             if upright.mode.startswith("I"):
-                return _decode_array(np.rint(np.asarray(upright, np.float32) / 257).astype(np.uint8))  # 16 bits
-            return np.asarray(upright.convert("RGB"))
+                return _from_16_bits(np.asarray(upright, np.float32))
+            if kind not in ("RGB;16B", "RGBA;16B"):
+                return np.asarray(upright.convert("RGB"))
+        # Pillow has no image of 16-bit colours: it gives the upper bytes. Read again, the lower ones for the rounding.
+        with Image.open(io.BytesIO(image)) as again:
+            again.tile = [tile._replace(args=f"{kind[:-1]}L") for tile in again.tile]
+            lower = np.asarray(ImageOps.exif_transpose(again), np.float32)
+        return _from_16_bits(np.asarray(upright, np.float32) * 256 + lower)
     except UnidentifiedImageError as error:
         raise ImageError(f"{len(image)} bytes that are no image Pillow knows") from error
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ImageError(f"does not decode: {error}") from error
+
+
+def _from_16_bits(values: npt.NDArray[np.float32]) -> Pixels:
+    return _decode_array(np.rint(values / 257).astype(np.uint8))
 
 
 def _decode_array(array: npt.NDArray[Any]) -> Pixels:

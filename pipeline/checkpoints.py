@@ -71,7 +71,7 @@ class Checkpoint:
         Raises:
             DamagedCheckpointError: a part's list is not what was written.
         """
-        return Parts(self.folder, [part["digest"] for part in self.manifest["parts"]])
+        return Parts(self.folder, self.manifest["parts"])
 
     def __str__(self) -> str:
         return str(self.folder)
@@ -155,6 +155,8 @@ def _open(folder: Folder) -> Checkpoint:
         found, parts = manifest["format"], manifest["parts"]
         whole = manifest.get("digest") == _digest(manifest)
     except (StorageError, KeyError, TypeError, AttributeError) as error:
+        if isinstance(error, OSError):
+            raise  # the object store fails, which says nothing of what lies there
         raise DamagedCheckpointError(f"checkpoint {folder} is damaged: its {MANIFEST} cannot be read") from error
     if found != FORMAT:
         raise SettingsError(f"checkpoint {folder} has format {found}, this version of Vitforge reads format {FORMAT}")
@@ -236,10 +238,10 @@ class Checkpoints:
         if self.worker.leads:
             try:
                 found = newest(self.folder, before=before)
-            except SettingsError as error:
+            except ValueError as error:
                 found = error
         found = workers.from_all(found)[0]
-        if isinstance(found, SettingsError):
+        if isinstance(found, ValueError):
             raise found
         checkpoint: Checkpoint | None = found
         return checkpoint
@@ -304,17 +306,21 @@ class Checkpoints:
 
         Raises:
             SettingsError: none is whole.
+            StorageError: the storage fails.
         """
         began = time.perf_counter()
         while True:
-            error = None
+            error: ValueError | None = None
             try:
                 scalars = self._fill(engine, checkpoint)
-            except DamagedCheckpointError as caught:
-                error = str(caught)
-            errors = [found for found in workers.from_all(error) if found]
+            except (DamagedCheckpointError, StorageError) as caught:
+                error = caught
+            errors = [found for found in workers.from_all(error) if found is not None]
             if not errors:
                 break
+            for broken in errors:
+                if not isinstance(broken, DamagedCheckpointError):
+                    raise broken
             log.warning("%s; falling back to the checkpoint before it", errors[0])
             earlier = self.newest(before=checkpoint)
             assert earlier is not None

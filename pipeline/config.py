@@ -179,11 +179,26 @@ class AugmentSettings(Settings):
         return self
 
 
+class MixturePart(Settings):
+    """One of several corpora that are mixed."""
+
+    corpus: str
+    """Folder of a corpus made by data_prep/shard.py, or s3://."""
+    weight: Annotated[float, Field(gt=0, allow_inf_nan=False)]
+    """How often its images come, in relation to the other weights."""
+    name: str | None = None
+    """What to call it where classes are kept apart; null takes the folder's name."""
+
+
 class DataSettings(Settings):
     """What is read, in which order, and what is done to the images."""
 
-    corpus: str
-    """Folder of a corpus made by data_prep/shard.py."""
+    corpus: str | None = None
+    """Folder of a corpus made by data_prep/shard.py, or s3://."""
+    mixture: tuple[MixturePart, ...] | None = None
+    """Instead of data.corpus, several to mix: [{corpus: /data/a, weight: 0.7}, {corpus: /data/b, weight: 0.3}]."""
+    mixture_classes: Literal["merge", "separate"] = "merge"
+    """Classes of the same name are one, numbered as they first appear, or each part keeps its own as PART:CLASS."""
     heldout: str | None = None
     """Corpus that is scored during and after training; it must have the same classes."""
     image_size: PositiveInt = 224
@@ -195,8 +210,12 @@ class DataSettings(Settings):
     """Subtracted from the pixels, scaled to 0 to 1, by channel. Null: the parent's, or 0.5 as in the original code."""
     std: Triple | None = None
     """The pixels are then divided by this, by channel. Null: the parent's, or 0.5."""
-    shuffle_window: Annotated[int, Field(ge=0)] = 0
-    """0 shuffles the whole corpus; W shuffles whole shards and then inside windows of W shards."""
+    shuffle_window: Annotated[int, Field(ge=0)] | None = None
+    """0 shuffles all images; W shuffles whole shards, then inside windows of W. Null: 0 on disks, a W for s3://."""
+    cache_gb: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 100.0
+    """What shards from s3:// may take on a node, in $VITFORGE_CACHE or ~/.cache/vitforge; at most 80 % of the disk."""
+    max_bad_share: Annotated[float, Field(ge=0, le=1)] = 0.001
+    """Share of images that may be unreadable; they are replaced and counted. More (and more than 10) stop the run."""
     decode: Literal["auto", "cpu", "gpu"] = "auto"
     """Where DALI decodes; auto tries the GPU in a subprocess first and falls back to the CPU."""
     hw_decoder_load: Annotated[float, Field(ge=0, le=1)] = 0.65
@@ -206,6 +225,15 @@ class DataSettings(Settings):
 
     @model_validator(mode="after")
     def _check(self) -> "DataSettings":
+        if (self.corpus is None) == (self.mixture is None):
+            given = "neither is" if self.corpus is None else "both are"
+            raise SettingsError(
+                f"data.corpus or data.mixture must be set, {given}: give the folder of a corpus, or several with "
+                "weights (data.corpus=null takes one out of a recipe)"
+            )
+        if self.mixture is not None and len(self.mixture) == 0:
+            raise SettingsError("data.mixture = [] must have at least one part: {corpus: FOLDER, weight: NUMBER}")
+        _refuse_unread(self, "data", "mixture", self.mixture is not None, ("mixture_classes",))
         if self.eval_resize is not None and self.eval_resize < self.image_size:
             raise SettingsError(
                 f"data.eval_resize = {self.eval_resize} is below data.image_size = {self.image_size}: the centre "

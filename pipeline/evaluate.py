@@ -29,7 +29,7 @@ from models.weights import load_into
 from pipeline import decoding, packages, tracking, workers
 from pipeline.config import DataSettings, EvaluateSettings
 from pipeline.launch import Terms, run_ranks
-from pipeline.loader import EvalLoader
+from pipeline.loader import EvalLoader, check_bad
 from pipeline.scoring import score
 from pipeline.stage import home_folder
 from pipeline.stopping import Control
@@ -70,6 +70,8 @@ def evaluate(job: Job, control: Control) -> bool:
     began = time.perf_counter()
     scores = score(model, loader, package.activation, dtype)
     assert scores is not None
+    if bad := check_bad(loader, corpus.num_samples, data.max_bad_share):
+        log.warning("%d images cannot be read or decoded and were left out: %s", bad, "; ".join(loader.bad.described))
     if worker.leads:
         rate = scores.images / (time.perf_counter() - began)
         write_json(Path(job.result), {**asdict(scores), "images_per_second": rate})
@@ -116,7 +118,6 @@ def main() -> None:
             evaluate,
             job,
             name="evaluate",
-            folder=scratch,
             terms=Terms(
                 (settings.workers, settings.workers) if settings.workers else None,
                 settings.cpus_per_worker,

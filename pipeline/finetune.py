@@ -53,7 +53,8 @@ def main() -> None:
     # Read before torch and the others are imported: a mistyped key is refused in the first second.
     from models.weights import adapt_for_finetuning
     from pipeline import packages, tracking
-    from pipeline.stage import Start, check_stage, home_folder, open_corpora, print_result, recorded_parent, run_stage
+    from pipeline.corpora import open_corpora, with_places
+    from pipeline.stage import Start, check_stage, home_folder, print_result, recorded_parent, run_stage
 
     corpus, heldout = open_corpora(settings.data)
     check_stage(settings, corpus)
@@ -62,10 +63,8 @@ def main() -> None:
     parent = packages.load_package(wanted or settings.parent)
     if wanted:
         log.info("this run began with %s and goes on with it", wanted)
-    data = settings.data.model_copy(
+    data = with_places(settings.data, corpus, heldout).model_copy(
         update={
-            "corpus": corpus.url,
-            "heldout": str(heldout.path) if heldout else None,
             "mean": settings.data.mean or parent.preprocessing.mean,
             "std": settings.data.std or parent.preprocessing.std,
         }

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from cluster.command import log
 from cluster.folders import Folder
 from data_prep.contact_sheet import draw_contact_sheet
-from data_prep.corpus import Corpus
+from data_prep.mixture import Mixture
 from pipeline.config import HealthSettings
 from pipeline.workers import Worker, from_all
 
@@ -148,7 +148,7 @@ class Health:
         earliest = min(share.step for share in every)
         return [share for share in every if share.step == earliest]
 
-    def handle(self, trouble: Trouble, skipped: Sequence[int], folder: Folder, corpus: Corpus) -> list[int]:
+    def handle(self, trouble: Trouble, skipped: Sequence[int], folder: Folder, corpus: Mixture) -> list[int]:
         """Report trouble and decide: the windows that the run leaves out from its last checkpoint on.
 
         Args:
@@ -193,7 +193,7 @@ def _is_finite(taken: Taken) -> bool:
     return math.isfinite(float(taken.loss)) and not float(taken.bad)
 
 
-def _report(trouble: Trouble, folder: Folder, corpus: Corpus) -> None:
+def _report(trouble: Trouble, folder: Folder, corpus: Mixture) -> None:
     """REPORTS/step-N.json, and beside it the encoded images of the batch and a contact sheet of them."""
     name = f"step-{trouble.step:08d}"
     samples = [sample for share in trouble.shares for sample in share.ids]

@@ -6,16 +6,20 @@ them save and stop, to go on elsewhere; a crash is followed by another start.
 """
 
 import os
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from cluster.command import duration, log
 from cluster.ray_runtime import ray_session
 from cluster.settings import SettingsError
 from pipeline.stopping import STOPPED, Control, Every, SignalControl, StopSignal
 from pipeline.workers import under_torchrun
+
+if TYPE_CHECKING:
+    from cluster.capacity import Node
 
 Target = Callable[[Any, Control], bool]
 """Runs on every rank; returns whether it came to its end (False: it saved and stopped because it was told to)."""
@@ -62,7 +66,6 @@ def run_ranks(
     argument: Any,
     *,
     name: str,
-    folder: str,
     terms: Terms,
     check: Callable[[int], None],
     progress: Callable[[], int] = lambda: 0,
@@ -74,7 +77,6 @@ def run_ranks(
 
     Args:
         name: shown by Ray.
-        folder: for Ray Train's own records; every node sees it: a path, or s3://.
         check: refuses a number of ranks by raising ValueError, before any of them starts.
         progress: a number that has grown when work was saved since it was asked last; crashes are counted anew then.
 
@@ -98,7 +100,7 @@ def run_ranks(
         check(terms.workers[0])
     with ray_session(min_cpus=(terms.workers or (1, 1))[0] * (terms.cpus_per_worker or 1)):
         signals.install()  # Ray has put its own in its place
-        _Launcher(target, argument, name, folder, terms, check, progress, signals).run()
+        _Launcher(target, argument, name, terms, check, progress, signals).run()
 
 
 class _Launcher:
@@ -109,18 +111,26 @@ class _Launcher:
         target: Target,
         argument: Any,
         name: str,
-        folder: str,
         terms: Terms,
         check: Callable[[int], None],
         progress: Callable[[], int],
         signals: StopSignal,
     ) -> None:
-        self.target, self.argument, self.name, self.folder = target, argument, name, folder
+        self.target, self.argument, self.name = target, argument, name
         self.terms, self.check, self.progress, self.signals = terms, check, progress, signals
         self.attempt = 0
+        self._gpu: bool | None = None
+        self._mailbox: Any = None
 
     def run(self) -> None:
         """Start the ranks until they come to their end."""
+        import ray
+
+        from pipeline.mailbox import Mailbox
+
+        # On the driver's node: it must outlive every other.
+        here = {"ray.io/node-id": ray.get_runtime_context().get_node_id()}
+        self._mailbox = ray.remote(num_cpus=0, label_selector=here)(Mailbox).remote()
         failures, saved = 0, self.progress()
         while True:
             crew = self._crew()
@@ -168,7 +178,8 @@ class _Launcher:
         """
         from cluster import capacity
 
-        began = said = time.monotonic()
+        began = time.monotonic()
+        say = began + 5
         while True:
             if self.signals.requested.is_set():
                 raise SystemExit(STOPPED)
@@ -184,8 +195,8 @@ class _Launcher:
             waited = time.monotonic() - began
             if (self.attempt == 0 and self._largest(total, fewest, most, gpu) is None) or waited > self.terms.wait_s:
                 raise SettingsError(self._no_room(total, free, fewest, gpu, waited))
-            if (waited and time.monotonic() - said > _SAY_EVERY_S) or said == began:
-                said = time.monotonic()
+            if time.monotonic() > say:
+                say = time.monotonic() + _SAY_EVERY_S
                 log.info(
                     "waiting for room for %d rank(s): %d node(s) with %d CPUs and %d GPUs free; %s more at most",
                     fewest,
@@ -196,17 +207,18 @@ class _Launcher:
                 )
             self._sleep(1.0)
 
-    def _bounds(self, total: "list[Any]") -> tuple[int, int, bool]:
+    def _bounds(self, total: "list[Node]") -> tuple[int, int, bool]:
         """Fewest and most ranks, and whether each has a GPU."""
         gpus = int(sum(node.gpus for node in total))
         # What began on GPUs does not go on without them.
-        self._gpu = getattr(self, "_gpu", gpus > 0)
+        if self._gpu is None:
+            self._gpu = gpus > 0
         if self.terms.workers is not None:
             return *self.terms.workers, self._gpu
         every = max(gpus, 1)
         return (every if self.attempt == 0 else 1), every, self._gpu
 
-    def _largest(self, nodes: "list[Any]", fewest: int, most: int, gpu: bool) -> Crew | None:
+    def _largest(self, nodes: "list[Node]", fewest: int, most: int, gpu: bool) -> Crew | None:
         """The largest crew that fits on some nodes and splits the batch."""
         refusal: ValueError | None = None
         fits = False
@@ -226,7 +238,7 @@ class _Launcher:
             raise refusal
         return None
 
-    def _no_room(self, total: "list[Any]", free: "list[Any]", fewest: int, gpu: bool, waited: float) -> str:
+    def _no_room(self, total: "list[Node]", free: "list[Node]", fewest: int, gpu: bool, waited: float) -> str:
         cpus = self.terms.cpus_per_worker or 1
         each = f"{cpus} CPU(s){' and a GPU' if gpu else ''} each"
         cores, gpus = int(sum(node.cpus for node in total)), int(sum(node.gpus for node in total))
@@ -246,20 +258,23 @@ class _Launcher:
 
     def _start(self, crew: Crew) -> tuple[Literal["finished", "stopped", "crashed"], str]:
         """Start a crew and wait for it; returns how it ended and why."""
+        # Ray Train's records of a run, which only its controller writes, on this node, and nobody needs afterwards.
+        with tempfile.TemporaryDirectory(prefix="vitforge-ray-") as records:
+            return self._wait_for(crew, records)
+
+    def _wait_for(self, crew: Crew, records: str) -> tuple[Literal["finished", "stopped", "crashed"], str]:
         os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")  # a crash is noticed sooner than in two s
         os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # we watch the nodes ourselves
         import ray
         from ray.train import FailureConfig, RunConfig, ScalingConfig
-        from ray.train.torch import TorchTrainer
         from ray.train.v2.api.exceptions import TrainingFailedError, WorkerGroupError
 
-        from pipeline.ray_ranks import Mailbox, RanksConfig, on_rank
+        from pipeline.ray_ranks import RanksConfig, RanksTrainer, on_rank
 
-        # On the driver's node: it must outlive every other.
-        here = {"ray.io/node-id": ray.get_runtime_context().get_node_id()}
-        mailbox = ray.remote(num_cpus=0, max_concurrency=4, label_selector=here)(Mailbox).remote()
-        trainer = TorchTrainer(
+        mailbox = self._mailbox
+        ray.get(mailbox.clear.remote())
+        trainer = RanksTrainer(
             on_rank,
             train_loop_config={
                 "target": self.target,
@@ -277,7 +292,7 @@ class _Launcher:
             ),
             run_config=RunConfig(
                 name=f"{self.name}-{os.getpid()}-{self.attempt}",
-                storage_path=self.folder,
+                storage_path=records,
                 failure_config=FailureConfig(max_failures=0),
             ),
         )
@@ -303,7 +318,6 @@ class _Launcher:
         finally:
             self.signals.begun.clear()
             watching.close()
-            ray.kill(mailbox)
 
 
 class _Overseer:
@@ -375,7 +389,7 @@ class _Overseer:
         return crew.ranks if crew is not None and crew.ranks > self.crew.ranks else None
 
 
-def _places(nodes: "list[Any]", cpus: int, gpu: bool) -> int:
+def _places(nodes: "list[Node]", cpus: int, gpu: bool) -> int:
     return sum(node.room(cpus, gpu) for node in nodes)
 
 

@@ -98,7 +98,7 @@ def settle(
     smallest = training.micro_batch or sizes[0]
 
     def fits(zero_stage: int, micro_batch: int) -> bool:
-        needed = state_bytes(config, precision, zero_stage, ranks)
+        needed = state_bytes(config, precision, zero_stage, ranks, training.ema > 0)
         return needed + micro_batch * activation_bytes(config, precision, training.recompute) <= budget
 
     same_ranks = saved.get("world_size") == ranks
@@ -112,7 +112,7 @@ def settle(
         candidates = range(least, 4 if ranks > 1 else least + 1)
         fitting = [candidate for candidate in candidates if fits(candidate, smallest)]
         if not fitting:
-            needed = state_bytes(config, precision, 3 if ranks > 1 else least, ranks) / 2**30
+            needed = state_bytes(config, precision, 3 if ranks > 1 else least, ranks, training.ema > 0) / 2**30
             images = smallest * activation_bytes(config, precision, training.recompute) / 2**30
             raise SettingsError(
                 f"the model needs about {needed:.1f} GiB a rank for its states and {images:.1f} GiB for "
@@ -187,13 +187,15 @@ def cpu_has_bf16() -> bool:
     return "amx_bf16" in flags or "avx512_bf16" in flags
 
 
-def state_bytes(config: VitConfig, precision: Precision, zero_stage: int, ranks: int) -> float:
+def state_bytes(config: VitConfig, precision: Precision, zero_stage: int, ranks: int, averages: bool = False) -> float:
     """Bytes a rank for weights, gradients and AdamW's states (ZeRO, arXiv 1910.02054, section 3.1).
 
     A parameter takes 2 + 4 + 12 bytes in bf16 (fp32 gradient accumulation, fp32 master weights and two
-    moments) and 4 + 4 + 8 in fp32; stage 1 shards the last of them, 2 the gradients too, 3 all.
+    moments) and 4 + 4 + 8 in fp32; stage 1 shards the last of them, 2 the gradients too, 3 all. An average of the
+    weights takes 4 more, sharded like the moments.
     """
     weight, gradient, optimizer = (2, 4, 12) if precision == "bf16" else (4, 4, 8)
+    optimizer += 4 if averages else 0
     share = [1.0 / ranks if zero_stage >= stage else 1.0 for stage in (3, 2, 1)]
     return count_parameters(config) * (weight * share[0] + gradient * share[1] + optimizer * share[2])
 

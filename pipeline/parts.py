@@ -111,18 +111,20 @@ class Parts:
 
     Args:
         folder: the checkpoint's.
-        digests: xxh3_128 of every rank's list, in the order of the ranks.
+        parts: for every rank its files' bytes by name and its list's xxh3_128, as the manifest says.
 
     Raises:
         DamagedCheckpointError: a list is not what was written.
+        StorageError: the storage fails.
     """
 
-    def __init__(self, folder: Folder, digests: list[str]) -> None:
+    def __init__(self, folder: Folder, parts: list[dict[str, Any]]) -> None:
         self.folder = folder
+        self._sizes = {name: size for part in parts for name, size in part["files"].items()}
         self.scalars: dict[str, float] = {}
         self._stored: dict[str, list[_Stored]] = {}
         with ThreadPoolExecutor(READERS) as pool:
-            listings = list(pool.map(self._listing, range(len(digests)), digests))
+            listings = list(pool.map(self._listing, range(len(parts)), [part["digest"] for part in parts]))
         for rank, listing in enumerate(listings):
             self.scalars = listing["scalars"]
             for name, start, count, places in listing["pieces"]:
@@ -133,14 +135,19 @@ class Parts:
 
     def _listing(self, rank: int, digest: str) -> dict[str, Any]:
         name = f"{part_name(rank)}.json"
-        try:
-            content = self.folder.read_bytes(name)
-        except StorageError as error:
-            raise DamagedCheckpointError(f"checkpoint {self.folder} is damaged: {error}") from error
+        content = self._bytes(name)
         if xxhash.xxh3_128_hexdigest(content) != digest:
             raise DamagedCheckpointError(f"checkpoint {self.folder} is damaged: {name} is not what was written")
         listing: dict[str, Any] = json.loads(content)
         return listing
+
+    def _bytes(self, name: str, *where: int) -> bytes:
+        try:
+            return self.folder.read_bytes(name, *where)
+        except StorageError as error:
+            if self.folder.size(name) == self._sizes[name]:
+                raise  # it is there: the storage fails, which says nothing of what lies there
+            raise DamagedCheckpointError(f"checkpoint {self.folder} is damaged: {error}") from error
 
     def states(self) -> set[str]:
         """Names of the states that were saved."""
@@ -206,10 +213,7 @@ class Parts:
 
     def _fetch(self, group: list[_Read]) -> tuple[list[_Read], bytearray]:
         first, last = group[0], group[-1]
-        try:
-            content = self.folder.read_bytes(first.file, first.offset, last.offset + 4 * last.count - first.offset)
-        except StorageError as error:
-            raise DamagedCheckpointError(f"checkpoint {self.folder} is damaged: {error}") from error
+        content = self._bytes(first.file, first.offset, last.offset + 4 * last.count - first.offset)
         for read in group:
             begin = read.offset - first.offset
             if xxhash.xxh3_128_hexdigest(memoryview(content)[begin : begin + 4 * read.count]) != read.digest:

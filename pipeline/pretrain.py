@@ -64,17 +64,13 @@ def main() -> None:
         PretrainSettings, prog="pipeline/pretrain.py", description=__doc__ or "", recipes=RECIPES / "pretrain"
     )
     # Read before torch and the others are imported: a mistyped key is refused in the first second.
-    from pipeline.stage import Start, check_stage, open_corpora, print_result, run_stage
+    from pipeline.corpora import open_corpora, with_places
+    from pipeline.stage import Start, check_stage, print_result, run_stage
 
     architecture(settings, num_classes=2)  # what is wrong with the model does not need the corpus to show
     corpus, heldout = open_corpora(settings.data)
-    data = settings.data.model_copy(
-        update={
-            "corpus": corpus.url,
-            "heldout": str(heldout.path) if heldout else None,
-            "mean": settings.data.mean or (0.5, 0.5, 0.5),
-            "std": settings.data.std or (0.5, 0.5, 0.5),
-        }
+    data = with_places(settings.data, corpus, heldout).model_copy(
+        update={"mean": settings.data.mean or (0.5, 0.5, 0.5), "std": settings.data.std or (0.5, 0.5, 0.5)}
     )
     settings = settings.model_copy(update={"data": data})
     check_stage(settings, corpus)

@@ -18,13 +18,14 @@ from cluster.folders import Folder, folder_at
 from cluster.lease import Lease
 from cluster.ray_runtime import REPOSITORY
 from cluster.settings import SettingsError
-from data_prep.corpus import Corpus
+from data_prep.mixture import Mixture
 from models.preprocess import Preprocessing
 from models.vit import VitConfig
 from models.weights import save_safetensors
 from pipeline import checkpoints, layout, packages, pictures, tracking
 from pipeline.agreement import code_hash
-from pipeline.config import DataSettings, RunSettings, StageSettings, duration_in_steps
+from pipeline.config import RunSettings, StageSettings, duration_in_steps
+from pipeline.corpora import some
 from pipeline.launch import Terms, run_ranks
 from pipeline.run_files import INITIAL_WEIGHTS, METRICS, at_hand, producing
 from pipeline.schedules import Schedule
@@ -70,29 +71,7 @@ def run_folder(settings: RunSettings) -> Folder:
     return folder_at(home, "run.home").child("runs").child(settings.name)
 
 
-def open_corpora(data: DataSettings) -> tuple[Corpus, Corpus | None]:
-    """The training and held-out corpus of a stage.
-
-    Raises:
-        ValueError: one of them is missing or damaged, or their classes differ.
-    """
-    corpus = Corpus.open(absolute_path(data.corpus, "data.corpus"))
-    heldout = Corpus.open(absolute_path(data.heldout, "data.heldout")) if data.heldout else None
-    if heldout is not None and heldout.label_kind != corpus.label_kind:
-        raise SettingsError(
-            f"data.heldout = {data.heldout!r} has {heldout.label_kind} labels, data.corpus {corpus.label_kind}: shard "
-            "both the same way"
-        )
-    if heldout is not None and heldout.classes != corpus.classes:
-        raise SettingsError(
-            f"data.heldout = {data.heldout!r} has other classes than data.corpus "
-            f"({len(heldout.classes)}: {_some(heldout.classes)}; not {len(corpus.classes)}: {_some(corpus.classes)}): "
-            "shard both from the same class names"
-        )
-    return corpus, heldout
-
-
-def check_stage(settings: StageSettings, corpus: Corpus) -> None:
+def check_stage(settings: StageSettings, corpus: Mixture) -> None:
     """Everything about a stage that can be refused before anything expensive starts.
 
     Raises:
@@ -113,7 +92,7 @@ def check_stage(settings: StageSettings, corpus: Corpus) -> None:
             len(empty),
             len(corpus.classes),
             corpus,
-            _some(empty),
+            some(empty),
         )
     if settings.training.global_batch > corpus.num_samples:
         log.warning(
@@ -123,7 +102,7 @@ def check_stage(settings: StageSettings, corpus: Corpus) -> None:
         )
 
 
-def run_stage(stage: str, settings: StageSettings, start: "Start", corpus: Corpus) -> dict[str, Any]:
+def run_stage(stage: str, settings: StageSettings, start: "Start", corpus: Mixture) -> dict[str, Any]:
     """Train on all ranks and hand the model over. A rerun resumes, and repeats nothing that was finished.
 
     Args:
@@ -159,7 +138,7 @@ def run_stage(stage: str, settings: StageSettings, start: "Start", corpus: Corpu
             return _hand_over(stage, settings, start, corpus, folder, run)
 
 
-def _newest(settings: StageSettings, start: Start, corpus: Corpus, folder: Folder) -> checkpoints.Checkpoint | None:
+def _newest(settings: StageSettings, start: Start, corpus: Mixture, folder: Folder) -> checkpoints.Checkpoint | None:
     """The checkpoint that the run goes on from, refused if it is of another run."""
     total = duration_in_steps(settings.training.duration, settings.training.global_batch, corpus.num_samples)
     # One that is handed over without a rank that would load it and fall back is verified here.
@@ -173,7 +152,7 @@ def _newest(settings: StageSettings, start: Start, corpus: Corpus, folder: Folde
 def _train(
     settings: StageSettings,
     start: Start,
-    corpus: Corpus,
+    corpus: Mixture,
     newest: checkpoints.Checkpoint | None,
     folder: Folder,
     home: Path,
@@ -190,7 +169,8 @@ def _train(
     job = Job(
         settings,
         start.architecture.to_json(),
-        folder.url,
+        folder,
+        tuple(part.folder for part in corpus.parts),
         start.weights is not None,
         None if under_torchrun() else lease,
         str(home),
@@ -201,7 +181,6 @@ def _train(
         train,
         job,
         name=settings.run.name,
-        folder=folder.child("ray").url,
         terms=Terms(
             settings.run.worker_bounds,
             settings.run.cpus_per_worker,
@@ -230,7 +209,7 @@ def _check_batch(settings: StageSettings, ranks: int) -> None:
 
 
 def _hand_over(
-    stage: str, settings: StageSettings, start: Start, corpus: Corpus, folder: Folder, run: tracking.Run
+    stage: str, settings: StageSettings, start: Start, corpus: Mixture, folder: Folder, run: tracking.Run
 ) -> dict[str, Any]:
     """Publish the newest checkpoint's weights, draw the curves and write down how the run went."""
     checkpoint = checkpoints.newest(folder.child("checkpoints"))
@@ -239,7 +218,6 @@ def _hand_over(
     with producing(folder, "curves.png") as path:
         pictures.draw_curves(rows, path)
         run.artifact(path)
-    folder.child("ray").remove_tree()  # Ray Train's records of workers that have ended
     scores = [row for row in rows if "heldout/top1" in row]
     rates = [row["images_per_second"] for row in rows if "images_per_second" in row]
     waits = [row["data_wait"] for row in rows if "data_wait" in row]
@@ -331,7 +309,7 @@ def recorded_parent(settings: StageSettings) -> str | None:
     return folder.read_json("run.json").get("parent") if folder.size("run.json") is not None else None
 
 
-def _lineage(stage: str, corpus: Corpus, start: Start) -> dict[str, str]:
+def _lineage(stage: str, corpus: Mixture, start: Start) -> dict[str, str]:
     tags = {
         "vitforge.stage": stage,
         "vitforge.corpus": corpus.corpus_hash,
@@ -358,7 +336,3 @@ def print_result(result: dict[str, Any]) -> None:
     """The last lines of a stage, for people and for programs that read its standard output."""
     if result:
         print(json.dumps(result, indent=1), flush=True)
-
-
-def _some(names: list[str], count: int = 5) -> str:
-    return ", ".join(names[:count]) + (", ..." if len(names) > count else "")

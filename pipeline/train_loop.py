@@ -20,8 +20,8 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 
 from cluster.command import duration, log, set_up_logging
-from cluster.folders import Folder, folder_at
-from data_prep.corpus import Corpus
+from cluster.folders import Folder
+from data_prep.mixture import Mixture
 from models.losses import dense_targets, sigmoid_cross_entropy, softmax_cross_entropy
 from models.presets import train_flops
 from models.vit import VisionTransformer, VitConfig
@@ -29,10 +29,11 @@ from models.weights import load_into, load_safetensors
 from pipeline import agreement, augment, checkpoints, decoding, layout, pictures, pixels, throughput, tracking, workers
 from pipeline.config import StageSettings, duration_in_steps
 from pipeline.consensus import Consensus
+from pipeline.corpora import describe_order, open_corpora, shuffle_windows
 from pipeline.elastic import swap_average
 from pipeline.engine import build_engine, nonfinite_flag, prepare_deepspeed, reduce_and_update, set_learning_rate
 from pipeline.health import NAMES, Health, Trouble, window_of
-from pipeline.loader import Batch, EvalLoader, TrainLoader
+from pipeline.loader import Batch, EvalLoader, TrainLoader, check_bad
 from pipeline.optimizer import averaging_decay
 from pipeline.oversight import Oversight
 from pipeline.run_files import INITIAL_WEIGHTS, at_hand, producing
@@ -44,13 +45,15 @@ from pipeline.stopping import Control
 
 @dataclass(frozen=True)
 class Job:
-    """What the ranks are told. It travels to other machines, so it holds plain values only."""
+    """What the ranks are told. It travels to other machines."""
 
     settings: StageSettings
     architecture: dict[str, Any]
     """The model, as `VitConfig.to_json` gives it."""
-    folder: str
-    """The run's folder, which every rank sees: a path or s3://."""
+    folder: Folder
+    """The run's folder, which every rank sees."""
+    corpora: tuple[Folder, ...]
+    """Where the images are. With a folder travels what opens an object store."""
     initial_weights: bool
     """Whether the run starts from the weights in its folder; False draws them from the seed."""
     lease: str | None
@@ -76,23 +79,21 @@ def train(job: Job, control: Control) -> bool:
     worker = workers.join(settings.run.collective_timeout_s, settings.run.interface)
     if not worker.leads:
         log.setLevel("ERROR")
-    folder = folder_at(job.folder, "run.home")
-    agreement.check_folder(folder, worker)
-    with Oversight(worker, control, folder, settings.run.name, job.lease, settings.run.hang_timeout_s) as oversight:
-        finished = _train(job, folder, worker, oversight)
+    agreement.check_folder(job.folder, worker)
+    with Oversight(worker, control, job.folder, settings.run.name, job.lease, settings.run.hang_timeout_s) as oversight:
+        finished = _train(job, worker, oversight)
         oversight.update(state="finished" if finished else "stopped")
         return finished
 
 
-def _train(job: Job, folder: Folder, worker: workers.Worker, oversight: Oversight) -> bool:
-    settings = job.settings
+def _train(job: Job, worker: workers.Worker, oversight: Oversight) -> bool:
+    settings, folder = job.settings, job.folder
     training, data = settings.training, settings.data
 
     # ---- data ------------------------------------------------------------------------------------------------
     # The driver checked the content of the index; here the sizes do.
-    corpus = Corpus.open(data.corpus, check="sizes")
-    heldout = Corpus.open(data.heldout, check="sizes") if data.heldout else None
-    hashes = {"data.corpus": corpus.corpus_hash} | ({"data.heldout": heldout.corpus_hash} if heldout else {})
+    corpus, heldout = open_corpora(data, check="sizes")
+    hashes = {"the training data": corpus.corpus_hash} | ({"data.heldout": heldout.corpus_hash} if heldout else {})
     agreement.check_ranks(hashes, worker)
     verdict = decoding.Verdict.for_all(workers.from_all(decoding.choose_backend(data, worker.gpu)))
     backend = verdict.backend
@@ -227,13 +228,15 @@ def _train(job: Job, folder: Folder, worker: workers.Worker, oversight: Oversigh
         if scores is None:
             log.info("step %d: not scored, the run was told to stop; it will be when it goes on", step)
             return
+        bad = check_bad(loader, heldout.num_samples, data.max_bad_share)
         log.info(
-            "step %d: held-out top-1 %.2f %%, top-5 %.2f %%, loss %.4f (%d images)",
+            "step %d: held-out top-1 %.2f %%, top-5 %.2f %%, loss %.4f (%d images%s)",
             step,
             100 * scores.top1,
             100 * scores.top5,
             scores.loss,
             scores.images,
+            f", {bad} bad ones left out" if bad else "",
         )
         named = {f"heldout/{key}": value for key, value in scores.as_metrics().items()}
         scored[step] = named
@@ -246,15 +249,17 @@ def _train(job: Job, folder: Folder, worker: workers.Worker, oversight: Oversigh
     began = step
     peak = throughput.peak_flops(worker, plan.precision)
 
-    def set_out() -> tuple[Generator[Batch, None, None], throughput.Meter]:
+    def set_out() -> tuple[TrainLoader, Generator[Batch, None, None], throughput.Meter]:
         """The batches from `step` on, and a meter for them."""
         loader = TrainLoader(
             corpus, data, training.seed, worker, training.global_batch, plan.micro_batch, step, total, backend, skipped
         )
         meter = throughput.Meter(total - step, training.global_batch, train_flops(config), peak, worker.world_size)
-        return iter(loader), meter
+        return loader, iter(loader), meter
 
-    batches, meter = set_out()
+    loader, batches, meter = set_out()
+    if mixing_of_windows := describe_order(corpus, loader.order, loader.windows, training.global_batch):
+        log.info("%s", mixing_of_windows)
     record = SampleRecord(folder, worker.rank) if settings.log.samples else None
     losses: list[torch.Tensor] = []
     oversight.begin()
@@ -274,7 +279,8 @@ def _train(job: Job, folder: Folder, worker: workers.Worker, oversight: Oversigh
             scores = heldout is not None and (due or step + 1 == total)
             step_ids: list[NDArray[np.int64]] = []
             _seed_dropout(training.seed, step, worker.rank)
-            mixing = augment.draw_mixing(data.augment, training.seed, step, data.image_size)
+            window = window_of(step, skipped)
+            mixing = augment.draw_mixing(data.augment, training.seed, window, data.image_size)
             set_learning_rate(engine, rate_of(step), averaging_decay(training.ema, step))
             for _ in range(plan.accumulation):
                 oversight.at("first step" if step == began else "waiting for data", step + 1)
@@ -299,7 +305,7 @@ def _train(job: Job, folder: Folder, worker: workers.Worker, oversight: Oversigh
                 norm = reduce_and_update(engine, measure=logged or saves)
                 losses.append(loss.detach())
             mean = torch.stack(losses[-plan.accumulation :]).mean()
-            health.took(step + 1, window_of(step, skipped), np.concatenate(step_ids), mean, nonfinite_flag(engine))
+            health.took(step + 1, window, np.concatenate(step_ids), mean, nonfinite_flag(engine))
             if record:
                 record.write(step + 1, step_ids)
             step += 1
@@ -319,7 +325,7 @@ def _train(job: Job, folder: Folder, worker: workers.Worker, oversight: Oversigh
             if metrics_file:
                 metrics_file.close()
                 metrics_file = tracking.MetricsFile(folder, step)
-            batches, meter = set_out()
+            loader, batches, meter = set_out()
             continue
         oversight.update(step=step)
         if logged:
@@ -330,7 +336,9 @@ def _train(job: Job, folder: Folder, worker: workers.Worker, oversight: Oversigh
                 "gradient_norm": norm,
                 **meter.measure(step - began, saved.stall_seconds),
             }
-            oversight.update(loss=values["loss"], images_per_second=values["images_per_second"])
+            if bad := check_bad(loader, (step - began) * training.global_batch, data.max_bad_share):
+                values["bad_samples"] = bad
+            oversight.update(loss=values["loss"], images_per_second=values["images_per_second"], bad_samples=bad)
             log.info("%s", log_line(step, total, values, meter.seconds_left(step - began)))
             if recorded:
                 losses.clear()
@@ -372,13 +380,11 @@ def _train(job: Job, folder: Folder, worker: workers.Worker, oversight: Oversigh
     return finished
 
 
-def identity_of(settings: StageSettings, config: VitConfig, corpus: Corpus) -> dict[str, Any]:
+def identity_of(settings: StageSettings, config: VitConfig, corpus: Mixture) -> dict[str, Any]:
     """What must be the same for a run to go on from a checkpoint, whatever it runs on."""
-    return {
-        "architecture": config.to_json(),
-        "corpus_hash": corpus.corpus_hash,
-        "settings": settings_that_decide(settings),
-    }
+    decide = settings_that_decide(settings)
+    decide["data"]["shuffle_window"] = shuffle_windows(corpus, settings.data)
+    return {"architecture": config.to_json(), "corpus_hash": corpus.corpus_hash, "settings": decide}
 
 
 def settings_that_decide(settings: StageSettings) -> dict[str, Any]:
@@ -386,7 +392,17 @@ def settings_that_decide(settings: StageSettings) -> dict[str, Any]:
     values = settings.model_dump(mode="json")
     for section in ("checkpoint", "evaluation", "health", "log", "run", "registry"):
         del values[section]
-    for key in ("corpus", "heldout", "decode", "hw_decoder_load", "decode_threads"):
+    for key in (
+        "corpus",
+        "mixture",
+        "mixture_classes",
+        "heldout",
+        "cache_gb",
+        "max_bad_share",
+        "decode",
+        "hw_decoder_load",
+        "decode_threads",
+    ):
         del values["data"][key]
     for key in ("micro_batch", "zero_stage", "precision", "compile", "recompute"):
         del values["training"][key]  # the layout, and the precision, which is compared as it was settled
@@ -407,13 +423,18 @@ def log_line(step: int, total: int, values: dict[str, float], seconds_left: floa
     parts.append(f"data wait {100 * values['data_wait']:.1f} %")
     if values["checkpoint_stall"]:
         parts.append(f"checkpoint stall {100 * values['checkpoint_stall']:.1f} %")
+    if "bad_samples" in values:
+        parts.append(f"{values['bad_samples']:,.0f} bad samples replaced")
     if step < total:
         parts.append(f"{duration(seconds_left)} left")
     return ", ".join(parts)
 
 
 def _seed_dropout(seed: int, step: int, rank: int) -> None:
-    """Dropout and stochastic depth start each step from a state that only seed, step and rank decide."""
+    """Dropout and stochastic depth start each step from a state that only seed, step and rank decide.
+
+    They are the same after a restart; another number of ranks or another micro-batch draws other masks.
+    """
     torch.manual_seed((seed * 0x9E3779B97F4A7C15 + step * 0xC2B2AE3D27D4EB4F + rank * 0x165667B19E3779F9) % 2**63)
 
 
@@ -423,7 +444,7 @@ def _mean_over_ranks(losses: list[torch.Tensor]) -> float:
     return float(mean) / dist.get_world_size()
 
 
-def _show_batch(batch: Batch, corpus: Corpus, settings: StageSettings, folder: Folder, run: tracking.Run) -> None:
+def _show_batch(batch: Batch, corpus: Mixture, settings: StageSettings, folder: Folder, run: tracking.Run) -> None:
     names = [""] * len(batch.images)
     for row, label in zip(batch.rows, batch.classes, strict=True):
         names[int(row)] = names[int(row)] or corpus.classes[int(label)]

@@ -5,22 +5,30 @@ On a machine with a GPU (one rank a GPU):
     torchrun --nproc-per-node 1 -m tests.bench_gpu            # ViT-H/14, micro-batch 128, eager and compiled
     torchrun --nproc-per-node 1 -m tests.bench_gpu L/16 256 50
 
-Without one it runs a few steps of a tiny model, to show that it works. The DALI start-up probe comes first.
+Without one it runs a few steps of a tiny model, to show that it works. First come the decoders: what DALI's start-up
+probe says of each (the pixels' difference from the CPU's), and how many images a second each makes of JPEGs.
 """
 
+import itertools
 import statistics
 import sys
+import tempfile
 import time
+from pathlib import Path
 
 import torch
 
+from cluster.command import set_up_logging
 from models.losses import softmax_cross_entropy
 from models.presets import train_flops, vit_config
 from models.vit import VisionTransformer, VitConfig
 from pipeline import decoding, throughput, workers
-from pipeline.config import OptimizerSettings
+from pipeline.config import AugmentSettings, DataSettings, OptimizerSettings
 from pipeline.engine import build_engine, prepare_deepspeed, reduce_and_update, set_learning_rate
 from pipeline.layout import Layout, Precision
+from pipeline.loader import TrainLoader
+from tests.bench_loading import MEAN, STD, make_photographs
+from tests.corpora import make_corpus
 
 
 def measure(config: VitConfig, micro_batch: int, steps: int, compiled: bool, worker: workers.Worker) -> str:
@@ -61,6 +69,35 @@ def measure(config: VitConfig, micro_batch: int, steps: int, compiled: bool, wor
     return line
 
 
+def measure_decoders(worker: workers.Worker) -> None:
+    """Print a line a decode mode: images/s of JPEGs of ImageNet's usual size, cropped, flipped and with RandAugment."""
+    set_up_logging()  # the probe logs the difference of the pixels
+    batch, batches = (128, 20) if worker.gpu else (16, 4)
+    modes: list[tuple[decoding.Backend, float]] = [("cpu", 0.65)]
+    if worker.gpu:
+        modes += [("gpu-slice", share) for share in (0.0, 0.65, 0.9, 1.0)] + [("gpu-roi", 0.65)]
+    with tempfile.TemporaryDirectory() as scratch:
+        images = Path(scratch) / "images"
+        images.mkdir()
+        make_photographs(images)
+        corpus = make_corpus(images, Path(scratch) / "corpus", shard_mb=8)
+        for layers, (backend, share) in itertools.product((0, 2), modes):
+            augmenting = AugmentSettings(randaugment_layers=layers)
+            settings = DataSettings(corpus="", mean=MEAN, std=STD, augment=augmenting, hw_decoder_load=share)
+            what = f"decoding by {backend}, hardware share {share}, {layers} layers of RandAugment"
+            fault = decoding.probe(backend, settings)
+            if fault is not None:
+                print(f"{what}: {fault}", flush=True)
+                continue
+            alone = workers.Worker(gpu_index=worker.gpu_index)
+            ready = iter(TrainLoader(corpus, settings, 0, alone, batch, batch, 0, batches + 5, backend))
+            for _ in range(5):
+                next(ready)
+            began = time.perf_counter()
+            count = sum(len(some.images) for some in ready)
+            print(f"{what}: {count / (time.perf_counter() - began):,.0f} images/s", flush=True)
+
+
 def main() -> None:
     """Print the table on rank 0."""
     prepare_deepspeed()
@@ -76,10 +113,7 @@ def main() -> None:
         device = torch.cuda.get_device_name(worker.device) if worker.gpu else "CPU"
         print(f"{name} at 224 px, micro-batch {micro_batch}, {steps} steps, {worker.world_size} rank(s), {device}")
         print(f"torch {torch.__version__}")
-        if worker.gpu:
-            backends: tuple[decoding.Backend, ...] = ("gpu-slice", "gpu-roi")
-            for backend in backends:
-                print(f"DALI probe {backend}: {decoding.probe(backend) or 'works'}")
+        measure_decoders(worker)
     config = vit_config(name, num_classes=1000)
     for compiled in (False, True) if worker.gpu else (False,):
         line = measure(config, micro_batch, steps, compiled, worker)

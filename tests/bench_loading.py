@@ -138,6 +138,17 @@ def random_box(width: int, height: int, settings: DataSettings) -> tuple[int, in
     return 0, 0, width, height
 
 
+def taking(batches: Iterator[torch.Tensor]) -> Callable[[], None]:
+    """What takes the batches of a round."""
+
+    def run() -> None:
+        for _ in range(BATCHES):
+            images = next(batches)
+            assert images.shape == (BATCH, 3, SIDE, SIDE)
+
+    return run
+
+
 def bench(corpus: Corpus) -> None:
     """Run all loaders on a corpus and print a table and the ratios."""
     threads = min(len(os.sched_getaffinity(0)), 8)
@@ -150,14 +161,6 @@ def bench(corpus: Corpus) -> None:
         f"{corpus.num_samples:,} images in {len(shards)} shards, {corpus.index['length'].mean() / 1e3:.0f} kB and "
         f"{pixels.mean() / 1e3:.0f}k pixels each; {threads} DALI threads or DataLoader workers, batches of {BATCH}\n"
     )
-
-    def taking(batches: Iterator[torch.Tensor]) -> Callable[[], None]:
-        def run() -> None:
-            for _ in range(BATCHES):
-                images = next(batches)
-                assert images.shape == (BATCH, 3, SIDE, SIDE)
-
-        return run
 
     loaders = {
         # first, as its workers are forked and the others start threads

@@ -1,5 +1,6 @@
 """Before any test imports Ray: how it authenticates is read from the environment at its import."""
 
+import gc
 import os
 from collections.abc import Iterator
 
@@ -29,3 +30,13 @@ def s3(s3_server: server_module.S3Server, monkeypatch: pytest.MonkeyPatch) -> se
     for name, value in s3_server.env.items():
         monkeypatch.setenv(name, value)
     return s3_server
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup() -> None:
+    """Take out Hypothesis's clock of garbage collections.
+
+    Before Python 3.12 a collection that runs Python code while several threads parse (numpy.load does) ends in
+    "SystemError: AST constructor recursion depth mismatch" (CPython issue 106905).
+    """
+    gc.callbacks.clear()

@@ -7,7 +7,7 @@ import numpy as np
 from PIL import Image
 
 from cluster.folders import LocalFolder
-from data_prep.corpus import PLAN, Corpus
+from data_prep.corpus import INDEX, PLAN, SAMPLE_DTYPE, Corpus, image_check
 from data_prep.corpus_assembly import assemble
 from data_prep.shard_plan import Plan
 from data_prep.shard_task import write_shard
@@ -42,3 +42,19 @@ def make_corpus(source: Path, folder: Path, shard_mb: float = 0.01, labels: Path
     there.write_bytes(PLAN, b"{}")
     assemble(there, plan, [write_shard(plan.task(shard, there)) for shard in range(len(plan))])
     return Corpus.open(there)
+
+
+def overwrite(corpus: Corpus, sample: int, content: bytes, own_checksum: bool = False) -> None:
+    """Puts other bytes at the beginning of a sample's image, and with `own_checksum` their checksum into the index."""
+    row = corpus.index[sample]
+    tar = corpus.path / corpus.manifest["shards"][int(row["shard"])]["name"]
+    with tar.open("r+b") as file:
+        file.seek(int(row["offset"]))
+        file.write(content[: int(row["length"])])
+        file.flush()
+        file.seek(int(row["offset"]))
+        image = file.read(int(row["length"]))
+    if own_checksum:
+        index = np.memmap(corpus.path / INDEX, SAMPLE_DTYPE, "r+")
+        index[sample]["check"] = image_check(image)
+        index.flush()

@@ -25,17 +25,17 @@ from cluster.settings import SettingsError
 from tests import sample_record
 from tests.corpora import image_folder, make_corpus
 from tests.two_hosts import TwoHosts, two_hosts, why_not
-from tests.watched_run import POLL_S, ThisMachine, WatchedRun
+from tests.watched_run import POLL_S, ThisMachine, WatchedRun, command_line
 
 SCRATCH = Path("/dev/shm") / f"vitforge-faults-{os.getpid()}"
 """The node's own disk: another file system than the run's folder, so that an upload is a copy."""
-SAVE_EVERY = 40
+SAVE_EVERY = 20
 """Steps between checkpoints."""
 BATCH = 12
 IMAGES = 66
 """In the corpus; no multiple of the batch, so that a step may lie in two epochs."""
 WORDS = [
-    "pipeline/pretrain.py", "demo", "model.width=192", "model.depth=4", "model.heads=3", "data.image_size=32",
+    "pipeline/pretrain.py", "demo", "model.width=128", "model.depth=3", "model.heads=2", "data.image_size=32",
     "training.duration=1000000 steps", f"training.global_batch={BATCH}", "training.ema=0.999", "log.every=1",
     "log.samples=true", f"checkpoint.every={SAVE_EVERY} steps", "checkpoint.keep=3", "registry.name=null",
     "run.name=faults", "run.max_failures=20", "run.cpus_per_worker=1", "data.decode_threads=1",
@@ -154,6 +154,8 @@ def ranks(run: WatchedRun) -> list[psutil.Process]:
 def driver(run: WatchedRun) -> None:
     """Kill the process that people started."""
     assert run.driver is not None
+    if isinstance(run.place, ThisMachine):
+        run.place.family()  # to be found at the end, should they not end by themselves
     run.driver.kill()
     run.driver.wait()
 
@@ -262,6 +264,9 @@ def play(run: WatchedRun, fault: Fault, timeout: float = 900) -> Round:
         assert run.alive(), f"{fault.name}: the run ended: {run.output()[-4000:]}"
         assert now < struck + timeout, f"{fault.name}: no step in {timeout:.0f} s: {run.output()[-4000:]}"
         time.sleep(POLL_S)
+    if isinstance(run.place, ThisMachine):
+        left = [command_line(process) for process in run.place.orphans()]
+        assert not left, f"{fault.name}: of the killed driver there are still {left}"
     assert resumed[-1] == committed, f"{fault.name}: resumed from {resumed[-1]}, committed was {committed}"
     return Round(fault.name, highest, resumed[-1], when - struck, len(ranks(run)))
 

@@ -12,6 +12,7 @@ import struct
 import subprocess
 import sys
 import threading
+import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -226,12 +227,16 @@ class S3Server:
 
 
 @contextmanager
-def s3_server() -> Iterator[S3Server]:
-    """An S3 server on loopback for the length of a `with` block; it ends with this process, however that ends."""
+def s3_server(latency: float = 0.0) -> Iterator[S3Server]:
+    """An S3 server on loopback for the length of a `with` block; it ends with this process, however that ends.
+
+    Args:
+        latency: seconds that every answer is late, also without the proxy.
+    """
     variables: Mapping[str, str] = {key: value for key, value in os.environ.items() if not key.startswith("AWS_")}
     variables = {**variables, "MOTO_S3_DEFAULT_MAX_KEYS": str(PAGE)}
     process = subprocess.Popen(
-        [sys.executable, "-m", "tests.s3_server"],
+        [sys.executable, "-m", "tests.s3_server", str(latency)],
         cwd=REPOSITORY, env=variables, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
         text=True,
     )  # fmt: skip
@@ -253,9 +258,10 @@ def _main() -> None:
     from werkzeug.serving import make_server
 
     application = DomainDispatcherApplication(create_backend_app)
-    lock = threading.Lock()
+    lock, latency = threading.Lock(), float(sys.argv[1])
 
     def one_at_a_time(environ: Any, start: Any) -> Any:
+        time.sleep(latency)
         with lock:  # S3 does a conditional put in one step; moto looks and then writes
             return list(application(environ, start))
 

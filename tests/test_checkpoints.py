@@ -12,8 +12,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from cluster.folders import LocalFolder
+from cluster.folders import LocalFolder, folder_at
 from cluster.settings import SettingsError
+from cluster.storage import StorageError
 from pipeline import checkpoints, elastic
 from pipeline.checkpoints import CheckpointError, Checkpoints, full_weights, newest
 from pipeline.config import CheckpointSettings
@@ -261,7 +262,13 @@ KILLED = """
 
 
 @pytest.mark.parametrize(
-    "moment", ["on scratch", "before rank-00000.bin", "before rank-00000.json", "before manifest.json"]
+    "moment",
+    [
+        "on scratch",
+        pytest.param("before rank-00000.bin", marks=pytest.mark.slow),
+        pytest.param("before rank-00000.json", marks=pytest.mark.slow),
+        "before manifest.json",
+    ],
 )
 def test_killed_at_any_moment_of_a_save_the_one_before_is_whole(open_checkpoints, folder, tmp_path, moment):
     process = subprocess.Popen(
@@ -302,6 +309,41 @@ def test_a_full_disk_is_one_clear_error_and_the_one_before_stays(open_checkpoint
         assert whole(place).step == 3
     finally:
         subprocess.run(["umount", str(small)], check=True)
+
+
+def test_on_s3_faults_that_pass_change_nothing_and_those_that_stay_are_one_error(
+    s3, open_checkpoints, monkeypatch, caplog
+):
+    monkeypatch.setattr(checkpoints.log, "propagate", True)
+    monkeypatch.setattr(checkpoints, "_RETRY_WAITS", (0.01,))
+    place = folder_at(s3.bucket() + "/run/checkpoints", "run.home")
+    saved = open_checkpoints(place=place)
+    s3.faults.rates = {"slow_down": 0.1, "reset": 0.1, "lost_answer": 0.1, "short": 0.1}
+    engine = save_steps(saved, 1, 2)
+    before = state_of(engine)
+    other = make_engine(seed=9)
+    checkpoint = saved.newest()
+    assert checkpoint.step == 2
+    assert saved.load(other, checkpoint) == checkpoint
+    assert same(state_of(other), before)
+    assert s3.faults.injected.total() > 3
+    s3.faults.clear()
+    s3.faults.rates, s3.faults.only = {"denied": 1.0}, "PUT .*manifest"
+    with pytest.raises(CheckpointError, match="step 3 could not be written"):
+        save_steps(saved, 3, engine=engine)
+    s3.faults.clear()
+    assert steps_in(place) == [1, 2]
+    # A store that fails says nothing of what lies there.
+    s3.faults.rates, s3.faults.only = {"denied": 1.0}, r"GET .*rank-00000\.bin"
+    with pytest.raises(StorageError, match="access denied"):
+        saved.load(other, checkpoint)
+    assert "falling back" not in caplog.text
+    s3.faults.clear()
+    content = bytearray(checkpoint.folder.read_bytes("rank-00000.bin"))
+    content[100] ^= 1
+    checkpoint.folder.write_bytes("rank-00000.bin", content)
+    assert saved.load(other, checkpoint).step == 1
+    assert "falling back" in caplog.text
 
 
 def test_a_part_that_fails_to_arrive_at_first_is_tried_again(open_checkpoints, folder, monkeypatch):

@@ -145,7 +145,7 @@ def test_the_slurm_script_trains_on_two_nodes(corpus, one_machine, tmp_path):
         log = tmp_path / "slurm.log"
         words = [*TINY, f"data.corpus={corpus.path}", "run.name=a", "run.workers=2"]
         job = pair.hosts[0].start("bash", str(MANIFESTS / "slurm.sh"), *words, log=log, **slurm)
-        assert job.wait(240) == 0, log.read_text()[-4000:]
+        assert job.wait(600) == 0, log.read_text()[-4000:]
         assert losses(tmp_path / "pair" / "home" / "runs" / "a" / "metrics.jsonl") == one_machine
         assert re.search(r"2 node\(s\)", log.read_text())
         assert not (tmp_path / "scontrol.log").exists()

@@ -1,8 +1,13 @@
 """Loaders on a real corpus and real DALI: the order, the slices, the pixels, every sample once."""
 
+import re
+
+import hypothesis
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from data_prep.corpus import Corpus
 from models.preprocess import Preprocessing
@@ -110,8 +115,24 @@ def test_a_shard_altered_after_it_was_opened_is_named(tmp_path):
     content[700:720] = bytes(20)
     tar.write_bytes(bytes(content))
     loader = TrainLoader(corpus, settings(corpus), 0, Worker(), 10, 10, 0, 3, "cpu")
-    with pytest.raises(ValueError, match=rf"{tar.name} is damaged: sample \d+"):
-        list(loader)
+    assert len(list(loader)) == 3
+    assert re.search(rf"sample \d+ of {corpus.path} .*{tar.name} is damaged", loader.bad.described[0])
+
+
+@given(st.lists(st.integers(0, 20), max_size=5, unique=True), st.integers(0, 8))
+@hypothesis.settings(max_examples=20, deadline=None)
+def test_windows_that_are_left_out_are_used_by_no_step(corpus, skipped, start):
+    expected = [window for window in range(40) if window not in skipped][start : start + 9]
+    for ranks in (1, 3):
+        for rank in range(ranks):
+            worker = Worker(rank, ranks, rank, ranks)
+            size = 12 // ranks
+            loader = TrainLoader(
+                corpus, settings(corpus), 0, worker, 12, size, start, start + 9, "cpu", skipped=skipped
+            )
+            for step, window in enumerate(expected):
+                first = 12 * window + rank * size
+                assert loader.positions(step).tolist() == list(range(first, first + size))
 
 
 def test_leaving_a_loader_early_ends_its_thread(corpus):
@@ -120,5 +141,5 @@ def test_leaving_a_loader_early_ends_its_thread(corpus):
     loader = iter(TrainLoader(corpus, settings(corpus), 0, Worker(), 9, 9, 0, 1000, "cpu"))
     next(loader)
     assert any(thread.name == "vitforge-loader" for thread in threading.enumerate())
-    loader.close()  # type: ignore[attr-defined]
+    loader.close()
     assert not any(thread.name == "vitforge-loader" for thread in threading.enumerate())

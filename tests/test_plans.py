@@ -83,6 +83,28 @@ def test_a_resumed_run_keeps_the_layout_it_was_saved_with():
     assert (plan.zero_stage, plan.precision, plan.micro_batch, plan.accumulation) == (3, "fp32", 4, 8)
 
 
+def test_on_other_ranks_a_resumed_run_keeps_what_still_fits():
+    config = vit_config("B/16", num_classes=1000)
+    words = ("training.zero_stage=auto", "training.micro_batch=null", "training.precision=auto")
+    settings = demo(*words, "data.augment.mixup=0.0", "training.global_batch=96")
+    saved = {"zero_stage": 1, "precision": "fp32", "micro_batch": 16, "world_size": 2}
+    images = activation_bytes(config, "fp32", recompute=False)
+
+    def plan(ranks, memory, given=settings):
+        settled = settle(given, config, ranks, machine(int(memory / 0.85) + 1000), saved)
+        return settled.zero_stage, settled.micro_batch, settled.accumulation
+
+    plenty = 9 * state_bytes(config, "fp32", 0, 1)
+    assert plan(2, plenty) == (1, 16, 3)
+    assert plan(6, plenty) == (1, 16, 1)
+    assert plan(8, plenty) == (1, 12, 1)  # 16 does not split 12
+    # Six times the ranks leave room that one rank has not: a smaller micro-batch, then other stages.
+    assert plan(1, state_bytes(config, "fp32", 1, 1) + 8.5 * images) == (1, 8, 12)
+    assert plan(4, state_bytes(config, "fp32", 3, 4) + images) == (3, 1, 24)
+    averaged = demo(*words, "data.augment.mixup=0.0", "training.global_batch=96", "training.ema=0.9")
+    assert plan(4, state_bytes(config, "fp32", 1, 4) + images, averaged)[0] == 2
+
+
 def test_bf16_is_given_stages_that_keep_master_weights():
     config = vit_config("Ti/16")
     many = Machine(True, 2**36, True)

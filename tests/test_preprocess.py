@@ -1,6 +1,8 @@
 """Inference preprocessing: agreement with DALI, decoding of what images come as, refusals."""
 
 import io
+import struct
+import zlib
 from typing import Any
 
 import numpy as np
@@ -10,6 +12,7 @@ import torch
 from nvidia.dali import fn, pipeline_def, types
 from PIL import Image
 
+from data_prep.image_check import UnusableImage, check_image
 from models.preprocess import ImageError, Preprocessing, decode
 
 ORIENTATION = 0x0112
@@ -98,6 +101,12 @@ def test_decoding_is_dalis_bit_for_bit():
         "1-bit PNG": encoded(image.convert("1"), "PNG"),
         "WebP": encoded(image, "WEBP", quality=80),
         "RGBA WebP": encoded(alpha, "WEBP", lossless=True),
+        "BMP": encoded(image, "BMP"),
+        "palette BMP": encoded(image.convert("P"), "BMP"),
+        "TIFF": encoded(image, "TIFF", compression="tiff_lzw"),
+        "gray TIFF": encoded(image.convert("L"), "TIFF"),
+        "RGBA TIFF": encoded(alpha, "TIFF"),
+        "1-bit TIFF": encoded(image.convert("1"), "TIFF", compression="group4"),
     }
     for orientation in range(1, 9):
         exif = Image.Exif()
@@ -106,6 +115,47 @@ def test_decoding_is_dalis_bit_for_bit():
         files[f"PNG, orientation {orientation}"] = encoded(image, "PNG", exif=exif)
     for (name, data), expected in zip(files.items(), dali(list(files.values()), None), strict=True):
         np.testing.assert_array_equal(decode(data), expected, err_msg=name)
+
+
+def png_of_16_bits(pixels: npt.NDArray[np.uint16], colour_type: int) -> bytes:
+    """Pillow writes no 16-bit colours."""
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    height, width = pixels.shape[:2]
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in pixels)
+    header = struct.pack(">IIBBBBB", width, height, 16, colour_type, 0, 0, 0)
+    parts = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + parts
+
+
+@pytest.mark.parametrize(("channels", "colour_type"), [(1, 0), (3, 2), (4, 6)])
+def test_16_bits_are_rounded_as_dali_rounds_them(channels: int, colour_type: int):
+    pixels = np.random.default_rng(0).integers(0, 65536, (32, 24, channels), np.uint16)
+    data = png_of_16_bits(pixels, colour_type)
+    assert check_image(data).extension == "png"
+    np.testing.assert_array_equal(decode(data), dali([data], None)[0])
+    np.testing.assert_array_equal(decode(data), np.broadcast_to(np.rint(pixels[..., :3] / 257), (32, 24, 3)))
+
+
+def tiff(image: Image.Image) -> bytes:
+    return encoded(image, "TIFF")
+
+
+@pytest.mark.parametrize(
+    ("data", "kind"),
+    [
+        (png_of_16_bits(np.zeros((8, 8, 2), np.uint16), 4), "16-bit gray with alpha"),
+        (tiff(scene(8, 8).convert("LA")), "LA, 8 . 8 bits"),
+        (tiff(scene(8, 8).convert("P")), "P, 8 bits"),
+        (tiff(scene(8, 8).convert("F")), "F, 32 bits"),
+        (tiff(scene(8, 8).convert("CMYK")), "CMYK"),
+    ],
+)
+def test_sharding_refuses_what_consumers_would_see_otherwise_than_training(data: bytes, kind: str):
+    with pytest.raises(UnusableImage, match=kind):
+        check_image(data)
 
 
 def test_16_bits_become_8():

@@ -186,6 +186,7 @@ def test_a_server_that_does_not_answer_is_named(home, corpus, monkeypatch):
 def test_classes_without_images_are_said_and_allowed(home, tmp_path, monkeypatch, caplog):
     import logging
 
+    from data_prep.mixture import Mixture
     from pipeline.config import PretrainSettings
     from pipeline.stage import check_stage
     from tests.test_settings import demo
@@ -197,6 +198,6 @@ def test_classes_without_images_are_said_and_allowed(home, tmp_path, monkeypatch
     monkeypatch.setattr(logging.getLogger("vitforge"), "propagate", True)
     settings = demo("training.duration=100 steps")
     assert isinstance(settings, PretrainSettings)
-    check_stage(settings, corpus)
+    check_stage(settings, Mixture.of(corpus))
     assert "1 of the 4 classes" in caplog.text
     assert "c1x" in caplog.text

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -85,8 +85,9 @@ class Host:
         listed = subprocess.run(["ip", "netns", "pids", self.namespace], capture_output=True, text=True).stdout
         found = []
         for pid in map(int, listed.split()):
-            if pid != self.holder.pid and psutil.pid_exists(pid):
-                found.append(psutil.Process(pid))
+            if pid != self.holder.pid:
+                with suppress(psutil.NoSuchProcess):
+                    found.append(psutil.Process(pid))
         return found
 
     def find(self, what: str) -> list[psutil.Process]:

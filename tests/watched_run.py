@@ -37,8 +37,8 @@ class ThisMachine:
         self._known: dict[int, psutil.Process] = {}
 
     def start(self, *words: str, log: Path, **extra: str) -> "subprocess.Popen[bytes]":
-        """Start an entry point; what came from the drivers before it must be gone, or is ended here."""
-        self.end()
+        """Start an entry point. What a killed driver left behind has to end by itself."""
+        self.family()
         with log.open("ab") as file:
             driver = subprocess.Popen(
                 [sys.executable, *words], cwd=REPOSITORY, env={**self.variables, **extra}, stdout=file, stderr=file
@@ -47,19 +47,31 @@ class ThisMachine:
         return driver
 
     def family(self) -> list[psutil.Process]:
-        """Every live process that stems from our drivers, also when the driver itself has been killed."""
-        for driver in self._drivers:
-            if driver.poll() is None:
-                for process in psutil.Process(driver.pid).children(recursive=True):
-                    self._known[process.pid] = process
+        """Every live process that stems from our drivers, also of those that have been killed."""
+        for process in self._children():
+            self._known[process.pid] = process
         for process in list(self._known.values()):
             if not process.is_running() or process.status() == psutil.STATUS_ZOMBIE:
                 del self._known[process.pid]
         return list(self._known.values())
 
+    def _children(self) -> list[psutil.Process]:
+        """What stems from the driver that was started last."""
+        if not self._drivers or self._drivers[-1].poll() is not None:
+            return []
+        try:
+            return psutil.Process(self._drivers[-1].pid).children(recursive=True)
+        except psutil.NoSuchProcess:
+            return []
+
+    def orphans(self) -> list[psutil.Process]:
+        """Live processes of drivers before the last one."""
+        now = {process.pid for process in self._children()}
+        return [process for process in self.family() if process.pid not in now]
+
     def ranks(self) -> list[psutil.Process]:
         """The processes that train."""
-        return [process for process in self.family() if "RayTrainWorker" in command_line(process)]
+        return [process for process in self._children() if "RayTrainWorker" in command_line(process)]
 
     def end(self) -> None:
         """Kill what is left of the drivers and of what they started."""

@@ -1,0 +1,137 @@
+"""What runs on Ray survive: `ray job stop`, a driver that is killed, nodes that join and go."""
+
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.corpora import image_folder, make_corpus
+from tests.ray_head import RayHead, ray_head
+from tests.running import REPOSITORY, environment, losses, torchrun
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
+STEPS = 600
+TINY = [
+    "pipeline/pretrain.py", "demo", "model.width=32", "model.depth=2", "model.heads=2", "model.mlp_dim=64",
+    f"training.duration={STEPS} steps", "training.global_batch=12", "optimizer.warmup=5 steps", "log.every=1",
+    "checkpoint.every=100 steps", "registry.name=null",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> str:
+    root = tmp_path_factory.mktemp("on_ray")
+    return str(make_corpus(image_folder(root / "images", classes=3, images=20), root / "corpus").path)
+
+
+@pytest.fixture(scope="module")
+def straight(corpus: str, tmp_path_factory: pytest.TempPathFactory) -> dict[int, float]:
+    """The losses of two ranks that nothing happens to."""
+    home = tmp_path_factory.mktemp("straight")
+    done = torchrun(2, home, *TINY, f"data.corpus={corpus}", "run.name=a", "run.workers=null")
+    assert done.returncode == 0, done.stderr[-3000:]
+    return losses(home / "runs" / "a" / "metrics.jsonl")
+
+
+@pytest.fixture
+def head(tmp_path: Path) -> Iterator[RayHead]:
+    with ray_head(tmp_path / "home", cpus=2) as cluster:
+        yield cluster
+
+
+def wait_for(what: Callable[[], object], seconds: float = 300) -> None:
+    deadline = time.monotonic() + seconds
+    while not what():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def steps_of(metrics: Path) -> int:
+    return max(losses(metrics), default=0)
+
+
+def test_ray_job_stop_saves_and_the_same_command_goes_on(
+    head: RayHead, corpus: str, straight: dict[int, float], tmp_path: Path
+) -> None:
+    words = [
+        "--working-dir", ".", "--runtime-env-json", '{"env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": "120"}}', "--no-wait",
+        "--submission-id",
+    ]  # fmt: skip
+    command = ["--", "python", *TINY, f"data.corpus={corpus}", "run.name=a", "run.workers=2"]
+    submitted = head.job("submit", *words, "first", *command)
+    assert submitted.returncode == 0, submitted.stdout + submitted.stderr
+    metrics = tmp_path / "home" / "runs" / "a" / "metrics.jsonl"
+    wait_for(lambda: steps_of(metrics) >= 20)
+    assert head.job("stop", "first").returncode == 0
+    logs = head.job("logs", "first").stdout
+    stopped = re.search(r"stopped at step (\d+) of 600, which is saved", logs)
+    assert stopped, logs[-4000:]
+    taken = steps_of(metrics)
+    assert 20 <= taken == int(stopped[1]) < STEPS
+    again = head.job("submit", *words[:-2], *words[-1:], "second", *command)
+    assert again.returncode == 0
+    wait_for(lambda: "SUCCEEDED" in head.job("status", "second").stdout)
+    assert "resumed from" in head.job("logs", "second").stdout
+    assert losses(metrics) == straight
+
+
+def test_a_killed_driver_leaves_no_rank_behind_and_a_rerun_goes_on(
+    corpus: str, straight: dict[int, float], tmp_path: Path
+) -> None:
+    words = [sys.executable, *TINY, f"data.corpus={corpus}", "run.name=a", "run.workers=2"]
+    options = {"cwd": REPOSITORY, "env": environment(tmp_path), "stderr": subprocess.STDOUT, "text": True}
+    driver = subprocess.Popen(words, stdout=subprocess.DEVNULL, **options)  # type: ignore[call-overload]
+    metrics = tmp_path / "runs" / "a" / "metrics.jsonl"
+    wait_for(lambda: steps_of(metrics) >= 120)
+    ranks = [
+        p for p in psutil.Process(driver.pid).children(recursive=True) if "RayTrainWorker" in " ".join(p.cmdline())
+    ]
+    assert len(ranks) == 2
+    driver.kill()
+    driver.wait()
+    again = subprocess.run(words, stdout=subprocess.PIPE, timeout=600, **options)  # type: ignore[call-overload]
+    assert again.returncode == 0, again.stdout[-4000:]
+    assert not any(rank.is_running() for rank in ranks)
+    assert "is dead; going on in its place" in again.stdout
+    assert losses(metrics) == straight
+
+
+def test_ranks_come_and_go_with_the_nodes(
+    head: RayHead, corpus: str, straight: dict[int, float], tmp_path: Path
+) -> None:
+    """Two CPUs here, none free beside a job of one: one rank; then a node joins, then it is switched off."""
+    metrics, log = tmp_path / "home" / "runs" / "a" / "metrics.jsonl", tmp_path / "run.log"
+    words = [
+        sys.executable, *TINY, f"data.corpus={corpus}", "run.name=a", "run.workers=1-2", "run.cpus_per_worker=2",
+        "run.resize_check_s=2", "training.duration=4000 steps",
+    ]  # fmt: skip
+    variables = {**head.variables, "RAY_ADDRESS": f"127.0.0.1:{head.port}"}
+    with log.open("w") as file:
+        run = subprocess.Popen(words, cwd=REPOSITORY, env=variables, stdout=file, stderr=subprocess.STDOUT)
+
+    def said(text: str) -> bool:
+        assert run.poll() is None, log.read_text()[-4000:]
+        return text in log.read_text()
+
+    try:
+        wait_for(lambda: said("on 1 rank(s)") and steps_of(metrics) >= 20)
+        node = head.join(cpus=2)
+        wait_for(lambda: said("there is room for 2 ranks instead of 1") and said("on 2 rank(s)"))
+        grown = steps_of(metrics)
+        wait_for(lambda: steps_of(metrics) >= grown + 120)
+        head.end(node)
+        wait_for(lambda: log.read_text().count("on 1 rank(s)") == 2)
+        before = steps_of(metrics)
+        wait_for(lambda: steps_of(metrics) >= before + 5)
+        run.terminate()
+        assert run.wait(120) == 143, log.read_text()[-4000:]
+    finally:
+        if run.poll() is None:
+            run.kill()
+    found = losses(metrics)
+    assert sorted(found) == list(range(1, max(found) + 1))

@@ -385,7 +385,7 @@ class _Overseer:
         crew = self.launcher._largest(whole, fewest, most, gpu)
         if crew is None or crew.ranks <= self.crew.ranks:
             return None
-        crew = self.launcher._largest([node for node in whole if node in capacity.answering(whole)], fewest, most, gpu)
+        crew = self.launcher._largest(capacity.answering(whole), fewest, most, gpu)
         return crew.ranks if crew is not None and crew.ranks > self.crew.ranks else None
 
 

@@ -198,8 +198,8 @@ def test_a_range_of_ranks_that_is_none_is_refused():
 
 
 def test_what_nothing_would_read_about_health_is_refused():
-    with pytest.raises(SettingsError, match="health.max_skips has no effect with health.nonfinite = 'stop'"):
+    with pytest.raises(SettingsError, match=r"health\.max_skips has no effect with health.nonfinite = 'stop'"):
         demo("health.max_skips=3")
-    with pytest.raises(SettingsError, match="health.spike has no effect with health.spike_factor = None"):
+    with pytest.raises(SettingsError, match=r"health\.spike has no effect with health.spike_factor = None"):
         demo("health.spike=stop")
     assert demo("health.nonfinite=skip", "health.max_skips=3").health.max_skips == 3

@@ -29,9 +29,15 @@ class RayHead:
     """Of its job interface."""
 
     def job(self, verb: str, *words: str, timeout: float = 900) -> "subprocess.CompletedProcess[str]":
-        """`ray job VERB` in the repository."""
+        """`ray job VERB` in the repository; a busy machine's interface may be asked twice."""
         line = [RAY, "job", verb, "--address", self.address, *words]
-        return subprocess.run(line, cwd=REPOSITORY, env=self.variables, capture_output=True, text=True, timeout=timeout)
+        for _ in range(5):
+            done = subprocess.run(
+                line, cwd=REPOSITORY, env=self.variables, capture_output=True, text=True, timeout=timeout
+            )
+            if "Failed to connect to Ray at address" not in done.stderr:
+                break
+        return done
 
 
 @contextmanager

@@ -102,8 +102,7 @@ def _not_there_yet(listing: Listing, before: Corpus) -> Listing:
 
 
 def _origins(corpus: Corpus) -> Iterator[str]:
-    for sample in range(corpus.num_samples):
-        yield corpus.origin(sample)
+    yield from corpus.origins()
     for entry in corpus.quarantined():
         yield entry["origin"]
 

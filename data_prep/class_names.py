@@ -1,7 +1,6 @@
 """Files that say what classes there are, in which order, and what people call them."""
 
 import json
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -52,9 +51,12 @@ def read_classes(path: Path) -> tuple[list[str], list[str] | None]:
             entries.append((name, description))
     if not entries:
         raise SourceError(f"classes = {path} is empty")
-    twice = [name for name, count in Counter(name for name, _ in entries).items() if count > 1]
-    if twice:
-        raise SourceError(f"classes = {path}: class {twice[0]!r} stands twice")
+    seen: set[str] = set()
+    for number, (name, _) in enumerate(entries, 1):
+        if name in seen:
+            what = "entry" if path.suffix == ".json" else "line"
+            raise SourceError(f"classes = {path}, {what} {number}: class {name!r} stands twice")
+        seen.add(name)
     described = any(description for _, description in entries)
     return [name for name, _ in entries], [d or name for name, d in entries] if described else None
 

@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -160,8 +161,10 @@ def _copy_all(
     missing: Mapping[str, int],
     workers: int,
 ) -> None:
-    checksums = {name: facts["xxh3_128"] for name, facts in manifest["files"].items()}
-    checksums |= {shard["name"]: shard["xxh3_128"] for shard in manifest["shards"]}
+    checksums = {shard["name"]: shard["xxh3_128"] for shard in manifest["shards"]}
+    older = [read_manifest(source, name) for name in sizes if fnmatch(name, "manifest-*.json")]
+    for version in (manifest, *older):
+        checksums |= {name: facts["xxh3_128"] for name, facts in version["files"].items()}
     if lost := sorted(set(checksums) - set(sizes)):
         raise CorpusError(f"{source}/{lost[0]} is missing: the corpus to copy is not whole")
     # a shard's record comes after what it stands for; what belongs to no shard is one piece of work
@@ -171,18 +174,19 @@ def _copy_all(
     }
     of_shards = {name for group in groups.values() for name in group}
     groups[_INDEX_FILES] = [name for name in sizes if name not in of_shards]
-    tasks = {}
+    tasks, megabytes = {}, {}
     for label, group in groups.items():
         wanted = {name: missing[name] for name in group if name in missing}
+        megabytes[label] = round(sum(sizes.get(name, 0) for name in group) / 1e6)
         if wanted:
             known = {name: checksums[name] for name in wanted if name in checksums}
             place = source if label == _INDEX_FILES else shards_folder(source, manifest)
             tasks[label] = partial(_CopyTask, place, destination, wanted, known)
-    progress = Progress(len(groups), "shards", "copying")
-    progress.skip(len(groups) - len(tasks))
-    if progress.done:
-        log.info("%d of %d shards are there already", progress.done, len(groups))
-    run_tasks(_copy_files, tasks, destination, workers, progress, units=lambda name: 1)
+    progress = Progress(sum(megabytes.values()), "MB", "copying")
+    if len(tasks) < len(groups):
+        progress.skip(sum(size for label, size in megabytes.items() if label not in tasks))
+        log.info("%d of %d shards are there already", len(groups) - len(tasks), len(groups))
+    run_tasks(_copy_files, tasks, destination, workers, progress, units=megabytes.__getitem__)
 
 
 def _copy_files(task: _CopyTask) -> dict[str, Any]:

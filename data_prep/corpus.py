@@ -387,17 +387,7 @@ class Corpus:
         with self._lock:
             lines = self._origins.get(shard)
         if lines is None:
-            name = f"{self.manifest['shards'][shard]['name'].removesuffix('.tar')}.origins"
-            try:
-                lines = self.shards_folder.read_bytes(name).decode("utf-8").split("\n")[:-1]
-            except StorageError as error:
-                raise CorpusError(f"{error}. {_REPAIR}") from error
-            facts = self.manifest["shards"][shard]
-            expected = facts.get("samples_there", facts["samples"])
-            if len(lines) != expected:
-                raise CorpusError(
-                    f"{self.shards_folder}/{name} has {len(lines)} lines for {expected} samples. {_REPAIR}"
-                )
+            lines = self._read_origins(shard)
             with self._lock:
                 self._origins[shard] = lines
                 while len(self._origins) > 8:
@@ -410,6 +400,29 @@ class Corpus:
         if PLACES in self.manifest["files"]:
             return self._places[which].astype(np.int64)
         return which - self._first_ids[self.index["shard"][which]]
+
+    def origins(self) -> Iterator[str]:
+        """Where each sample came from, in the order of the ids.
+
+        Raises:
+            CorpusError: as `origin`.
+        """
+        for shard in range(len(self.shard_sizes)):
+            lines = self._read_origins(shard)
+            ids = np.arange(self._first_ids[shard], self._first_ids[shard + 1])
+            yield from (lines[place] for place in self.places_of(ids).tolist())
+
+    def _read_origins(self, shard: int) -> list[str]:
+        facts = self.manifest["shards"][shard]
+        name = f"{facts['name'].removesuffix('.tar')}.origins"
+        try:
+            lines = self.shards_folder.read_bytes(name).decode("utf-8").split("\n")[:-1]
+        except StorageError as error:
+            raise CorpusError(f"{error}. {_REPAIR}") from error
+        expected = facts.get("samples_there", facts["samples"])
+        if len(lines) != expected:
+            raise CorpusError(f"{self.shards_folder}/{name} has {len(lines)} lines for {expected} samples. {_REPAIR}")
+        return lines
 
     def _checked_ids(self, ids: ArrayLike) -> NDArray[np.int64]:
         which = np.asarray(ids, dtype=np.int64).reshape(-1)

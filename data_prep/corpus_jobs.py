@@ -5,7 +5,8 @@ import json
 import random
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from cluster.command import Progress, duration, log
@@ -166,7 +167,8 @@ def run_tasks(
     with ray_session():
         import ray
 
-        remote = ray.remote(num_cpus=1, max_retries=_ATTEMPTS - 1)(function)  # retried where a node or worker dies
+        # retried where a node or worker dies
+        remote = ray.remote(num_cpus=1, max_retries=_ATTEMPTS - 1, scheduling_strategy="SPREAD")(function)
         at_once = workers or 2 * max(1, int(ray.cluster_resources().get("CPU", 1)))
         progress.started = time.monotonic()
         records: dict[str, dict[str, Any]] = {}
@@ -175,39 +177,51 @@ def run_tasks(
         again: list[tuple[float, str]] = []  # (when, name), the earliest first
         done_bytes, note = 0, ""
         waiting = iter(tasks)
-        while True:
-            while again and len(running) < at_once and again[0][0] <= time.monotonic():
-                name = heapq.heappop(again)[1]
-                running[remote.remote(tasks[name]())] = name
-            while len(running) + len(again) < at_once and (following := next(waiting, None)) is not None:
-                running[remote.remote(tasks[following]())] = following
-            if not running and not again:
-                log.info("%s", progress.line(note))
-                return records
-            patience = max(0.0, again[0][0] - time.monotonic()) if again else None
-            if not running:
-                time.sleep(patience or 0)
-                continue
-            done, _ = ray.wait(list(running), num_returns=1, timeout=patience)
-            if not done:
-                continue
-            name = running.pop(done[0])
-            try:
-                records[name] = _result(ray, done[0])
-            except OSError as error:
-                failures[name] += 1
-                if failures[name] == _ATTEMPTS:
-                    raise StorageError(
-                        f"{name} in {folder} could not be written in {_ATTEMPTS} attempts: {error}. {GO_ON}"
-                    ) from error
-                pause = random.uniform(0.5, 1) * min(_LONGEST_PAUSE, _PAUSE * 4 ** failures[name])
-                log.warning("%s could not be written (%s), again in %.0f s", name, error, pause)
-                heapq.heappush(again, (time.monotonic() + pause, name))
-                continue
-            look(records[name])
-            done_bytes += sum(records[name]["sizes"].values())
-            note = f"{done_bytes / 1e6 / max(time.monotonic() - progress.started, 1e-9):,.0f} MB/s"
-            progress.update(units(name), note)
+        with _cancelled_on_failure(ray, running):
+            while True:
+                while again and len(running) < at_once and again[0][0] <= time.monotonic():
+                    name = heapq.heappop(again)[1]
+                    running[remote.remote(tasks[name]())] = name
+                while len(running) + len(again) < at_once and (following := next(waiting, None)) is not None:
+                    running[remote.remote(tasks[following]())] = following
+                if not running and not again:
+                    log.info("%s", progress.line(note))
+                    return records
+                patience = max(0.0, again[0][0] - time.monotonic()) if again else None
+                if not running:
+                    time.sleep(patience or 0)
+                    continue
+                done, _ = ray.wait(list(running), num_returns=1, timeout=patience)
+                if not done:
+                    continue
+                name = running.pop(done[0])
+                try:
+                    records[name] = _result(ray, done[0])
+                except OSError as error:
+                    failures[name] += 1
+                    if failures[name] == _ATTEMPTS:
+                        raise StorageError(
+                            f"{name} in {folder} could not be written in {_ATTEMPTS} attempts: {error}. {GO_ON}"
+                        ) from error
+                    pause = random.uniform(0.5, 1) * min(_LONGEST_PAUSE, _PAUSE * 4 ** failures[name])
+                    log.warning("%s could not be written (%s), again in %.0f s", name, error, pause)
+                    heapq.heappush(again, (time.monotonic() + pause, name))
+                    continue
+                look(records[name])
+                done_bytes += sum(records[name]["sizes"].values())
+                note = f"{done_bytes / 1e6 / max(time.monotonic() - progress.started, 1e-9):,.0f} MB/s"
+                progress.update(units(name), note)
+
+
+@contextmanager
+def _cancelled_on_failure(ray: Any, running: Mapping[Any, str]) -> Iterator[None]:
+    """Ends the tasks that are running when the block fails: on a cluster they would go on after this process."""
+    try:
+        yield
+    except BaseException:
+        for reference in running:
+            ray.cancel(reference, force=True)
+        raise
 
 
 def _result(ray: Any, reference: Any) -> dict[str, Any]:

@@ -4,6 +4,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -39,10 +40,13 @@ from data_prep.failure_share import FailureShare
 from data_prep.listing import Listing, SourceError
 from data_prep.shard_plan import Plan
 from data_prep.shard_task import finished_records, write_shard
-from data_prep.sources import SourceSettings, list_source, source_folder
+from data_prep.sources import SourceSettings, embedded_stamp, list_source, source_folder
 
 _INDEX_BYTES = 200
 """A sample's share of the files beside the tars, for an estimate of the room that is needed."""
+
+_STAMP = "table.json"
+"""Of a corpus from a table that holds its images: what the table was."""
 
 DESCRIPTION = """
 Turn images into a corpus: WebDataset tars of equal size with an index, in a global shuffle, on all CPUs of the
@@ -130,7 +134,19 @@ def shard_corpus(settings: ShardSettings) -> Corpus:
     _check_settings(settings)
     folder = folder_at(absolute_path(settings.destination, "destination"), "destination")
     check_places(source_folder(absolute_path(settings.source, "source")), folder)
-    return shard_listing(lambda: list_source(settings, settings.workers, folder), folder, settings)
+    stamp = embedded_stamp(settings) if not settings.append else None
+    if stamp is not None:
+        # such a table is copied before it is listed: not again if the corpus is finished
+        stamp += f" {settings.seed} {settings.shard_mb} {_conversion(settings)}"
+        if folder.size(_STAMP) is not None and folder.read_json(_STAMP) == stamp:
+            with suppress(CorpusError):
+                corpus = Corpus.open(folder, version=1)
+                log.info("%s is finished already (%s images): nothing to do", folder, f"{len(corpus):,}")
+                return corpus
+    corpus = shard_listing(lambda: list_source(settings, settings.workers, folder), folder, settings)
+    if stamp is not None:
+        folder.write_json(_STAMP, stamp)
+    return corpus
 
 
 def shard_listing(listed: Callable[[], Listing], folder: Folder, settings: ShardSettings) -> Corpus:
@@ -141,7 +157,7 @@ def shard_listing(listed: Callable[[], Listing], folder: Folder, settings: Shard
     search = DuplicateSearch(settings.exclude, settings.dedup, settings.duplicate_distance)
     listing = remove_duplicates(listed(), search, folder, settings.workers)
     shard_bytes = round(settings.shard_mb * 1e6)
-    conversion = Conversion(settings.min_side, settings.max_side, settings.baseline, settings.jpeg_quality)
+    conversion = _conversion(settings)
     before: Corpus | None = None
     if settings.append:
         plan, before = plan_append(listing, folder, shard_bytes, settings.seed, conversion, settings.new_classes)
@@ -182,6 +198,10 @@ def _check_settings(settings: ShardSettings) -> None:
         raise SettingsError("new_classes is not read: it is for append=true")
     if settings.max_side and settings.min_side > settings.max_side:
         raise SettingsError(f"min_side = {settings.min_side} is more than max_side = {settings.max_side}")
+
+
+def _conversion(settings: ShardSettings) -> Conversion:
+    return Conversion(settings.min_side, settings.max_side, settings.baseline, settings.jpeg_quality)
 
 
 def _make_corpus(folder: Folder, plan: Plan, settings: ShardSettings, before: Corpus | None) -> Corpus:

@@ -5,6 +5,7 @@ reading it does.
 """
 
 import os
+import threading
 from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
@@ -161,36 +162,38 @@ class StreamImages(Images):
 
 
 class _OpenFiles:
-    """The files of a folder, open as long as they are in use."""
+    """The files of a folder, open as long as they are in use; for several threads."""
 
     def __init__(self, folder: Folder) -> None:
         self._folder = folder
         self._open: OrderedDict[str, _OpenFile] = OrderedDict()
+        self._lock = threading.Lock()
 
     def read_into(self, name: str, view: memoryview, offset: int) -> int:
         if self._folder.local is None:
             return _copy(self._folder.read_bytes(name, offset, len(view)), view)
-        opened = self._descriptor(name)  # held while it is read: another thread may open the same file and replace it
+        opened = self._open_file(name)  # held until the read is done
         return _read_fully(opened.number, view, offset)
 
     def read_at(self, name: str, start: int) -> Callable[[int, int], bytes]:
         """Reads (size, offset) of the file from `start` on; short at its end."""
         if self._folder.local is not None:
-            opened = self._descriptor(name)
+            opened = self._open_file(name)
             return lambda size, offset: os.pread(opened.number, size, start + offset)
         end = self._folder.size(name) or 0
         return lambda size, offset: self._folder.read_bytes(
             name, start + offset, max(0, min(size, end - start - offset))
         )
 
-    def _descriptor(self, name: str) -> "_OpenFile":
+    def _open_file(self, name: str) -> "_OpenFile":
         assert self._folder.local is not None
-        opened = self._open.get(name)
-        if opened is None:
-            opened = self._open[name] = _OpenFile(self._folder.local / name)
-            if len(self._open) > _MAX_OPEN:
-                self._open.popitem(last=False)
-        return opened
+        with self._lock:
+            opened = self._open.get(name)
+            if opened is None:
+                opened = self._open[name] = _OpenFile(self._folder.local / name)
+                if len(self._open) > _MAX_OPEN:
+                    self._open.popitem(last=False)
+            return opened
 
 
 class _OpenFile:

@@ -4,6 +4,8 @@ image_folders.py, image_tars.py, image_tables.py, embedded_images.py and tar_sam
 """
 
 import glob
+import hashlib
+import json
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -225,6 +227,20 @@ def _list_table(place: str, settings: SourceSettings, workers: int, destination:
     return list_table(
         files, root, columns, TableOptions(settings.labels_per_image, round(settings.image_kb * 1e3), policy)
     )
+
+
+def embedded_stamp(settings: SourceSettings) -> str | None:
+    """What tells a table that holds its images from another state of it, without reading it; None for other sources."""
+    place = absolute_path(settings.source, "source")
+    if "://" in place or settings.path_column is not None or settings.labels is not None:
+        return None
+    files = table_files(Path(place))
+    if not files or columns_of(files, None, settings.label_column, None, settings.image_column).image is None:
+        return None
+    beside = [_file(path, "") for path in (settings.classes, settings.relabel, settings.words)]
+    stats = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in (*files, *filter(None, beside))]
+    said = {key: getattr(settings, key) for key in SourceSettings.model_fields}
+    return hashlib.sha256(json.dumps([said, stats]).encode()).hexdigest()[:32]
 
 
 def _list_embedded(

@@ -45,7 +45,7 @@ def list_corpus(place: Path) -> Listing:
     """
     corpus = Corpus.open(str(place))
     count = corpus.num_samples
-    origins = Strings.of([corpus.origin(sample).encode() for sample in range(count)])
+    origins = Strings.of([origin.encode() for origin in corpus.origins()])
     streams = tuple(Stream(shard["name"]) for shard in corpus.manifest["shards"])
     index = corpus.index
     images = StreamImages(

@@ -118,7 +118,6 @@ def main() -> None:
             evaluate,
             job,
             name="evaluate",
-            folder=scratch,
             terms=Terms(
                 (settings.workers, settings.workers) if settings.workers else None,
                 settings.cpus_per_worker,

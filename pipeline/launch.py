@@ -6,6 +6,7 @@ them save and stop, to go on elsewhere; a crash is followed by another start.
 """
 
 import os
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -65,7 +66,6 @@ def run_ranks(
     argument: Any,
     *,
     name: str,
-    folder: str,
     terms: Terms,
     check: Callable[[int], None],
     progress: Callable[[], int] = lambda: 0,
@@ -77,7 +77,6 @@ def run_ranks(
 
     Args:
         name: shown by Ray.
-        folder: for Ray Train's own records; every node sees it: a path, or s3://.
         check: refuses a number of ranks by raising ValueError, before any of them starts.
         progress: a number that has grown when work was saved since it was asked last; crashes are counted anew then.
 
@@ -101,7 +100,7 @@ def run_ranks(
         check(terms.workers[0])
     with ray_session(min_cpus=(terms.workers or (1, 1))[0] * (terms.cpus_per_worker or 1)):
         signals.install()  # Ray has put its own in its place
-        _Launcher(target, argument, name, folder, terms, check, progress, signals).run()
+        _Launcher(target, argument, name, terms, check, progress, signals).run()
 
 
 class _Launcher:
@@ -112,13 +111,12 @@ class _Launcher:
         target: Target,
         argument: Any,
         name: str,
-        folder: str,
         terms: Terms,
         check: Callable[[int], None],
         progress: Callable[[], int],
         signals: StopSignal,
     ) -> None:
-        self.target, self.argument, self.name, self.folder = target, argument, name, folder
+        self.target, self.argument, self.name = target, argument, name
         self.terms, self.check, self.progress, self.signals = terms, check, progress, signals
         self.attempt = 0
         self._gpu: bool | None = None
@@ -260,6 +258,11 @@ class _Launcher:
 
     def _start(self, crew: Crew) -> tuple[Literal["finished", "stopped", "crashed"], str]:
         """Start a crew and wait for it; returns how it ended and why."""
+        # Ray Train's records of a run, which only its controller writes, on this node, and nobody needs afterwards.
+        with tempfile.TemporaryDirectory(prefix="vitforge-ray-") as records:
+            return self._wait_for(crew, records)
+
+    def _wait_for(self, crew: Crew, records: str) -> tuple[Literal["finished", "stopped", "crashed"], str]:
         os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")  # a crash is noticed sooner than in two s
         os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # we watch the nodes ourselves
@@ -289,7 +292,7 @@ class _Launcher:
             ),
             run_config=RunConfig(
                 name=f"{self.name}-{os.getpid()}-{self.attempt}",
-                storage_path=self.folder,
+                storage_path=records,
                 failure_config=FailureConfig(max_failures=0),
             ),
         )

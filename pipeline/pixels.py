@@ -1,8 +1,8 @@
 """What is done to images after DALI, on the rank's device: colours, erasing, mixing.
 
 These are element by element on whole batches, or by exact sums: an image becomes the same, bit for bit, wherever in
-whichever batch it stands. DALI's own operators would be slower on CPUs (per image: a blur 2.0 CPU-ms, saturation 1.1;
-here 0.5 and 0.1) and could take no parameter that is computed from the pixels on a GPU.
+whichever batch it stands. On a CPU 3-Augment with colour jitter costs 1.1 CPU-ms an image this way at 224 pixels; of
+DALI's operators the blur alone takes 2.0 and saturation 1.1, and on a GPU contrast could not use the image's mean.
 """
 
 import math

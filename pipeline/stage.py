@@ -169,7 +169,8 @@ def _train(
     job = Job(
         settings,
         start.architecture.to_json(),
-        folder.url,
+        folder,
+        tuple(part.folder for part in corpus.parts),
         start.weights is not None,
         None if under_torchrun() else lease,
         str(home),
@@ -180,7 +181,6 @@ def _train(
         train,
         job,
         name=settings.run.name,
-        folder=folder.child("ray").url,
         terms=Terms(
             settings.run.worker_bounds,
             settings.run.cpus_per_worker,
@@ -218,7 +218,6 @@ def _hand_over(
     with producing(folder, "curves.png") as path:
         pictures.draw_curves(rows, path)
         run.artifact(path)
-    folder.child("ray").remove_tree()  # Ray Train's records of workers that have ended
     scores = [row for row in rows if "heldout/top1" in row]
     rates = [row["images_per_second"] for row in rows if "images_per_second" in row]
     waits = [row["data_wait"] for row in rows if "data_wait" in row]

@@ -20,7 +20,7 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 
 from cluster.command import duration, log, set_up_logging
-from cluster.folders import Folder, folder_at
+from cluster.folders import Folder
 from data_prep.mixture import Mixture
 from models.losses import dense_targets, sigmoid_cross_entropy, softmax_cross_entropy
 from models.presets import train_flops
@@ -45,13 +45,15 @@ from pipeline.stopping import Control
 
 @dataclass(frozen=True)
 class Job:
-    """What the ranks are told. It travels to other machines, so it holds plain values only."""
+    """What the ranks are told. It travels to other machines."""
 
     settings: StageSettings
     architecture: dict[str, Any]
     """The model, as `VitConfig.to_json` gives it."""
-    folder: str
-    """The run's folder, which every rank sees: a path or s3://."""
+    folder: Folder
+    """The run's folder, which every rank sees."""
+    corpora: tuple[Folder, ...]
+    """Where the images are. With a folder travels what opens an object store."""
     initial_weights: bool
     """Whether the run starts from the weights in its folder; False draws them from the seed."""
     lease: str | None
@@ -77,16 +79,15 @@ def train(job: Job, control: Control) -> bool:
     worker = workers.join(settings.run.collective_timeout_s, settings.run.interface)
     if not worker.leads:
         log.setLevel("ERROR")
-    folder = folder_at(job.folder, "run.home")
-    agreement.check_folder(folder, worker)
-    with Oversight(worker, control, folder, settings.run.name, job.lease, settings.run.hang_timeout_s) as oversight:
-        finished = _train(job, folder, worker, oversight)
+    agreement.check_folder(job.folder, worker)
+    with Oversight(worker, control, job.folder, settings.run.name, job.lease, settings.run.hang_timeout_s) as oversight:
+        finished = _train(job, worker, oversight)
         oversight.update(state="finished" if finished else "stopped")
         return finished
 
 
-def _train(job: Job, folder: Folder, worker: workers.Worker, oversight: Oversight) -> bool:
-    settings = job.settings
+def _train(job: Job, worker: workers.Worker, oversight: Oversight) -> bool:
+    settings, folder = job.settings, job.folder
     training, data = settings.training, settings.data
 
     # ---- data ------------------------------------------------------------------------------------------------
@@ -278,7 +279,8 @@ def _train(job: Job, folder: Folder, worker: workers.Worker, oversight: Oversigh
             scores = heldout is not None and (due or step + 1 == total)
             step_ids: list[NDArray[np.int64]] = []
             _seed_dropout(training.seed, step, worker.rank)
-            mixing = augment.draw_mixing(data.augment, training.seed, step, data.image_size)
+            window = window_of(step, skipped)
+            mixing = augment.draw_mixing(data.augment, training.seed, window, data.image_size)
             set_learning_rate(engine, rate_of(step), averaging_decay(training.ema, step))
             for _ in range(plan.accumulation):
                 oversight.at("first step" if step == began else "waiting for data", step + 1)
@@ -303,7 +305,7 @@ def _train(job: Job, folder: Folder, worker: workers.Worker, oversight: Oversigh
                 norm = reduce_and_update(engine, measure=logged or saves)
                 losses.append(loss.detach())
             mean = torch.stack(losses[-plan.accumulation :]).mean()
-            health.took(step + 1, window_of(step, skipped), np.concatenate(step_ids), mean, nonfinite_flag(engine))
+            health.took(step + 1, window, np.concatenate(step_ids), mean, nonfinite_flag(engine))
             if record:
                 record.write(step + 1, step_ids)
             step += 1

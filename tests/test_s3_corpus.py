@@ -10,12 +10,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from cluster.folders import Folder, LocalFolder, folder_at
+from cluster.ray_runtime import ray_session
 from cluster.s3_connection import PATIENCE
 from data_prep.corpus import Corpus, CorpusError
 from data_prep.shard import ShardSettings, shard_corpus
 from data_prep.verify import verify
+from pipeline.config import DataSettings
+from pipeline.loader import TrainLoader
+from pipeline.workers import Worker
 from tests.corpora import encoded, image_folder, make_corpus
 from tests.running import REPOSITORY, environment, script
 from tests.s3_server import ACCESS_KEY, SECRET_KEY, S3Server
@@ -68,28 +73,27 @@ def flip(folder: Folder, name: str, offset: int) -> None:
 def test_the_same_corpus_is_made_on_s3_whatever_the_network_does(source: Path, local: Corpus, s3: S3Server) -> None:
     s3.faults.rates, s3.faults.latency = PASSING, 0.002
     place = s3.bucket() + "/corpora/small"
-    corpus = shard_corpus(ShardSettings(source=str(source), destination=place, shard_mb=0.01))
-    assert s3.faults.injected.total() > 5
-    assert corpus.corpus_hash == local.corpus_hash
-    assert samples(corpus) == samples(local)
-    assert [corpus.origin(sample) for sample in range(len(corpus))] == [local.origin(k) for k in range(len(local))]
-    assert not list(verify(corpus))
-    s3.faults.clear()
-    assert content(corpus.folder) == content(local.folder)
+    with ray_session():  # once for the three
+        corpus = shard_corpus(ShardSettings(source=str(source), destination=place, shard_mb=0.01))
+        assert s3.faults.injected.total() > 5
+        assert corpus.corpus_hash == local.corpus_hash
+        assert samples(corpus) == samples(local)
+        assert [corpus.origin(sample) for sample in range(len(corpus))] == [local.origin(k) for k in range(len(local))]
+        assert not list(verify(corpus))
+        s3.faults.clear()
+        assert content(corpus.folder) == content(local.folder)
 
-    writes = [request for request in s3.faults.requests if request.startswith(("PUT", "POST"))]
-    assert not writes
-    shard_corpus(ShardSettings(source=str(source), destination=place, shard_mb=0.01))  # it is finished
-    assert not [request for request in s3.faults.requests if request.startswith(("PUT", "POST", "DELETE"))]
+        shard_corpus(ShardSettings(source=str(source), destination=place, shard_mb=0.01))  # it is finished
+        assert not [request for request in s3.faults.requests if request.startswith(("PUT", "POST", "DELETE"))]
 
-    corpus.folder.remove("manifest.json")
-    corpus.folder.remove("shard-000001.record.json")
-    corpus.folder.write_bytes("shard-000002.tar", b"cut")
-    s3.faults.clear()
-    again = shard_corpus(ShardSettings(source=str(source), destination=place, shard_mb=0.01))
-    assert content(again.folder) == content(local.folder)
-    tars = {request.rpartition("/")[2] for request in s3.faults.requests if re.match(r"PUT .*\.tar$", request)}
-    assert tars == {"shard-000001.tar", "shard-000002.tar"}
+        corpus.folder.remove("manifest.json")
+        corpus.folder.remove("shard-000001.record.json")
+        corpus.folder.write_bytes("shard-000002.tar", b"cut")
+        s3.faults.clear()
+        again = shard_corpus(ShardSettings(source=str(source), destination=place, shard_mb=0.01))
+        assert content(again.folder) == content(local.folder)
+        tars = {request.rpartition("/")[2] for request in s3.faults.requests if re.match(r"PUT .*\.tar$", request)}
+        assert tars == {"shard-000001.tar", "shard-000002.tar"}
 
 
 @pytest.mark.slow
@@ -137,6 +141,25 @@ def test_reading_goes_on_through_faults(uploaded: Folder, local: Corpus, s3: S3S
     assert [image.tobytes() for image in corpus.read(order)] == [image.tobytes() for image in local.read(order)]
     assert corpus.classes == local.classes
     np.testing.assert_array_equal(corpus.index, local.index)
+
+
+def test_training_sees_the_same_stream_through_faults(uploaded: Folder, local: Corpus, s3: S3Server) -> None:
+    s3.faults.rates, s3.faults.latency = PASSING, 0.01
+    largest = max(shard["bytes"] for shard in local.manifest["shards"])
+    remote = Corpus.open(uploaded.url, cache_bytes=5 * largest)  # of ten shards: they come and go
+    streams = []
+    for corpus in (local, remote):
+        settings = DataSettings(
+            corpus=corpus.url, image_size=16, mean=(0.5,) * 3, std=(0.5,) * 3, decode_threads=1, shuffle_window=2
+        )
+        loader = TrainLoader(corpus, settings, 5, Worker(), 12, 12, 2, 11, "cpu")
+        streams.append([(batch.ids, batch.images.clone()) for batch in loader])
+    for (ids, images), (remote_ids, remote_images) in zip(*streams, strict=True):
+        np.testing.assert_array_equal(ids, remote_ids)
+        assert torch.equal(images, remote_images)
+    fetched = [request for request in s3.faults.requests if request.startswith("GET") and ".tar" in request]
+    assert len(fetched) > len(local.shard_sizes)
+    assert s3.faults.injected.total() > 5
 
 
 def test_a_damaged_copy_is_fetched_again_and_a_damaged_shard_is_named(

@@ -371,7 +371,7 @@ def embedded(folder: Path, target: Path, files: int = 2) -> None:
         pq.write_table(table, target / f"train-{number:05d}-of-{files:05d}.parquet", row_group_size=5)
 
 
-def test_images_inside_parquet_files_are_sharded(folder, tmp_path):
+def test_images_inside_parquet_files_are_sharded(folder, tmp_path, messages):
     embedded(folder, tmp_path / "parquet")
     corpus = shard(tmp_path / "parquet", tmp_path / "corpus")
     assert corpus.classes == ["zero", "one", "two"]
@@ -381,6 +381,10 @@ def test_images_inside_parquet_files_are_sharded(folder, tmp_path):
         assert labels == [(corpus.classes[expected.pop(image)], 1.0)]
     assert not expected
     assert not (tmp_path / "corpus" / "images").exists()
+    made = {path.name: path.stat().st_ino for path in corpus.path.iterdir()}
+    shard(tmp_path / "parquet", tmp_path / "corpus")
+    assert {path.name: path.stat().st_ino for path in corpus.path.iterdir()} == made
+    assert "nothing to do" in messages()
     again = shard(tmp_path / "parquet", tmp_path / "again", workers=1)
     assert again.corpus_hash == corpus.corpus_hash
     assert corpus.origin(0).startswith("train-0000")

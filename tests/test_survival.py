@@ -4,12 +4,14 @@ import json
 import os
 import signal
 import subprocess
+import sys
 import time
 
 import mlflow
 import psutil
 import pytest
 
+from cluster.folders import folder_at
 from pipeline import tracking
 from tests.corpora import image_folder, make_corpus
 from tests.running import REPOSITORY, environment, losses, torchrun, torchrun_command
@@ -79,6 +81,52 @@ def test_a_rank_that_hangs_is_named_and_all_are_ended(places):
     assert f"rank 1 on {os.uname().nodename} (process {workers[1].pid}), in " in output
     assert "gave no sign of life for" in output
     assert not any(worker.is_running() for worker in workers)
+
+
+def test_a_run_in_a_bucket_is_complete_there_and_a_rerun_does_nothing_again(places, s3, tmp_path):
+    home = folder_at(s3.bucket(), "run.home")
+    words_ = words(places, "bucket", f"run.home={home}", "training.duration=60 steps")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", *words_]
+
+    def run():
+        variables = environment(places[0]) | s3.env
+        return subprocess.run(command, cwd=REPOSITORY, env=variables, capture_output=True, text=True, timeout=300)
+
+    done = run()
+    assert done.returncode == 0, done.stderr[-4000:]
+    folder = home.child("runs").child("bucket")
+    assert {"run.json", "settings.json", "metrics.jsonl", "curves.png", "first_batch.png", "result.json"} < set(
+        folder.names()
+    )
+    assert [row["step"] for row in tracking.metrics_of(folder)] == list(range(1, 61))
+    assert folder.read_json("heartbeat.json")["state"] == "finished"
+    again = run()
+    assert again.returncode == 0, again.stderr[-4000:]
+    assert "training is finished already" in again.stderr
+
+
+@pytest.mark.parametrize("other", ["code", "data"])
+def test_ranks_that_do_not_have_the_same_are_named(tmp_path, other):
+    """Two ranks that run from two copies of the code, or see two corpora: as on two machines that differ."""
+    code = (
+        "import os, sys\n"
+        "from pathlib import Path\n"
+        "from pipeline import agreement, workers\n"
+        "worker = workers.join(60)\n"
+        "if sys.argv[1] == 'code' and worker.rank == 1:\n"
+        "    agreement.REPOSITORY = Path(sys.argv[2])\n"
+        "agreement.check_ranks({'data.corpus': sys.argv[1] + str(worker.rank) * (sys.argv[1] == 'data')}, worker)\n"
+    )
+    script = tmp_path / "ranks.py"
+    script.write_text(code)
+    done = subprocess.run(
+        torchrun_command(2, (str(script), other, str(tmp_path))),
+        cwd=REPOSITORY, env=environment(tmp_path, PYTHONPATH=str(REPOSITORY)), capture_output=True, text=True,
+        timeout=120,
+    )  # fmt: skip
+    assert done.returncode != 0
+    what = "the code of Vitforge" if other == "code" else "the data (data.corpus)"
+    assert f"{what} is not the same on all nodes: {os.uname().nodename} has" in done.stderr
 
 
 def test_a_batch_that_makes_the_loss_jump_is_left_out_and_reported(places):

@@ -150,9 +150,10 @@ class MixedOrder:
         """(epoch, window) that a part stands in at a position."""
         return self.parts[part].window_at(self._schedule.counts(position)[part])
 
-    def shards_from(self, part: int, position: int, count: int) -> list[int]:
-        """The next `count` shards that a part with windows needs, from its window at a position on."""
-        return self.parts[part].shards_from(self._schedule.counts(position)[part], count)
+    def shards_from(self, part: int, position: int, last: int, count: int) -> list[int]:
+        """The next shards that a part with windows needs between two positions (`SampleOrder.shards_from`)."""
+        now, end = self._schedule.counts(position)[part], self._schedule.counts(last)[part]
+        return self.parts[part].shards_from(now, max(now, end), count)
 
 
 class Mixture:

@@ -133,18 +133,19 @@ class SampleOrder:
             return epoch, 0
         return epoch, int(self._shuffled(epoch).windows_of(np.asarray([place]))[0])
 
-    def shards_from(self, position: int, count: int) -> list[int]:
-        """The shards in the order in which they are needed, from the window of a position on, through the epochs.
+    def shards_from(self, position: int, last: int, count: int) -> list[int]:
+        """The shards in the order in which they are needed: from the window of a position to that of the last one.
 
         Returns:
-            `count` shards; those of one window are needed together.
+            At most `count` shards; those of one window are needed together.
         """
         assert self.window
-        epoch, window = self.window_at(position)
-        shards: list[int] = self._shuffled(epoch).shards[window * self.window :].tolist()
-        while len(shards) < count:
-            epoch += 1
-            shards += self._shuffled(epoch).shards.tolist()
+        (epoch, window), (last_epoch, last_window) = self.window_at(position), self.window_at(last)
+        shards: list[int] = []
+        while len(shards) < count and epoch <= last_epoch:
+            end = (last_window + 1) * self.window if epoch == last_epoch else None
+            shards += self._shuffled(epoch).shards[window * self.window : end].tolist()
+            epoch, window = epoch + 1, 0
         return shards[:count]
 
     def _shuffled(self, epoch: int) -> "_ShuffledShards":

@@ -290,11 +290,12 @@ class TrainLoader(_Loader):
 
     def _look_ahead(self, position: int) -> None:
         """When a part comes to another window, say which shards it will need from now on."""
+        last = int(self.positions(self.count - 1)[-1])
         for part, window in enumerate(self.windows):
             if window and (reached := self.order.window_at(part, position)) != self._reached[part]:
                 self._reached[part] = reached
                 count = max(2 * window, min(PLANNED, 2 * len(self.corpus.parts[part].shard_sizes)))
-                shards = self.order.shards_from(part, position, count)
+                shards = self.order.shards_from(part, position, last, count)
                 self.corpus.parts[part].prefetch(shards, ahead=2 * window)
 
     def _contents(self, batch: int) -> _Contents:

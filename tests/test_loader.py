@@ -147,7 +147,7 @@ class Shape:
 )
 @hypothesis.settings(max_examples=6, deadline=None)
 def test_the_stream_is_one_for_all_world_sizes_and_from_every_step_on(shapes, batch, window, seed, start):
-    mixture = Mixture([Shape(sizes) for sizes in shapes], range(1, len(shapes) + 1))
+    mixture = Mixture([Shape(sizes) for sizes in shapes], range(1, len(shapes) + 1))  # type: ignore[misc]
     data = DataSettings(corpus="x", shuffle_window=window)
     steps = min(20, -(-2 * mixture.num_samples // batch))
 

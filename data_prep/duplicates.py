@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 
 from cluster.command import Progress, absolute_path, log
 from cluster.folders import Folder, LocalFolder
+from cluster.ray_runtime import ray_session
 from cluster.storage import StorageError
 from data_prep.corpus import Corpus
 from data_prep.corpus_cache import cache_folder
@@ -104,10 +105,11 @@ def remove_duplicates(listing: Listing, search: DuplicateSearch, folder: Folder,
     lines = _decided_before(folder, settings)
     if lines is None:
         kept = folder.child(DUPLICATES)
-        descriptions = kept.child(_identity(listing, listing.place))
-        excluded = [_descriptors_of_corpus(corpus, kept, workers) for corpus in corpora]
-        with _descriptors_of_listing(listing, descriptions, workers) as described:
-            decisions = decide(described, excluded, search.dedup, search.distance)
+        with ray_session():  # one for all that is described
+            excluded = [_descriptors_of_corpus(corpus, kept, workers) for corpus in corpora]
+            descriptions = kept.child(_identity(listing, listing.place))
+            with _descriptors_of_listing(listing, descriptions, workers) as described:
+                decisions = decide(described, excluded, search.dedup, search.distance)
         lines = _as_lines(listing, decisions, corpora)
         kept.write_bytes(_file_of_decisions(settings), lines)
         descriptions.remove_tree()

@@ -1,17 +1,19 @@
 """Random access to gzip files: one pass finds points from which decoding can start anew, reads begin at the nearest.
 
 A point is a place of the compressed stream, down to the bit, with the 32 KiB of output before it that what follows
-may refer to. rapidgzip finds them, on all cores, about one for each 4 MiB of compressed data, and leaves out of the
-32 KiB what nothing refers to: in images, which do not compress, nearly all of it.
+may refer to. rapidgzip finds them, on all cores, and leaves out of the 32 KiB what nothing refers to: in images,
+which do not compress, nearly all of it.
 """
 
-import io
 import os
 import struct
+import subprocess
+import sys
 import tempfile
+import threading
 import zlib
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,11 +22,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_prep.columns import Strings
-from data_prep.tar_headers import ReadAt
+from data_prep.tar_headers import BLOCK, ReadAt, TarError
 
 _MAGIC = bytes(8) + b"gzipindx"
 _PIECE = 64 << 10
 """Compressed bytes that are read, and decoded bytes that are made, at a time."""
+_SPACING = 512 << 10
+"""Compressed bytes between points. Reading at random decodes half of that for each image; fewer make a larger index:
+about 350 bytes a point for photographs."""
+_FED = 1 << 20
 _TRAILER = 8
 """Bytes of checksum and length that end a gzip member."""
 
@@ -172,41 +178,115 @@ class GzipReader:
         return True
 
 
-def find_points(file: str | io.RawIOBase, where: str, visit: Callable[[ReadAt], None]) -> GzipPoints:
+@dataclass(frozen=True)
+class Slice:
+    """A gzip file that is a run of bytes of another file."""
+
+    read_at: ReadAt
+    """Of the other file."""
+    start: int
+    size: int
+
+
+def find_points(source: Path | Slice, where: str, visit: Callable[[ReadAt], None], threads: int) -> GzipPoints:
     """Decode a gzip file once, for someone who reads it from front to back, and find its points on the way.
 
+    A process of its own decodes: all of what rapidgzip holds is gone afterwards, and a crash of it is an error here.
+
     Args:
-        file: its path, or something that reads like it.
+        source: the file.
         where: what to call it in messages.
         visit: is given the decoded stream; it may hop forward, not back.
+        threads: that decode.
 
     Raises:
         GzipError: it is damaged or cut short.
     """
-    import rapidgzip
-
-    with rapidgzip.RapidgzipFile(file, parallelization=os.cpu_count() or 1) as stream:
-
-        def read_at(size: int, offset: int) -> bytes:
-            with _damage_reported(where):
-                stream.seek(offset)
-                return bytes(stream.read(size))
-
-        visit(read_at)
-        with _damage_reported(where), tempfile.TemporaryDirectory() as folder:
-            end = stream.seek(0, io.SEEK_END)
-            stream.export_index(os.path.join(folder, "points"), rapidgzip.IndexFormat.GZTOOL)
-            points = _parse(Path(folder, "points").read_bytes())
+    with tempfile.TemporaryDirectory() as folder:
+        index = Path(folder, "points")
+        words = ["-d", "-c", "-f", "--verify", "-P", str(threads), "--chunk-size", str(_SPACING >> 10)]
+        words += ["--index-format", "gztool", "--export-index", str(index)]
+        words += [os.fspath(source)] if isinstance(source, Path) else []
+        process = subprocess.Popen(
+            [sys.executable, "-c", "import sys, rapidgzip; sys.exit(rapidgzip.cli())", *words],
+            stdin=subprocess.DEVNULL if isinstance(source, Path) else subprocess.PIPE,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        )  # fmt: skip
+        feeder = threading.Thread(target=_feed, args=(process, source), daemon=True)
+        complaints: list[bytes] = []
+        listener = threading.Thread(target=lambda: complaints.extend(process.stderr or ()), daemon=True)
+        try:
+            listener.start()
+            if isinstance(source, Slice):
+                feeder.start()
+            stream = _Forward(process)
+            try:
+                visit(stream.read_at)
+            except TarError:
+                if stream.at_end() and process.wait() != 0:  # the tar is cut short because decoding failed
+                    raise GzipError(f"{where} is damaged or cut short: {_last_line(complaints, listener)}") from None
+                raise
+            end = stream.drain()
+            if process.wait() != 0:
+                raise GzipError(f"{where} is damaged or cut short: {_last_line(complaints, listener)}")
+            points = _parse(index.read_bytes())
+        finally:
+            process.kill()
+            process.wait()
+            for pipe in (process.stdout, process.stderr):
+                if pipe is not None:
+                    pipe.close()
     keep = points.decoded < max(end, 1)
     return points if keep.all() else points.around(points.decoded[keep].astype(np.uint64))
 
 
-@contextmanager
-def _damage_reported(where: str) -> Iterator[None]:
-    try:
-        yield
-    except (RuntimeError, EOFError, ValueError) as error:  # what rapidgzip raises for damage of any kind
-        raise GzipError(f"{where} is damaged or cut short: {error}") from error
+def _feed(process: "subprocess.Popen[bytes]", source: Slice) -> None:
+    assert process.stdin is not None
+    at, end = source.start, source.start + source.size
+    with suppress(BrokenPipeError, OSError), process.stdin:  # the process says itself what it does not like
+        while at < end and (piece := source.read_at(min(_FED, end - at), at)):
+            process.stdin.write(piece)
+            at += len(piece)
+
+
+def _last_line(complaints: list[bytes], listener: threading.Thread) -> str:
+    listener.join(5)
+    return complaints[-1].decode("utf-8", "replace").strip() if complaints else "the decoder stopped without a word"
+
+
+class _Forward:
+    """What a process writes, read from front to back; a little of what was read can be read again."""
+
+    def __init__(self, process: "subprocess.Popen[bytes]") -> None:
+        assert process.stdout is not None
+        self._pipe = process.stdout
+        self._start = 0
+        self._buffer = b""
+
+    def read_at(self, size: int, offset: int) -> bytes:
+        assert offset >= self._start, "a stream goes forward only"
+        while offset + size > self._start + len(self._buffer) and self._more(offset):
+            pass
+        at = offset - self._start
+        return self._buffer[at : at + size]
+
+    def at_end(self) -> bool:
+        """Whether the process has written its last byte."""
+        return not self._more(self._start)
+
+    def drain(self) -> int:
+        """Read what is left; returns the size of the whole."""
+        while self._more(self._start + len(self._buffer)):
+            pass
+        return self._start + len(self._buffer)
+
+    def _more(self, needed: int) -> bool:
+        piece = self._pipe.read(_FED)
+        # of what comes before `needed` only the last bytes are kept
+        drop = max(0, min(needed - self._start, len(self._buffer)) - BLOCK)
+        self._start += drop
+        self._buffer = self._buffer[drop:] + piece
+        return bool(piece)
 
 
 def _parse(index: bytes) -> GzipPoints:

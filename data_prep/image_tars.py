@@ -10,6 +10,7 @@ import io
 import json
 import os
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -22,7 +23,7 @@ from cluster.command import Progress, log
 from cluster.folders import Folder
 from data_prep.columns import Strings
 from data_prep.corpus_cache import cache_folder
-from data_prep.gzip_points import GzipError, GzipPoints, find_points
+from data_prep.gzip_points import GzipError, GzipPoints, Slice, find_points
 from data_prep.image_folders import (
     ClassListing,
     class_names,
@@ -40,7 +41,7 @@ _GZIP = b"\x1f\x8b"
 _TAR_NAMES = (b".tar", b".tar.gz", b".tgz")
 _UNKNOWN_END = 1 << 62
 _REMOTE_BLOCK = 8 << 20
-_CACHE_VERSION = 1
+_CACHE_VERSION = 2
 
 
 def is_tar_name(name: str) -> bool:
@@ -213,8 +214,7 @@ def _walk_plain(read_at: ReadAt, size: int, folder: Folder, name: str, where: st
         _refuse_compression_of_members([member.name for member in members], where)
         return [_Part(b"", _listed(members, b"", where), whole)]
     place = f"{folder.url}/{name}"
-    packed = [member for member in tars if read_at(2, member.offset) == _GZIP]
-    if not packed:
+    if not any(read_at(2, member.offset) == _GZIP for member in tars):
         jobs = [partial(_list_plain_class_tar, read_at, member, place) for member in tars]
         if folder.local is None:  # one reader, that goes forward
             listed = [job() for job in jobs]
@@ -228,14 +228,18 @@ def _walk_plain(read_at: ReadAt, size: int, folder: Folder, name: str, where: st
     if kept is not None:
         return kept
     progress = Progress(len(tars), "class tars", "decoding")
-    parts = []
-    for member in tars:
+
+    def list_class_tar(member: Member) -> _Part:
         class_name = class_of_tar(member.name)
-        if member in packed:
-            parts.append(_list_gzip_class_tar(read_at, member, class_name, name, place))
-        else:
-            parts.append(_Part(class_name, _list_plain_class_tar(read_at, member, place), whole))
-        progress.update(1)
+        if read_at(2, member.offset) == _GZIP:
+            return _list_gzip_class_tar(read_at, member, class_name, name, place)
+        return _Part(class_name, _list_plain_class_tar(read_at, member, place), whole)
+
+    parts = []
+    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+        for part in pool.map(list_class_tar, tars):
+            parts.append(part)
+            progress.update(1)
     warn_of_others([part.listed for part in parts])
     _to_cache(key, parts)
     return parts
@@ -269,7 +273,7 @@ def _walk_gzip(folder: Folder, name: str, size: int, where: str) -> list[_Part]:
             progress.update(min(member.offset + member.size, size) - at, f"{len(found):,} class tars")
             at = min(member.offset + member.size, size)
 
-    points = find_points(str(folder.local / name), where, visit)
+    points = find_points(folder.local / name, where, visit, os.cpu_count() or 1)
     stream = Stream(name, 0, points)
     if not found:
         return [_Part(b"", _listed(members, b"", where), stream)]
@@ -304,39 +308,8 @@ def _list_gzip_class_tar(read_at: ReadAt, member: Member, class_name: bytes, nam
     def visit(inner: ReadAt) -> None:
         listed.append(_listed(iterate_members(inner, 0, _UNKNOWN_END, where), class_name, where))
 
-    points = find_points(_Slice(read_at, member.offset, member.size), where, visit)
+    points = find_points(Slice(read_at, member.offset, member.size), where, visit, threads=1)
     return _Part(class_name, listed[0], Stream(name, member.offset, points))
-
-
-class _Slice(io.RawIOBase):
-    """A run of bytes of a file, as a file of its own."""
-
-    def __init__(self, read_at: ReadAt, start: int, size: int) -> None:
-        self._read_at, self._start, self._size, self._at = read_at, start, size, 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._at
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        self._at = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._size}[whence]
-        return self._at
-
-    def read(self, size: int = -1) -> bytes:
-        left = max(0, self._size - self._at)
-        piece = self._read_at(left if size < 0 else min(size, left), self._start + self._at)
-        self._at += len(piece)
-        return piece
-
-    def readinto(self, buffer: Any) -> int:
-        piece = self.read(len(buffer))
-        buffer[: len(piece)] = piece
-        return len(piece)
 
 
 def _listed(members: Any, class_name: bytes, where: str) -> ClassListing:

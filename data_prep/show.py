@@ -20,6 +20,7 @@ from data_prep.corpus import Corpus
 from data_prep.corpus_format import QUARANTINE
 from data_prep.distributions import Bar, Distribution, measure
 from data_prep.order import Permutation
+from data_prep.removed import REMOVED, removed_in_words
 
 DESCRIPTION = """
 Show what is in a corpus: classes and how many images each has, sizes and resolutions, shards, what was left out and
@@ -97,6 +98,8 @@ def describe(corpus: Corpus, distributions: Sequence[Distribution], classes: int
     yield f"made from: {manifest['source']['kind']} {manifest['created_by'].get('source', '')}".rstrip()
     yield f"corpus hash: {corpus.corpus_hash}"
     yield from _left_out(corpus)
+    if "removed" in manifest:
+        yield f"{removed_in_words(manifest['removed'])}; listed in {corpus}/{corpus.file_name(REMOVED)}"
     yield ""
     yield from _classes(corpus, classes)
     for distribution in distributions:

@@ -369,8 +369,9 @@ class _Overseer:
         """How many more ranks would fit beside what ours already have; None where none would."""
         from cluster import capacity
 
-        fewest, most, gpu = self.launcher._bounds(capacity.total_nodes())
-        if most <= self.crew.ranks or len(nodes) < self.crew.ranks:
+        _, most, gpu = self.launcher._bounds(capacity.total_nodes())
+        least = self.crew.ranks
+        if most <= least or len(nodes) < least:
             return None
         ours = list(nodes.values())
         whole = [
@@ -382,11 +383,11 @@ class _Overseer:
             )
             for node in capacity.free_nodes()
         ]
-        crew = self.launcher._largest(whole, fewest, most, gpu)
-        if crew is None or crew.ranks <= self.crew.ranks:
+        crew = self.launcher._largest(whole, least, most, gpu)
+        if crew is None or crew.ranks <= least:
             return None
-        crew = self.launcher._largest([node for node in whole if node in capacity.answering(whole)], fewest, most, gpu)
-        return crew.ranks if crew is not None and crew.ranks > self.crew.ranks else None
+        crew = self.launcher._largest(capacity.answering(whole), least, most, gpu)
+        return crew.ranks if crew is not None and crew.ranks > least else None
 
 
 def _places(nodes: "list[Node]", cpus: int, gpu: bool) -> int:

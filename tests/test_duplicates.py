@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -24,6 +25,7 @@ from data_prep.duplicate_search import HammingIndex
 from data_prep.duplicates import DuplicateSearch, decide, remove_duplicates
 from data_prep.perceptual_hash import MIRROR, SIMILAR, describe_images, similarity
 from data_prep.shard import ShardSettings, shard_corpus
+from data_prep.show import describe
 from data_prep.sources import SourceSettings, list_source
 from data_prep.verify import verify
 from tests.corpora import encoded, image_folder, make_corpus
@@ -283,7 +285,7 @@ def shard(source: Path, destination: Path, **settings) -> Corpus:
     return shard_corpus(ShardSettings(source=str(source), destination=str(destination), shard_mb=0.01, **settings))
 
 
-def removed(corpus: Corpus) -> dict[str, dict]:
+def removed(corpus: Corpus) -> dict[str, dict[str, Any]]:
     lines = (corpus.path / "removed.jsonl").read_text().splitlines()
     return {entry.pop("origin"): entry for entry in map(json.loads, lines)}
 
@@ -313,6 +315,7 @@ def test_sharding_leaves_out_duplicates_and_says_which_and_why(ray, source, eval
         "images": 4, "of_excluded_corpora": 2, "inside_the_source": 2, "exact": 2, "near": 2, "mirrored": 1,
     }  # fmt: skip
     assert not (corpus.path / "duplicates").exists()
+    assert "4 duplicates are removed" in "\n".join(describe(corpus, [], 3))
     assert "4 duplicates are removed: 2 of images in excluded corpora" in messages()
     assert messages().count("describing 26/26 images") == 1
 
@@ -382,10 +385,10 @@ def test_killed_at_any_moment_it_ends_with_the_same_corpus(source, evaluation, t
         sys.executable, str(ROOT / "data_prep" / "shard.py"), str(source), "corpus", "shard_mb=0.005", "dedup=true",
         f"exclude=[{evaluation.url}]",
     ]  # fmt: skip
-    whole = subprocess.run(command, cwd=(tmp_path / "images"), capture_output=True, text=True, timeout=200)
+    (tmp_path / "undisturbed").mkdir()
+    whole = subprocess.run(command, cwd=tmp_path / "undisturbed", capture_output=True, text=True, timeout=200)
     assert whole.returncode == 0, whole.stderr
-    expected = {path.name: path.read_bytes() for path in (tmp_path / "images" / "corpus").iterdir()}
-    shutil.rmtree(tmp_path / "images" / "corpus")
+    expected = {path.name: path.read_bytes() for path in (tmp_path / "undisturbed" / "corpus").iterdir()}
     for pattern in ("duplicates/*/part-*", "duplicates/*.jsonl", "shard-*.record.json"):
         process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.DEVNULL, start_new_session=True)
         deadline = time.monotonic() + 120

@@ -3,6 +3,7 @@
 import os
 import re
 import secrets
+import signal
 import sys
 import time
 from pathlib import Path
@@ -10,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from tests.corpora import image_folder, make_corpus
-from tests.running import environment, losses, torchrun
+from tests.running import losses, torchrun
 from tests.test_manifests import MANIFESTS, pods
-from tests.two_hosts import ADDRESSES, two_hosts, why_not
+from tests.two_hosts import ADDRESSES, end_processes, two_hosts, why_not
 
 REASON = why_not()
 pytestmark = [
@@ -20,11 +21,11 @@ pytestmark = [
     pytest.mark.timeout(900),
     pytest.mark.skipif(REASON is not None, reason=f"two hosts need network namespaces: {REASON}"),
 ]
-STEPS = 30
+STEPS = 150
 TINY = [
     "pipeline/pretrain.py", "demo", "model.width=32", "model.depth=2", "model.heads=2", "model.mlp_dim=64",
     f"training.duration={STEPS} steps", "training.global_batch=12", "optimizer.warmup=5 steps", "log.every=1",
-    "checkpoint.every=10 steps", "registry.name=null",
+    "checkpoint.every=25 steps", "registry.name=null",
 ]  # fmt: skip
 PYTHON = Path(sys.executable).parent
 
@@ -123,7 +124,7 @@ esac
 """
 
 
-def test_the_slurm_script_trains_on_two_nodes(corpus, one_machine, tmp_path):
+def test_the_slurm_script_saves_before_the_limit_and_goes_on_when_it_is_queued_again(corpus, one_machine, tmp_path):
     tools = tmp_path / "bin"
     tools.mkdir()
     with two_hosts(tmp_path / "pair", ray=False, PATH=f"{tools}:{PYTHON}:{os.environ['PATH']}") as pair:
@@ -134,18 +135,33 @@ def test_the_slurm_script_trains_on_two_nodes(corpus, one_machine, tmp_path):
         for name, text in stubs.items():
             (tools / name).write_text(text)
             (tools / name).chmod(0o755)
-        given = {name: value for name, value in environment(tmp_path).items() if name.startswith("SLURM")}
-        assert not given
         for host in pair.hosts:
             del host.variables["RAY_AUTH_TOKEN"], host.variables["RAY_AUTH_MODE"]  # the script's to set
         slurm = {
             "SLURM_SUBMIT_DIR": str(MANIFESTS.parents[1]), "SLURM_JOB_NODELIST": "host[0-1]", "SLURM_JOB_ID": "7",
             "SLURM_CPUS_PER_TASK": "1",
         }  # fmt: skip
-        log = tmp_path / "slurm.log"
-        words = [*TINY, f"data.corpus={corpus.path}", "run.name=a", "run.workers=2"]
-        job = pair.hosts[0].start("bash", str(MANIFESTS / "slurm.sh"), *words, log=log, **slurm)
-        assert job.wait(600) == 0, log.read_text()[-4000:]
-        assert losses(tmp_path / "pair" / "home" / "runs" / "a" / "metrics.jsonl") == one_machine
+        log, words = tmp_path / "slurm.log", [*TINY, f"data.corpus={corpus.path}", "run.name=a", "run.workers=2"]
+        metrics = tmp_path / "pair" / "home" / "runs" / "a" / "metrics.jsonl"
+
+        def job():
+            return pair.hosts[0].start("bash", str(MANIFESTS / "slurm.sh"), *words, log=log, **slurm)
+
+        # The time limit comes near: the run saves, and the job goes back to the queue.
+        first = job()
+        while not losses(metrics):
+            assert first.poll() is None, log.read_text()[-4000:]
+            time.sleep(0.02)
+        first.send_signal(signal.SIGUSR1)
+        assert first.wait(300) != 0
+        assert (tmp_path / "scontrol.log").read_text() == "requeue 7\n", log.read_text()[-4000:]
+        saved = max(losses(metrics))
+        assert saved < STEPS
+        end_processes(pair.hosts[0])  # as Slurm does when a job ends
+        end_processes(pair.hosts[1])
+
+        # The queue starts it again.
+        assert job().wait(600) == 0, log.read_text()[-4000:]
+        assert f"step-{saved:08d}" in log.read_text().split("resumed from", 1)[1][:300]
+        assert losses(metrics) == one_machine
         assert re.search(r"2 node\(s\)", log.read_text())
-        assert not (tmp_path / "scontrol.log").exists()

@@ -6,7 +6,6 @@ import subprocess
 import sys
 import threading
 import time
-from pathlib import Path
 
 import pytest
 
@@ -47,9 +46,8 @@ def holder(folder):
 
 def elsewhere(folder: LocalFolder, **changes: object) -> dict[str, object]:
     """Make the record say that another machine holds the lease."""
-    path = Path(folder.url) / FILE
-    record = {**json.loads(path.read_text()), "host": "elsewhere", "boot": "other", **changes}
-    path.write_text(json.dumps(record))
+    record = {**folder.read_json(FILE), "host": "elsewhere", "boot": "other", **changes}
+    folder.write_json(FILE, record)
     return record
 
 
@@ -77,10 +75,18 @@ def test_a_holder_elsewhere_is_waited_for_and_replaced_only_if_it_does_not_renew
     with Lease(folder, reasons.append, ttl_s=0.5) as lease:
         assert json.loads(folder.read_bytes(FILE))["token"] == lease.token
         elsewhere(folder, token="theirs")
-        renewal = threading.Timer(0.5, lambda: elsewhere(folder, token="theirs", counter=9))
+        refused = threading.Event()
+
+        def renew() -> None:
+            while not refused.wait(0.3):
+                elsewhere(folder, token="theirs", counter=time.monotonic())
+
+        renewal = threading.Thread(target=renew)
         renewal.start()
         with pytest.raises(LeaseError, match="on elsewhere"):
             Lease(folder, ttl_s=300).__enter__()
+        refused.set()
+        renewal.join()
     assert ["on elsewhere" in reason for reason in reasons] == [True]
 
 

@@ -1,19 +1,16 @@
 """The main job as users run it: the demo, the same as a submitted Ray job, and workers that are killed."""
 
 import json
-import os
-import secrets
-import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import psutil
 import pytest
 
 from tests.corpora import image_folder, make_corpus
-from tests.running import REPOSITORY, environment, free_port, losses, script
+from tests.ray_head import ray_head
+from tests.running import REPOSITORY, environment, losses, script
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
 
@@ -35,41 +32,9 @@ def test_the_demo_reaches_its_accuracy_and_a_rerun_repeats_nothing(tmp_path):
 
 @pytest.fixture
 def head(tmp_path):
-    """A cluster as `ray start --head` makes it, in token mode on loopback; gives the environment of its users."""
-    # Ray's sockets need a short path.
-    variables = environment(tmp_path / "home", RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(32))
-    folder = Path("/tmp") / f"vf-{os.getpid()}-{secrets.token_hex(3)}"
-    ports = {"gcs": free_port(), "dashboard": free_port()}
-    ray = str(Path(sys.executable).with_name("ray"))
-    variables["PATH"] = f"{Path(sys.executable).parent}:{variables['PATH']}"
-    command = [
-        ray, "start", "--head", "--port", str(ports["gcs"]), "--dashboard-host", "127.0.0.1", "--dashboard-port",
-        str(ports["dashboard"]), "--num-cpus", "4", "--temp-dir", str(folder), "--block",
-    ]  # fmt: skip
-    process = subprocess.Popen(command, env=variables, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    address = f"http://127.0.0.1:{ports['dashboard']}"
-
-    def submit(*words: str) -> subprocess.CompletedProcess[str]:
-        line = [ray, "job", "submit", "--address", address, "--working-dir", ".", "--", *words]
-        return subprocess.run(line, cwd=REPOSITORY, env=variables, capture_output=True, text=True, timeout=900)
-
-    deadline = time.monotonic() + 90
-    while time.monotonic() < deadline:
-        listed = subprocess.run([ray, "job", "list", "--address", address], env=variables, capture_output=True)
-        if listed.returncode == 0:
-            break
-        time.sleep(1)
-    yield submit
-    children = psutil.Process(process.pid).children(recursive=True)
-    process.send_signal(signal.SIGTERM)
-    try:
-        process.wait(30)
-    except subprocess.TimeoutExpired:
-        process.kill()
-    for child in children:
-        if child.is_running():
-            child.kill()
-    subprocess.run(["rm", "-rf", str(folder)])
+    """Submits a job to a cluster, and waits for it."""
+    with ray_head(tmp_path / "home", cpus=4) as cluster:
+        yield lambda *words: cluster.job("submit", "--working-dir", ".", "--", *words)
 
 
 def test_the_main_job_through_ray_job_submit(head, tmp_path):

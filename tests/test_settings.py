@@ -182,3 +182,24 @@ def test_resolved_settings_round_trip():
 )  # fmt: skip
 def test_durations_in_any_unit(text, steps):
     assert duration_in_steps(text, global_batch=100, num_samples=5000) == steps
+
+
+@pytest.mark.parametrize(
+    ("word", "bounds"), [("run.workers=8", (8, 8)), ("run.workers=4-16", (4, 16)), ("run.workers=null", None)]
+)
+def test_ranks_are_a_number_a_range_or_the_clusters(word, bounds):
+    assert demo(word).run.worker_bounds == bounds
+
+
+def test_a_range_of_ranks_that_is_none_is_refused():
+    for text in ("16-4", "0-4", "4-", "many"):
+        with pytest.raises(SettingsError, match="at least 4 and at most 16"):
+            demo(f"run.workers={text}")
+
+
+def test_what_nothing_would_read_about_health_is_refused():
+    with pytest.raises(SettingsError, match=r"health\.max_skips has no effect with health.nonfinite = 'stop'"):
+        demo("health.max_skips=3")
+    with pytest.raises(SettingsError, match=r"health\.spike has no effect with health.spike_factor = None"):
+        demo("health.spike=stop")
+    assert demo("health.nonfinite=skip", "health.max_skips=3").health.max_skips == 3

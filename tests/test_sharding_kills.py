@@ -121,7 +121,7 @@ def test_killed_at_random_moments_it_ends_with_the_same_bytes(tmp_path, kind):
         images(root, first=1000)
         words.append("append=true")
     runs.finish(runs.start(source, places[0], *words))
-    killed = []
+    killed: list[str] = []
     for attempt in range(12):
         process = runs.start(source, places[1], *words)
         if attempt % 3:  # at other times in the start, too

@@ -1,4 +1,4 @@
-"""What runs on Ray survive: `ray job stop`, a driver that is killed, nodes that join and go."""
+"""What runs on Ray survive: `ray job stop`, and a driver that is killed. (Hosts that come and go: test_faults.py.)"""
 
 import re
 import subprocess
@@ -99,39 +99,3 @@ def test_a_killed_driver_leaves_no_rank_behind_and_a_rerun_goes_on(
     assert not any(rank.is_running() for rank in ranks)
     assert "is dead; going on in its place" in again.stdout
     assert losses(metrics) == straight
-
-
-def test_ranks_come_and_go_with_the_nodes(
-    head: RayHead, corpus: str, straight: dict[int, float], tmp_path: Path
-) -> None:
-    """Two CPUs here, none free beside a job of one: one rank; then a node joins, then it is switched off."""
-    metrics, log = tmp_path / "home" / "runs" / "a" / "metrics.jsonl", tmp_path / "run.log"
-    words = [
-        sys.executable, *TINY, f"data.corpus={corpus}", "run.name=a", "run.workers=1-2", "run.cpus_per_worker=2",
-        "run.resize_check_s=2", "training.duration=4000 steps",
-    ]  # fmt: skip
-    variables = {**head.variables, "RAY_ADDRESS": f"127.0.0.1:{head.port}"}
-    with log.open("w") as file:
-        run = subprocess.Popen(words, cwd=REPOSITORY, env=variables, stdout=file, stderr=subprocess.STDOUT)
-
-    def said(text: str) -> bool:
-        assert run.poll() is None, log.read_text()[-4000:]
-        return text in log.read_text()
-
-    try:
-        wait_for(lambda: said("on 1 rank(s)") and steps_of(metrics) >= 20)
-        node = head.join(cpus=2)
-        wait_for(lambda: said("there is room for 2 ranks instead of 1") and said("on 2 rank(s)"))
-        grown = steps_of(metrics)
-        wait_for(lambda: steps_of(metrics) >= grown + 120)
-        head.end(node)
-        wait_for(lambda: log.read_text().count("on 1 rank(s)") == 2)
-        before = steps_of(metrics)
-        wait_for(lambda: steps_of(metrics) >= before + 5)
-        run.terminate()
-        assert run.wait(120) == 143, log.read_text()[-4000:]
-    finally:
-        if run.poll() is None:
-            run.kill()
-    found = losses(metrics)
-    assert sorted(found) == list(range(1, max(found) + 1))

@@ -213,10 +213,7 @@ def two_hosts(folder: Path, cpus: int = 1, ray: bool = True, **extra: str) -> It
     """
     name = f"vf{os.getpid()}{secrets.token_hex(2)}"
     namespaces = [f"{name}h{number}" for number in range(2)]
-    variables = environment(
-        folder / "home", RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(32), GLOO_SOCKET_IFNAME=INTERFACE,
-        **extra,
-    )  # fmt: skip
+    variables = environment(folder / "home", RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(32), **extra)
     pair = TwoHosts(folder, [], cpus)
     try:
         for namespace in namespaces:

@@ -1,6 +1,7 @@
 """Loaders on a real corpus and real DALI: the order, the slices, the pixels, every sample once."""
 
 import re
+from dataclasses import dataclass
 
 import hypothesis
 import numpy as np
@@ -10,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from data_prep.corpus import Corpus
+from data_prep.mixture import Mixture
 from models.preprocess import Preprocessing
 from pipeline.config import AugmentSettings, DataSettings
 from pipeline.loader import EvalLoader, TrainLoader
@@ -117,6 +119,57 @@ def test_a_shard_altered_after_it_was_opened_is_named(tmp_path):
     loader = TrainLoader(corpus, settings(corpus), 0, Worker(), 10, 10, 0, 3, "cpu")
     assert len(list(loader)) == 3
     assert re.search(rf"sample \d+ of {corpus.path} .*{tar.name} is damaged", loader.bad.described[0])
+
+
+@dataclass
+class Shape:
+    """What the order needs to know of a corpus."""
+
+    shard_sizes: list[int]
+    name: str = "shape"
+    label_kind: str = "single"
+    classes: tuple[str, ...] = ()
+    names: tuple[str, ...] = ()
+    class_counts: tuple[int, ...] = ()
+    shards: None = None
+
+    @property
+    def num_samples(self) -> int:
+        return sum(self.shard_sizes)
+
+
+@given(
+    st.lists(st.lists(st.integers(1, 60), min_size=1, max_size=12), min_size=1, max_size=3),
+    st.sampled_from([1, 2, 6, 12, 16, 30]),
+    st.integers(0, 3),
+    st.integers(0, 2**32 - 1),
+    st.integers(0, 20),
+)
+@hypothesis.settings(max_examples=6, deadline=None)
+def test_the_stream_is_one_for_all_world_sizes_and_from_every_step_on(shapes, batch, window, seed, start):
+    mixture = Mixture([Shape(sizes) for sizes in shapes], range(1, len(shapes) + 1))
+    data = DataSettings(corpus="x", shuffle_window=window)
+    steps = min(20, -(-2 * mixture.num_samples // batch))
+
+    def sequence(ranks, micro, first):
+        step_ids = []
+        for step in range(first, steps):
+            for rank in range(ranks):
+                worker = Worker(rank, ranks, rank, ranks)
+                loader = TrainLoader(mixture, data, seed, worker, batch, micro, step, step + 1, "cpu")
+                step_ids += [loader.order.ids(loader.positions(place)) for place in range(loader.count)]
+        return np.concatenate(step_ids, axis=1) if step_ids else np.empty((2, 0), np.int64)
+
+    whole = sequence(1, batch, 0)
+    for part, shape in enumerate(shapes):
+        epochs, ids = whole[:, mixture.part_of(whole[1]) == part]
+        for epoch in range(int(epochs.max(initial=-1)) + 1):
+            own = ids[epochs == epoch] - mixture.first_ids[part]
+            assert len(set(own)) == len(own)
+            assert epoch == epochs.max() or len(own) == sum(shape)
+    for ranks in {number for number in (2, 3, 4, 8) if batch % number == 0}:
+        share = batch // ranks
+        np.testing.assert_array_equal(sequence(ranks, share if ranks == 2 else 1, start), whole[:, start * batch :])
 
 
 @given(st.lists(st.integers(0, 20), max_size=5, unique=True), st.integers(0, 8))

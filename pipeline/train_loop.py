@@ -26,7 +26,19 @@ from models.losses import dense_targets, sigmoid_cross_entropy, softmax_cross_en
 from models.presets import train_flops
 from models.vit import VisionTransformer, VitConfig
 from models.weights import load_into, load_safetensors
-from pipeline import agreement, augment, checkpoints, decoding, layout, pictures, pixels, throughput, tracking, workers
+from pipeline import (
+    agreement,
+    augment,
+    checkpoints,
+    decoding,
+    layout,
+    pictures,
+    pixels,
+    saving,
+    throughput,
+    tracking,
+    workers,
+)
 from pipeline.config import StageSettings, duration_in_steps
 from pipeline.consensus import Consensus
 from pipeline.corpora import describe_order, open_corpora, shuffle_windows
@@ -104,7 +116,7 @@ def _train(job: Job, worker: workers.Worker, oversight: Oversight) -> bool:
 
     config = VitConfig.from_json(job.architecture)
     keep_every = steps(settings.checkpoint.keep_every) if settings.checkpoint.keep_every else None
-    saved = checkpoints.Checkpoints(folder.child("checkpoints"), settings.checkpoint, worker, keep_every)
+    saved = saving.Checkpoints(folder.child("checkpoints"), settings.checkpoint, worker, keep_every)
     resume = saved.newest()
     # All ranks must come to the same decisions.
     machine = layout.Machine.poorest(workers.from_all(layout.Machine.here(worker)))

@@ -13,6 +13,7 @@ from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
 from contextlib import suppress
 from typing import Any, NamedTuple, TypeVar
 
+from cluster.command import log
 from cluster.s3_connection import Answer, ObjectStoreError, connection
 from cluster.storage import StorageError
 
@@ -205,10 +206,15 @@ class Objects:
             await self._request("abort_multipart_upload", name, patience=_ABORT_PATIENCE, UploadId=number)
 
     async def abort_all(self, *, deep: bool) -> None:
-        """Take back all uploads that have begun, of names with a slash only if `deep`."""
+        """Take back all uploads that have begun, of names with a slash only if `deep`; as far as that is allowed."""
         begun = []
-        async for page in self._pages("list_multipart_uploads"):
-            begun += [(each["Key"][len(self._start) :], each["UploadId"]) for each in page.get("Uploads", [])]
+        try:
+            async for page in self._pages("list_multipart_uploads"):
+                begun += [(each["Key"][len(self._start) :], each["UploadId"]) for each in page.get("Uploads", [])]
+        except StorageError as error:
+            if isinstance(error, OSError):
+                raise
+            log.info("%s; uploads that killed processes have left stay there", error)
         for name, number in begun:
             if deep or "/" not in name:
                 await self.abort(name, number)

@@ -5,46 +5,30 @@
             rank-00000.bin, .json      a part for each rank (pipeline/parts.py)
             manifest.json              what the state is, every part's size and checksum: written last, it commits
 
-Every rank writes its part to its node's own disk and goes on with training; a thread brings the part to the run's
-folder, and rank 0's commits when all of them are there. A folder without a manifest counts for nothing, and is
-removed by the next start. What a restart needs beside these files is a function of the step: the data position,
-the augmentation, the learning rate, the average's decay and the seed of dropout.
+pipeline/saving.py writes them. A folder without a manifest counts for nothing, and is removed by the next start.
+What a restart needs beside these files is a function of the step: the data position, the augmentation, the learning
+rate, the average's decay and the seed of dropout.
 """
 
-import functools
 import importlib.metadata
 import re
-import secrets
-import threading
-import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import xxhash
 
-from cluster.command import duration, log
+from cluster.command import log
 from cluster.folders import Folder
 from cluster.settings import SettingsError
 from cluster.storage import StorageError, json_bytes
-from pipeline import elastic, workers
-from pipeline.config import CheckpointSettings
-from pipeline.engine import nonfinite_flag
+from pipeline import elastic
 from pipeline.optimizer import EMA
-from pipeline.parts import DamagedCheckpointError, Parts, part_name, write_part
-from pipeline.scratch import Scratch
-from pipeline.workers import Worker
+from pipeline.parts import DamagedCheckpointError, Parts
 
 FORMAT = 2
 MANIFEST = "manifest.json"
 _NAME = re.compile(r"step-(\d{8,})-([0-9a-f]{8})-\d{4,}")
-_RETRY_WAITS = (1.0, 4.0, 15.0)
-"""Seconds before another try at a file that could not be brought to the run's folder."""
-
-
-class CheckpointError(ValueError):
-    """A checkpoint could not be written; the ones before it are as they were."""
 
 
 @dataclass(frozen=True)
@@ -100,7 +84,7 @@ def newest(folder: Folder, *, before: Checkpoint | None = None, verify_from: int
     """
     damaged = [str(before)] if before else []
     for name in _committed(folder)[::-1]:
-        if before is not None and name >= _name_of(before):
+        if before is not None and name >= _last_name(before.folder):
             continue
         try:
             checkpoint = _open(folder.child(name))
@@ -124,11 +108,15 @@ def newest_step(folder: Folder) -> int:
     Args:
         folder: the run's `checkpoints` folder.
     """
-    return max((int(name.split("-")[1]) for name in _committed(folder)), default=-1)
+    return max((_step_of(name) for name in _committed(folder)), default=-1)
 
 
-def _name_of(checkpoint: Checkpoint) -> str:
-    return checkpoint.folder.url.rstrip("/").rsplit("/", 1)[1]
+def _last_name(folder: Folder) -> str:
+    return folder.url.rstrip("/").rsplit("/", 1)[1]
+
+
+def _step_of(name: str) -> int:
+    return int(name.split("-")[1])
 
 
 def _committed(folder: Folder) -> list[str]:
@@ -177,289 +165,59 @@ def _digest(manifest: dict[str, Any]) -> str:
 
 
 # ----------------------------------------------------------------------------------------------------------------
-# Saving and loading, by all ranks
+# Committing and removing
 # ----------------------------------------------------------------------------------------------------------------
 
 
-@dataclass
-class _Save:
-    """A checkpoint on its way."""
-
-    step: int
-    target: Folder
-    state: dict[str, Any]
-    files: dict[str, int]
-    brought: threading.Event = field(default_factory=threading.Event)
-    """This rank's part is in the run's folder, or will never be."""
-    given_up: threading.Event = field(default_factory=threading.Event)
-    """Another rank's part never will be."""
-    error: str | None = None
-    thread: threading.Thread | None = None
-
-
-class Checkpoints:
-    """Saves and loads a run's training state. Every rank makes one, at the same time.
-
-    Rank 0 clears away what runs that died left uncommitted: no other job may work in the folder.
+def commit(folder: Folder, step: int, parts: list[dict[str, Any]], state: dict[str, Any]) -> None:
+    """Make a checkpoint count: all of its parts are in its folder.
 
     Args:
-        folder: the run's `checkpoints` folder, which every rank reaches.
-        settings: how many stay, and where parts are written first.
-        worker: who this rank is.
-        keep_every: checkpoints at multiples of this many steps stay.
-
-    Attributes:
-        stall_seconds: how long training has waited for checkpoints since this was made.
-        scratch: where this rank's parts are written first.
-        committed: on rank 0, step and time (Unix) of the checkpoint that was committed last; None before one was.
+        parts: for each rank its files' bytes by name, and its list's xxh3_128.
+        state: what there is to say beside the tensors.
     """
+    manifest = {"format": FORMAT, "step": step, "parts": parts, "state": state}
+    folder.write_json(MANIFEST, {**manifest, "digest": _digest(manifest)})
 
-    def __init__(
-        self, folder: Folder, settings: CheckpointSettings, worker: Worker, keep_every: int | None = None
-    ) -> None:
-        self.folder, self.settings, self.worker, self.keep_every = folder, settings, worker, keep_every
-        self.stall_seconds = 0.0
-        self.committed: tuple[int, float] | None = None
-        self._scratch = Scratch(settings.scratch, f"checkpoints-{worker.rank}")
-        self.scratch = self._scratch.path
-        self._session = workers.from_all(secrets.token_hex(4))[0]
-        self._saves = 0
-        self._pending: _Save | None = None
-        if worker.leads:
-            committed = set(_committed(folder))
-            for name in folder.folders():
-                if _NAME.fullmatch(name) and name not in committed:
-                    log.info("removing %s/%s, which was never committed", folder, name)
-                    folder.child(name).remove_tree()
 
-    def newest(self, before: Checkpoint | None = None) -> Checkpoint | None:
-        """As the function `newest`, the same for all ranks: what rank 0 sees."""
-        found: Any = None
-        if self.worker.leads:
-            try:
-                found = newest(self.folder, before=before)
-            except ValueError as error:
-                found = error
-        found = workers.from_all(found)[0]
-        if isinstance(found, ValueError):
-            raise found
-        checkpoint: Checkpoint | None = found
-        return checkpoint
+def retain(folder: Folder, newest: Folder, keep: int, keep_every: int | None, keep_best: str | None) -> None:
+    """Remove what need not stay, now that a newer one is committed.
 
-    def save(self, engine: Any, step: int, state: dict[str, Any]) -> None:
-        """Write this rank's part to the node's disk and let a thread bring it to the run's folder.
-
-        Waits first for the checkpoint before, if that is still on its way.
-
-        Args:
-            step: optimizer steps taken so far.
-            state: what the manifest says beside the tensors, as JSON; "scores" in it are what keep_best goes by.
-
-        Raises:
-            CheckpointError: this one could not be written, or the one before it not brought to its place.
-        """
-        began = time.perf_counter()
-        self._settle()
-        assert not nonfinite_flag(engine).item(), "a state after a gradient that was not finite is not worth keeping"
-        held = elastic.holdings(engine)
-        pieces = held.share(self.worker.rank, self.worker.world_size)
-        shapes = {piece.name: list(piece.shape) for piece in held.pieces}
-        files, error = {}, None
+    Args:
+        newest: that one; what stands at its step or after it was damaged and passed over.
+        keep: how many of the newest stay.
+        keep_every: those at multiples of this many steps stay.
+        keep_best: the one that is best by this score stays.
+    """
+    opened = []
+    for name in _committed(folder):
+        child = folder.child(name)
+        if name != _last_name(newest) and _step_of(name) >= _step_of(_last_name(newest)):
+            _remove(child)
+            continue
         try:
-            files = write_part(held, pieces, self.scratch, self.worker.rank)
-        except OSError as caught:
-            error = f"{self.scratch} on {workers.node()}: {caught.strerror or caught}"
-        outcomes = workers.from_all((error, shapes))
-        self._raise([error for error, _ in outcomes], step)
-        state = {**state, "shapes": {name: shape for _, some in outcomes for name, shape in some.items()}}
-        target = self.folder.child(f"step-{step:08d}-{self._session}-{self._saves:04d}")
-        self._saves += 1
-        save = self._pending = _Save(step, target, state, files)
-        save.thread = threading.Thread(target=self._bring, args=(save,), name="vitforge-checkpoint", daemon=True)
-        save.thread.start()
-        if not self.settings.background:
-            self._settle()
-        self.stall_seconds += time.perf_counter() - began
+            opened.append(Checkpoint(child, child.read_json(MANIFEST)))
+        except StorageError as error:
+            log.warning("%s stays: %s", child, error)
+    stay = opened[-keep:]
+    if keep_every is not None:
+        stay += [checkpoint for checkpoint in opened if checkpoint.step % keep_every == 0]
+    if keep_best is not None:
+        sign = -1 if keep_best == "heldout/loss" else 1
+        scored = [checkpoint for checkpoint in opened if keep_best in checkpoint.state.get("scores", {})]
+        stay += sorted(scored, key=lambda checkpoint: sign * checkpoint.state["scores"][keep_best])[-1:]
+    for checkpoint in opened:
+        if checkpoint not in stay:
+            _remove(checkpoint.folder)
 
-    def wait(self) -> None:
-        """Until the checkpoint on its way is committed. All ranks call it.
 
-        Raises:
-            CheckpointError: it could not be.
-        """
-        self._settle()
-
-    def close(self) -> None:
-        """Remove what is left on the node's disk."""
-        self._scratch.close()
-
-    def load(
-        self, engine: Any, checkpoint: Checkpoint, check: Callable[[Checkpoint], None] = lambda _: None
-    ) -> Checkpoint:
-        """Put a saved state into an engine, whatever layout either has. All ranks call it.
-
-        Args:
-            check: refuses a checkpoint that is fallen back to, by raising ValueError.
-
-        Returns:
-            The checkpoint that was loaded: an earlier one where this one's content turned out to be damaged.
-
-        Raises:
-            SettingsError: none is whole.
-            StorageError: the storage fails.
-        """
-        began = time.perf_counter()
-        while True:
-            error: ValueError | None = None
-            try:
-                scalars = self._fill(engine, checkpoint)
-            except (DamagedCheckpointError, StorageError) as caught:
-                error = caught
-            errors = [found for found in workers.from_all(error) if found is not None]
-            if not errors:
-                break
-            for broken in errors:
-                if not isinstance(broken, DamagedCheckpointError):
-                    raise broken
-            log.warning("%s; falling back to the checkpoint before it", errors[0])
-            earlier = self.newest(before=checkpoint)
-            assert earlier is not None
-            check(earlier)
-            checkpoint = earlier
-        elastic.restart(engine, checkpoint.step, scalars)
-        log.info("resumed from %s in %s", checkpoint, duration(time.perf_counter() - began))
-        return checkpoint
-
-    def _fill(self, engine: Any, checkpoint: Checkpoint) -> dict[str, float]:
-        parts = checkpoint.parts()
-        held = elastic.holdings(engine)
-        known = parts.states()
-        wanted = []
-        for piece in held.pieces:
-            for state, tensor in held.flats[piece.flat].items():
-                # An average that is new begins with the weights; check_resumable knows of the change.
-                source = elastic.WEIGHT if state == EMA and state not in known else state
-                target = tensor[piece.offset : piece.offset + piece.count]
-                if source in known:
-                    wanted.append((piece.name, source, piece.start, target))
-                else:
-                    target.zero_()
-        parts.read(wanted, "loading the checkpoint,")
-        return {"step": float(checkpoint.step), **parts.scalars}
-
-    # ---- the thread ------------------------------------------------------------------------------------------
-    # There are no collectives in it: they would meet those of the training loop. Ranks hear of each other through
-    # the folder.
-
-    def _bring(self, save: _Save) -> None:
-        try:
-            try:
-                for name in save.files:
-                    self._patiently(save, functools.partial(self._put, save, name))
-            finally:
-                save.brought.set()
-            if self.worker.leads:
-                self._patiently(save, functools.partial(self._commit, save))
-        except Exception as error:
-            what = getattr(error, "strerror", None) or str(error) or type(error).__name__
-            save.error = f"{save.target} from {workers.node()}: {what}"
-            log.warning("the checkpoint of step %d could not be written (%s)", save.step, save.error)
-
-    def _put(self, save: _Save, name: str) -> None:
-        path = self.scratch / name
-        if path.exists():  # or an earlier try had moved it already
-            save.target.put(path, name, move=True)
-        if save.target.size(name) != save.files[name]:
-            raise OSError(f"{name} did not arrive whole")
-
-    def _patiently(self, save: _Save, action: Callable[[], None]) -> None:
-        """Do something that may fail for a while."""
-        for wait in (*_RETRY_WAITS, None):
-            try:
-                action()
-                return
-            except Exception as error:
-                if wait is None or save.given_up.wait(wait):
-                    raise
-                log.warning("%s could not be written yet (%s)", save.target, error)
-
-    def _commit(self, save: _Save) -> None:
-        parts = []
-        for rank in range(self.worker.world_size):
-            listing = f"{part_name(rank)}.json"
-            pause = 0.02
-            while (size := save.target.size(listing)) is None:
-                if save.given_up.wait(pause):
-                    return
-                pause = min(2 * pause, 1.0)
-            content = save.target.read_bytes(listing)
-            numbers = f"{part_name(rank)}.bin"
-            files = {numbers: save.target.size(numbers), listing: size}
-            if len(content) != size or files[numbers] is None:
-                raise OSError(f"the part of rank {rank} did not arrive whole")
-            parts.append({"files": files, "digest": xxhash.xxh3_128_hexdigest(content)})
-        manifest = {"format": FORMAT, "step": save.step, "parts": parts, "state": save.state}
-        save.target.write_json(MANIFEST, {**manifest, "digest": _digest(manifest)})
-        self.committed = (save.step, time.time())
-        try:
-            self._retain(save)
-        except Exception as error:
-            log.warning("checkpoints that need not stay could not be removed (%s); the next save does", error)
-
-    def _retain(self, save: _Save) -> None:
-        """Remove what need not stay, now that a newer one is committed."""
-        opened = []
-        for name in _committed(self.folder):
-            folder = self.folder.child(name)
-            if name != save.target.url.rsplit("/", 1)[1] and int(name.split("-")[1]) >= save.step:
-                _remove(folder)  # it was damaged and passed over, or the run would have gone on from there
-                continue
-            try:
-                opened.append(Checkpoint(folder, folder.read_json(MANIFEST)))
-            except StorageError as error:
-                log.warning("%s stays: %s", folder, error)
-        stay = opened[-self.settings.keep :]
-        if self.keep_every is not None:
-            stay += [checkpoint for checkpoint in opened if checkpoint.step % self.keep_every == 0]
-        if (metric := self.settings.keep_best) is not None:
-            sign = -1 if metric == "heldout/loss" else 1
-            scored = [checkpoint for checkpoint in opened if metric in checkpoint.state.get("scores", {})]
-            stay += sorted(scored, key=lambda checkpoint: sign * checkpoint.state["scores"][metric])[-1:]
-        for checkpoint in opened:
-            if checkpoint not in stay:
-                _remove(checkpoint.folder)
-
-    # ---- the meeting of the ranks ----------------------------------------------------------------------------
-
-    def _settle(self) -> None:
-        """Wait for the checkpoint on its way; all ranks learn how it went."""
-        save = self._pending
-        if save is None:
-            return
-        self._pending = None
-        assert save.thread is not None
-        save.brought.wait()
-        errors = workers.from_all(save.error)
-        if any(errors):
-            save.given_up.set()
-        save.thread.join()
-        if not any(errors):
-            errors = workers.from_all(save.error)
-        if any(errors) and self.worker.leads:
-            try:
-                save.target.remove_tree()
-            except OSError as error:
-                log.warning("%s could not be removed (%s); the next start does", save.target, error)
-        self._raise(errors, save.step)
-
-    def _raise(self, errors: list[str | None], step: int) -> None:
-        for rank, error in enumerate(errors):
-            if error is not None:
-                self._scratch.empty()
-                raise CheckpointError(
-                    f"the checkpoint of step {step} could not be written, on rank {rank}: {error}. The checkpoints "
-                    "before it are as they were: make room or put the storage right, then run the same command again"
-                )
+def remove_uncommitted(folder: Folder) -> None:
+    """Remove what saves that died left. No other job may work in the folder."""
+    committed = set(_committed(folder))
+    for name in folder.folders():
+        if _NAME.fullmatch(name) and name not in committed:
+            log.info("removing %s/%s, which was never committed", folder, name)
+            folder.child(name).remove_tree()
 
 
 def _remove(folder: Folder) -> None:

@@ -28,7 +28,8 @@ from models.vit import VisionTransformer
 from models.weights import load_into
 from pipeline import decoding, packages, tracking, workers
 from pipeline.config import DataSettings, EvaluateSettings
-from pipeline.launch import Terms, run_ranks
+from pipeline.crew import Terms
+from pipeline.launch import run_ranks
 from pipeline.loader import EvalLoader, check_bad
 from pipeline.scoring import score
 from pipeline.stage import home_folder

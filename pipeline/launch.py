@@ -9,56 +9,20 @@ import os
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
-from cluster.command import duration, log
+from cluster.command import log
 from cluster.ray_runtime import ray_session
 from cluster.settings import SettingsError
+from pipeline.crew import Crew, Recruiter, Terms
 from pipeline.stopping import STOPPED, Control, Every, SignalControl, StopSignal
 from pipeline.workers import under_torchrun
-
-if TYPE_CHECKING:
-    from cluster.capacity import Node
 
 Target = Callable[[Any, Control], bool]
 """Runs on every rank; returns whether it came to its end (False: it saved and stopped because it was told to)."""
 
 _BACK_OFF_S = (0, 5, 15, 45, 120)
 """Seconds before another start, by failures in a row. The first costs nothing: most failures are single."""
-_SAY_EVERY_S = 60.0
-
-
-@dataclass(frozen=True)
-class Terms:
-    """How many ranks, and what is done when they do not come to their end.
-
-    Attributes:
-        workers: fewest and most ranks; None takes every GPU, or 1 without one.
-        cpus_per_worker: logical CPUs a rank; None shares the cluster's.
-        max_failures: crashes in a row, without progress between them, after which no more starts are made.
-        timeout_s: for collective operations.
-        resize_check_s: seconds between looks for room for more ranks.
-        wait_s: seconds to wait for room for the fewest.
-        interface: network interface of the ranks; None chooses it.
-    """
-
-    workers: tuple[int, int] | None = None
-    cpus_per_worker: int | None = None
-    max_failures: int = 0
-    timeout_s: int = 600
-    resize_check_s: float = 60.0
-    wait_s: float = 0.0
-    interface: str | None = None
-
-
-@dataclass(frozen=True)
-class Crew:
-    """The ranks of one start."""
-
-    ranks: int
-    cpus: int
-    gpu: bool
 
 
 def run_ranks(
@@ -117,9 +81,9 @@ class _Launcher:
         signals: StopSignal,
     ) -> None:
         self.target, self.argument, self.name = target, argument, name
-        self.terms, self.check, self.progress, self.signals = terms, check, progress, signals
+        self.terms, self.progress, self.signals = terms, progress, signals
         self.attempt = 0
-        self._gpu: bool | None = None
+        self.recruiter = Recruiter(terms, check, self._sleep)
         self._mailbox: Any = None
 
     def run(self) -> None:
@@ -133,7 +97,7 @@ class _Launcher:
         self._mailbox = ray.remote(num_cpus=0, label_selector=here)(Mailbox).remote()
         failures, saved = 0, self.progress()
         while True:
-            crew = self._crew()
+            crew = self.recruiter.recruit(first=self.attempt == 0)
             outcome, why = self._start(crew)
             self.attempt += 1
             if outcome == "finished":
@@ -167,92 +131,6 @@ class _Launcher:
     def _sleep(self, seconds: float) -> None:
         if self.signals.requested.wait(seconds):
             raise SystemExit(STOPPED)
-
-    # ---- how many --------------------------------------------------------------------------------------------
-
-    def _crew(self) -> Crew:
-        """The largest crew within the terms that there is room for now; waits for room for the smallest.
-
-        Raises:
-            SettingsError: the cluster is too small for the smallest crew, or was for as long as we may wait.
-        """
-        from cluster import capacity
-
-        began = time.monotonic()
-        say = began + 5
-        while True:
-            if self.signals.requested.is_set():
-                raise SystemExit(STOPPED)
-            total = capacity.total_nodes()
-            fewest, most, gpu = self._bounds(total)
-            # The list of nodes lags behind what happened to them; before the first start nothing has yet.
-            free = capacity.free_nodes()
-            crew = self._largest(free if self.attempt == 0 else capacity.answering(free), fewest, most, gpu)
-            if crew is not None:
-                if crew.ranks < most:
-                    log.info("room for %d rank(s) of at most %d", crew.ranks, most)
-                return crew
-            waited = time.monotonic() - began
-            if (self.attempt == 0 and self._largest(total, fewest, most, gpu) is None) or waited > self.terms.wait_s:
-                raise SettingsError(self._no_room(total, free, fewest, gpu, waited))
-            if time.monotonic() > say:
-                say = time.monotonic() + _SAY_EVERY_S
-                log.info(
-                    "waiting for room for %d rank(s): %d node(s) with %d CPUs and %d GPUs free; %s more at most",
-                    fewest,
-                    len(free),
-                    sum(node.cpus for node in free),
-                    sum(node.gpus for node in free),
-                    duration(self.terms.wait_s - waited),
-                )
-            self._sleep(1.0)
-
-    def _bounds(self, total: "list[Node]") -> tuple[int, int, bool]:
-        """Fewest and most ranks, and whether each has a GPU."""
-        gpus = int(sum(node.gpus for node in total))
-        # What began on GPUs does not go on without them.
-        if self._gpu is None:
-            self._gpu = gpus > 0
-        if self.terms.workers is not None:
-            return *self.terms.workers, self._gpu
-        every = max(gpus, 1)
-        return (every if self.attempt == 0 else 1), every, self._gpu
-
-    def _largest(self, nodes: "list[Node]", fewest: int, most: int, gpu: bool) -> Crew | None:
-        """The largest crew that fits on some nodes and splits the batch."""
-        refusal: ValueError | None = None
-        fits = False
-        for ranks in range(most, fewest - 1, -1):
-            cpus = self.terms.cpus_per_worker or max(1, int(sum(node.cpus for node in nodes)) // ranks)
-            while self.terms.cpus_per_worker is None and cpus > 1 and _places(nodes, cpus, gpu) < ranks:
-                cpus -= 1  # nodes of different sizes: an even share of the whole need not fit on each
-            if _places(nodes, cpus, gpu) < ranks:
-                continue
-            fits = True
-            try:
-                self.check(ranks)
-                return Crew(ranks, cpus, gpu)
-            except ValueError as error:
-                refusal = refusal or error
-        if fits and refusal is not None:
-            raise refusal
-        return None
-
-    def _no_room(self, total: "list[Node]", free: "list[Node]", fewest: int, gpu: bool, waited: float) -> str:
-        cpus = self.terms.cpus_per_worker or 1
-        each = f"{cpus} CPU(s){' and a GPU' if gpu else ''} each"
-        cores, gpus = int(sum(node.cpus for node in total)), int(sum(node.gpus for node in total))
-        if _places(total, cpus, gpu) < fewest:
-            return (
-                f"run.workers = {fewest} with {each} do not fit on the cluster ({len(total)} node(s), {cores} CPUs, "
-                f"{gpus} GPUs): use fewer workers, a smaller run.cpus_per_worker, or a range such as run.workers=1-"
-                f"{fewest}"
-            )
-        return (
-            f"there was no room for {fewest} rank(s) with {each} for {duration(waited)} ({len(free)} node(s), "
-            f"{sum(node.cpus for node in free):g} CPUs and {sum(node.gpus for node in free):g} GPUs free): wait for "
-            "other jobs to end, raise run.wait_s, or use fewer workers"
-        )
 
     # ---- one start -------------------------------------------------------------------------------------------
 
@@ -360,38 +238,10 @@ class _Overseer:
             return f"node {', '.join(hosts.get(node, node) for node in lost)} is being taken away"
         if due:
             self._checked = time.monotonic()
-            larger = self._larger(nodes)
+            larger = self.launcher.recruiter.larger(self.crew, list(nodes.values()))
             if larger:
                 return f"there is room for {larger} ranks instead of {self.crew.ranks}"
         return None
-
-    def _larger(self, nodes: dict[int, str]) -> int | None:
-        """How many more ranks would fit beside what ours already have; None where none would."""
-        from cluster import capacity
-
-        _, most, gpu = self.launcher._bounds(capacity.total_nodes())
-        least = self.crew.ranks
-        if most <= least or len(nodes) < least:
-            return None
-        ours = list(nodes.values())
-        whole = [
-            capacity.Node(
-                node.id,
-                node.host,
-                node.cpus + ours.count(node.id) * self.crew.cpus,
-                node.gpus + ours.count(node.id) * gpu,
-            )
-            for node in capacity.free_nodes()
-        ]
-        crew = self.launcher._largest(whole, least, most, gpu)
-        if crew is None or crew.ranks <= least:
-            return None
-        crew = self.launcher._largest(capacity.answering(whole), least, most, gpu)
-        return crew.ranks if crew is not None and crew.ranks > least else None
-
-
-def _places(nodes: "list[Node]", cpus: int, gpu: bool) -> int:
-    return sum(node.room(cpus, gpu) for node in nodes)
 
 
 def _range(fewest: int, most: int) -> str:

@@ -26,10 +26,12 @@ from pipeline import checkpoints, layout, packages, pictures, tracking
 from pipeline.agreement import code_hash
 from pipeline.config import RunSettings, StageSettings, duration_in_steps
 from pipeline.corpora import some
-from pipeline.launch import Terms, run_ranks
+from pipeline.crew import Terms
+from pipeline.identity import identity_of
+from pipeline.launch import run_ranks
 from pipeline.run_files import INITIAL_WEIGHTS, METRICS, at_hand, producing
 from pipeline.schedules import Schedule
-from pipeline.train_loop import Job, identity_of, train
+from pipeline.train_loop import Job, train
 from pipeline.workers import under_torchrun
 
 

@@ -1,4 +1,4 @@
-"""Images/s, MFU, time spent waiting for data, time left."""
+"""Images/s, MFU, time spent waiting for data, time left; the log line that shows them."""
 
 import re
 import time
@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 import torch
 
+from cluster.command import duration
 from models.vit import VitConfig
 from pipeline.layout import Layout
 from pipeline.workers import Worker
@@ -125,3 +126,24 @@ class Meter:
     def elapsed(self) -> float:
         """Seconds since the loop began."""
         return time.perf_counter() - self.started
+
+
+def log_line(step: int, total: int, values: dict[str, float], seconds_left: float) -> str:
+    """What a practitioner looks for, on one line."""
+    parts = [
+        f"step {step:,}/{total:,}",
+        f"loss {values['loss']:.4f}",
+        f"lr {values['learning_rate']:.2e}",
+        f"grad norm {values['gradient_norm']:.3g}",
+        f"{values['images_per_second']:,.0f} images/s",
+    ]
+    if "mfu" in values:
+        parts.append(f"MFU {100 * values['mfu']:.1f} %")
+    parts.append(f"data wait {100 * values['data_wait']:.1f} %")
+    if values["checkpoint_stall"]:
+        parts.append(f"checkpoint stall {100 * values['checkpoint_stall']:.1f} %")
+    if "bad_samples" in values:
+        parts.append(f"{values['bad_samples']:,.0f} bad samples replaced")
+    if step < total:
+        parts.append(f"{duration(seconds_left)} left")
+    return ", ".join(parts)

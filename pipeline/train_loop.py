@@ -26,13 +26,26 @@ from models.losses import dense_targets, sigmoid_cross_entropy, softmax_cross_en
 from models.presets import train_flops
 from models.vit import VisionTransformer, VitConfig
 from models.weights import load_into, load_safetensors
-from pipeline import agreement, augment, checkpoints, decoding, layout, pictures, pixels, throughput, tracking, workers
+from pipeline import (
+    agreement,
+    augment,
+    checkpoints,
+    decoding,
+    layout,
+    pictures,
+    pixels,
+    saving,
+    throughput,
+    tracking,
+    workers,
+)
 from pipeline.config import StageSettings, duration_in_steps
 from pipeline.consensus import Consensus
-from pipeline.corpora import describe_order, open_corpora, shuffle_windows
+from pipeline.corpora import describe_order, open_corpora
 from pipeline.elastic import swap_average
 from pipeline.engine import build_engine, nonfinite_flag, prepare_deepspeed, reduce_and_update, set_learning_rate
 from pipeline.health import NAMES, Health, Trouble, window_of
+from pipeline.identity import identity_of
 from pipeline.loader import Batch, EvalLoader, TrainLoader, check_bad
 from pipeline.optimizer import averaging_decay
 from pipeline.oversight import Oversight
@@ -104,7 +117,7 @@ def _train(job: Job, worker: workers.Worker, oversight: Oversight) -> bool:
 
     config = VitConfig.from_json(job.architecture)
     keep_every = steps(settings.checkpoint.keep_every) if settings.checkpoint.keep_every else None
-    saved = checkpoints.Checkpoints(folder.child("checkpoints"), settings.checkpoint, worker, keep_every)
+    saved = saving.Checkpoints(folder.child("checkpoints"), settings.checkpoint, worker, keep_every)
     resume = saved.newest()
     # All ranks must come to the same decisions.
     machine = layout.Machine.poorest(workers.from_all(layout.Machine.here(worker)))
@@ -339,7 +352,7 @@ def _train(job: Job, worker: workers.Worker, oversight: Oversight) -> bool:
             if bad := check_bad(loader, (step - began) * training.global_batch, data.max_bad_share):
                 values["bad_samples"] = bad
             oversight.update(loss=values["loss"], images_per_second=values["images_per_second"], bad_samples=bad)
-            log.info("%s", log_line(step, total, values, meter.seconds_left(step - began)))
+            log.info("%s", throughput.log_line(step, total, values, meter.seconds_left(step - began)))
             if recorded:
                 losses.clear()
             if run and metrics_file and recorded:
@@ -378,56 +391,6 @@ def _train(job: Job, worker: workers.Worker, oversight: Oversight) -> bool:
     elif step > began:
         log.info("trained %d steps in %s", step - began, duration(meter.elapsed()))
     return finished
-
-
-def identity_of(settings: StageSettings, config: VitConfig, corpus: Mixture) -> dict[str, Any]:
-    """What must be the same for a run to go on from a checkpoint, whatever it runs on."""
-    decide = settings_that_decide(settings)
-    decide["data"]["shuffle_window"] = shuffle_windows(corpus, settings.data)
-    return {"architecture": config.to_json(), "corpus_hash": corpus.corpus_hash, "settings": decide}
-
-
-def settings_that_decide(settings: StageSettings) -> dict[str, Any]:
-    """The settings that change what a run computes; a run continues only with the same ones."""
-    values = settings.model_dump(mode="json")
-    for section in ("checkpoint", "evaluation", "health", "log", "run", "registry"):
-        del values[section]
-    for key in (
-        "corpus",
-        "mixture",
-        "mixture_classes",
-        "heldout",
-        "cache_gb",
-        "max_bad_share",
-        "decode",
-        "hw_decoder_load",
-        "decode_threads",
-    ):
-        del values["data"][key]
-    for key in ("micro_batch", "zero_stage", "precision", "compile", "recompute"):
-        del values["training"][key]  # the layout, and the precision, which is compared as it was settled
-    return values
-
-
-def log_line(step: int, total: int, values: dict[str, float], seconds_left: float) -> str:
-    """What a practitioner looks for, on one line."""
-    parts = [
-        f"step {step:,}/{total:,}",
-        f"loss {values['loss']:.4f}",
-        f"lr {values['learning_rate']:.2e}",
-        f"grad norm {values['gradient_norm']:.3g}",
-        f"{values['images_per_second']:,.0f} images/s",
-    ]
-    if "mfu" in values:
-        parts.append(f"MFU {100 * values['mfu']:.1f} %")
-    parts.append(f"data wait {100 * values['data_wait']:.1f} %")
-    if values["checkpoint_stall"]:
-        parts.append(f"checkpoint stall {100 * values['checkpoint_stall']:.1f} %")
-    if "bad_samples" in values:
-        parts.append(f"{values['bad_samples']:,.0f} bad samples replaced")
-    if step < total:
-        parts.append(f"{duration(seconds_left)} left")
-    return ", ".join(parts)
 
 
 def _seed_dropout(seed: int, step: int, rank: int) -> None:

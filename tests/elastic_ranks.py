@@ -18,7 +18,6 @@ from cluster.folders import LocalFolder
 from models.losses import dense_targets, softmax_cross_entropy
 from models.vit import VisionTransformer, VitConfig
 from pipeline import workers
-from pipeline.checkpoints import Checkpoints
 from pipeline.config import CheckpointSettings, OptimizerSettings
 from pipeline.elastic import holdings, swap_average
 from pipeline.engine import (
@@ -30,6 +29,7 @@ from pipeline.engine import (
 )
 from pipeline.layout import Layout
 from pipeline.optimizer import averaging_decay
+from pipeline.saving import Checkpoints
 
 CONFIG = VitConfig(image_size=8, patch_size=4, width=16, depth=2, mlp_dim=20, heads=2, num_classes=3)
 GLOBAL_BATCH = 8

@@ -15,10 +15,11 @@ import torch
 from cluster.folders import LocalFolder, folder_at
 from cluster.settings import SettingsError
 from cluster.storage import StorageError
-from pipeline import checkpoints, elastic
-from pipeline.checkpoints import CheckpointError, Checkpoints, full_weights, newest
+from pipeline import checkpoints, elastic, saving
+from pipeline.checkpoints import full_weights, newest
 from pipeline.config import CheckpointSettings
 from pipeline.optimizer import AdamW, Guard
+from pipeline.saving import CheckpointError, Checkpoints
 from pipeline.workers import Worker
 from tests.running import REPOSITORY, environment
 
@@ -230,18 +231,18 @@ def test_training_goes_on_while_a_checkpoint_is_brought_to_its_place(open_checkp
 KILLED = """
     import sys, threading
     from cluster.folders import LocalFolder
-    from pipeline import checkpoints
+    from pipeline import saving
     from pipeline.workers import Worker
     from pipeline.config import CheckpointSettings
     from tests.test_checkpoints import make_engine, save_steps, take_step
 
     root, moment = sys.argv[1:]
     reached, forever = print, threading.Event().wait
-    saved = checkpoints.Checkpoints(LocalFolder(__import__("pathlib").Path(root, "run/checkpoints")),
+    saved = saving.Checkpoints(LocalFolder(__import__("pathlib").Path(root, "run/checkpoints")),
                                     CheckpointSettings(scratch=root + "/scratch"), Worker())
     engine = save_steps(saved, 1)
     take_step(engine, 2)
-    real_put, real_json, real_part = LocalFolder.put, LocalFolder.write_json, checkpoints.write_part
+    real_put, real_json, real_part = LocalFolder.put, LocalFolder.write_json, saving.write_part
     def put(self, path, name, **options):
         if moment == "before " + name:
             print("now", flush=True); forever()
@@ -255,7 +256,7 @@ KILLED = """
         print("now", flush=True); forever()
     LocalFolder.put, LocalFolder.write_json = put, write_json
     if moment == "on scratch":
-        checkpoints.write_part = write_part
+        saving.write_part = write_part
     saved.save(engine, 2, {})
     saved.wait()
 """
@@ -288,7 +289,7 @@ def test_killed_at_any_moment_of_a_save_the_one_before_is_whole(open_checkpoints
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small file system needs root")
 def test_a_full_disk_is_one_clear_error_and_the_one_before_stays(open_checkpoints, tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoints, "_RETRY_WAITS", (0.01, 0.01))
+    monkeypatch.setattr(saving, "_RETRY_WAITS", (0.01, 0.01))
     small = tmp_path / "small"
     small.mkdir()
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(small)]).returncode:
@@ -315,7 +316,7 @@ def test_on_s3_faults_that_pass_change_nothing_and_those_that_stay_are_one_error
     s3, open_checkpoints, monkeypatch, caplog
 ):
     monkeypatch.setattr(checkpoints.log, "propagate", True)
-    monkeypatch.setattr(checkpoints, "_RETRY_WAITS", (0.01,))
+    monkeypatch.setattr(saving, "_RETRY_WAITS", (0.01,))
     place = folder_at(s3.bucket() + "/run/checkpoints", "run.home")
     saved = open_checkpoints(place=place)
     s3.faults.rates = {"slow_down": 0.1, "reset": 0.1, "lost_answer": 0.1, "short": 0.1}
@@ -347,7 +348,7 @@ def test_on_s3_faults_that_pass_change_nothing_and_those_that_stay_are_one_error
 
 
 def test_a_part_that_fails_to_arrive_at_first_is_tried_again(open_checkpoints, folder, monkeypatch):
-    monkeypatch.setattr(checkpoints, "_RETRY_WAITS", (0.01, 0.5))
+    monkeypatch.setattr(saving, "_RETRY_WAITS", (0.01, 0.5))
     blocked = folder.local
     blocked.parent.mkdir(parents=True)
     saved = open_checkpoints()

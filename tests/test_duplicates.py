@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageEnhance
 
-from cluster.folders import LocalFolder
+from cluster.folders import LocalFolder, folder_at
 from cluster.ray_runtime import ray_session
 from cluster.settings import SettingsError
 from data_prep import duplicates
@@ -29,6 +29,7 @@ from data_prep.show import describe
 from data_prep.sources import SourceSettings, list_source
 from data_prep.verify import verify
 from tests.corpora import encoded, image_folder, make_corpus
+from tests.s3_server import S3Server
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -401,3 +402,26 @@ def test_killed_at_any_moment_it_ends_with_the_same_corpus(source, evaluation, t
     assert done.returncode == 0, done.stderr
     assert "describing" not in done.stderr
     assert {path.name: path.read_bytes() for path in (tmp_path / "corpus").iterdir()} == expected
+
+
+@pytest.mark.slow
+def test_on_s3_as_on_a_file_system(source, evaluation, tmp_path, s3: S3Server):
+    excluded, there = folder_at(s3.bucket() + "/evaluation", "test"), folder_at(s3.bucket() + "/corpus", "test")
+    for name in evaluation.folder.tree():
+        excluded.put(evaluation.path / name, name)
+
+    def run(destination: str, corpus: str) -> str:
+        script = str(ROOT / "data_prep" / "shard.py")
+        words = [script, str(source), destination, "shard_mb=0.01", "dedup=true", f"exclude=[{corpus}]"]
+        done = subprocess.run([sys.executable, *words], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+        return done.stderr
+
+    assert "evaluation: describing" in run(there.url, excluded.url)
+    assert "describing" not in run(there.url, excluded.url)
+    assert any(name.startswith("perceptual-hashes") for name in excluded.names())
+    run("local", evaluation.url)
+    assert {name: there.read_bytes(name) for name in there.tree() if name != "manifest.json"} == {
+        path.name: path.read_bytes() for path in (tmp_path / "local").iterdir() if path.name != "manifest.json"
+    }
+    assert Corpus.open(there).corpus_hash == Corpus.open(str(tmp_path / "local")).corpus_hash

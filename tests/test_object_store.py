@@ -280,6 +280,10 @@ def test_what_a_killed_writer_leaves_is_removed(remote: Folder, s3: S3Server) ->
     client.create_multipart_upload(Bucket=bucket, Key="runs/two/x")
     remote.remove_unfinished()
     assert sorted(uploads(s3, remote)) == ["runs/one/deep/x", "runs/two/x"]
+    s3.faults.rates, s3.faults.only = {"denied": 1.0}, r"^GET .*[?&]uploads"
+    remote.remove_unfinished()  # who may not look for them can do without
+    assert s3.faults.injected["denied"] == 1
+    s3.faults.clear()
     remote.remove_tree()
     assert uploads(s3, remote) == ["runs/two/x"]
 

@@ -111,11 +111,12 @@ class WatchedRun:
     """Steps that lives of the run resumed from, of every life, as far as `resumed` was asked."""
     _read_to: int = field(default=0, repr=False)
     _resumed: list[int] = field(default_factory=list, repr=False)
+    _found: bool = field(default=False, repr=False)
 
     def start(self, *overrides: str) -> None:
         """The same command again."""
         self._log_from = self.log.stat().st_size if self.log.exists() else 0
-        self._read_to, self._resumed = self._log_from, []
+        self._read_to, self._resumed, self._found = self._log_from, [], self.newest() > 0
         self.driver = self.place.start(*self.words, *overrides, log=self.log)
         self.lives += 1
 
@@ -173,7 +174,7 @@ class WatchedRun:
 
     def wait_for_steps(self, count: int, timeout: float = 900) -> None:
         """Until this life of the driver has resumed, if it has what from, and `count` more steps are recorded."""
-        if self.newest():
+        if self._found:
             self.wait("the resume", self.resumed, timeout)
         goal = self.last_step() + count
         self.wait(f"step {goal}", lambda: self.last_step() >= goal, timeout)

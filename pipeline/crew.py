@@ -1,0 +1,188 @@
+"""How many ranks a start takes: the most that the terms allow and the cluster has room for now."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from cluster.command import duration, log
+from cluster.settings import SettingsError
+
+if TYPE_CHECKING:
+    from cluster.capacity import Node
+
+_SAY_EVERY_S = 60.0
+_SETTLE_S = 8.0
+"""Seconds for a cluster to take back what ranks had that have just ended."""
+
+
+@dataclass(frozen=True)
+class Terms:
+    """How many ranks, and what is done when they do not come to their end.
+
+    Attributes:
+        workers: fewest and most ranks; None takes every GPU, or 1 without one.
+        cpus_per_worker: logical CPUs a rank; None shares the cluster's.
+        max_failures: crashes in a row, without progress between them, after which no more starts are made.
+        timeout_s: for collective operations.
+        resize_check_s: seconds between looks for room for more ranks.
+        wait_s: seconds to wait for room for the fewest.
+        interface: network interface of the ranks; None chooses it.
+    """
+
+    workers: tuple[int, int] | None = None
+    cpus_per_worker: int | None = None
+    max_failures: int = 0
+    timeout_s: int = 600
+    resize_check_s: float = 60.0
+    wait_s: float = 0.0
+    interface: str | None = None
+
+
+@dataclass(frozen=True)
+class Crew:
+    """The ranks of one start."""
+
+    ranks: int
+    cpus: int
+    gpu: bool
+
+
+class Recruiter:
+    """Finds crews for the starts of one stage.
+
+    Args:
+        check: refuses a number of ranks by raising ValueError.
+        pause: waits so many seconds; raises what should end the waiting.
+    """
+
+    def __init__(self, terms: Terms, check: Callable[[int], None], pause: Callable[[float], None]) -> None:
+        self.terms, self.check, self._pause = terms, check, pause
+        self._gpu: bool | None = None
+        self._hoped = 0
+        """Ranks that there should be room for: as many as before, or as there was seen to be room for."""
+
+    def recruit(self, first: bool) -> Crew:
+        """The largest crew within the terms that there is room for now; waits for room for the smallest.
+
+        Args:
+            first: it is the first start.
+
+        Raises:
+            SettingsError: the cluster is too small for the smallest crew, or was for as long as we may wait.
+        """
+        from cluster import capacity
+
+        began = time.monotonic()
+        say = began + 5
+        while True:
+            total = capacity.total_nodes()
+            fewest, most, gpu = self._bounds(total, first)
+            # The list of nodes lags behind what happened to them; before the first start nothing has yet.
+            free = capacity.free_nodes()
+            crew = self._largest(free if first else capacity.answering(free), fewest, most, gpu)
+            waited = time.monotonic() - began
+            if crew is not None:
+                # What the ranks before had is given back one by one.
+                possible = self._largest(total, crew.ranks, most, gpu) or crew
+                if crew.ranks < min(self._hoped, possible.ranks) and waited < _SETTLE_S:
+                    self._pause(0.2)
+                    continue
+                if crew.ranks < most:
+                    log.info("room for %d rank(s) of at most %d", crew.ranks, most)
+                self._hoped = crew.ranks
+                return crew
+            if (first and self._largest(total, fewest, most, gpu) is None) or waited > self.terms.wait_s:
+                raise SettingsError(self._no_room(total, free, fewest, gpu, waited))
+            if time.monotonic() > say:
+                say = time.monotonic() + _SAY_EVERY_S
+                log.info(
+                    "waiting for room for %d rank(s): %d node(s) with %d CPUs and %d GPUs free; %s more at most",
+                    fewest,
+                    len(free),
+                    sum(node.cpus for node in free),
+                    sum(node.gpus for node in free),
+                    duration(self.terms.wait_s - waited),
+                )
+            self._pause(0.5)
+
+    def larger(self, crew: Crew, places: list[str]) -> int | None:
+        """More ranks than a crew has, if there is room for them beside it; else None.
+
+        Args:
+            places: the node of each of its ranks.
+        """
+        from cluster import capacity
+
+        _, most, gpu = self._bounds(capacity.total_nodes())
+        least = crew.ranks
+        if most <= least or len(places) < least:
+            return None
+        whole = [
+            capacity.Node(
+                node.id,
+                node.host,
+                node.cpus + places.count(node.id) * crew.cpus,
+                node.gpus + places.count(node.id) * gpu,
+            )
+            for node in capacity.free_nodes()
+        ]
+        found = self._largest(whole, least, most, gpu)
+        if found is None or found.ranks <= least:
+            return None
+        found = self._largest(capacity.answering(whole), least, most, gpu)
+        if found is None or found.ranks <= least:
+            return None
+        self._hoped = found.ranks
+        return found.ranks
+
+    def _bounds(self, total: "list[Node]", first: bool = False) -> tuple[int, int, bool]:
+        """Fewest and most ranks, and whether each has a GPU."""
+        gpus = int(sum(node.gpus for node in total))
+        # What began on GPUs does not go on without them.
+        if self._gpu is None:
+            self._gpu = gpus > 0
+        if self.terms.workers is not None:
+            return *self.terms.workers, self._gpu
+        every = max(gpus, 1)
+        return (every if first else 1), every, self._gpu
+
+    def _largest(self, nodes: "list[Node]", fewest: int, most: int, gpu: bool) -> Crew | None:
+        """The largest crew that fits on some nodes and splits the batch."""
+        refusal: ValueError | None = None
+        fits = False
+        for ranks in range(most, fewest - 1, -1):
+            cpus = self.terms.cpus_per_worker or max(1, int(sum(node.cpus for node in nodes)) // ranks)
+            while self.terms.cpus_per_worker is None and cpus > 1 and _places(nodes, cpus, gpu) < ranks:
+                cpus -= 1  # nodes of different sizes: an even share of the whole need not fit on each
+            if _places(nodes, cpus, gpu) < ranks:
+                continue
+            fits = True
+            try:
+                self.check(ranks)
+                return Crew(ranks, cpus, gpu)
+            except ValueError as error:
+                refusal = refusal or error
+        if fits and refusal is not None:
+            raise refusal
+        return None
+
+    def _no_room(self, total: "list[Node]", free: "list[Node]", fewest: int, gpu: bool, waited: float) -> str:
+        cpus = self.terms.cpus_per_worker or 1
+        each = f"{cpus} CPU(s){' and a GPU' if gpu else ''} each"
+        cores, gpus = int(sum(node.cpus for node in total)), int(sum(node.gpus for node in total))
+        if _places(total, cpus, gpu) < fewest:
+            return (
+                f"run.workers = {fewest} with {each} do not fit on the cluster ({len(total)} node(s), {cores} CPUs, "
+                f"{gpus} GPUs): use fewer workers, a smaller run.cpus_per_worker, or a range such as run.workers=1-"
+                f"{fewest}"
+            )
+        return (
+            f"there was no room for {fewest} rank(s) with {each} for {duration(waited)} ({len(free)} node(s), "
+            f"{sum(node.cpus for node in free):g} CPUs and {sum(node.gpus for node in free):g} GPUs free): wait for "
+            "other jobs to end, raise run.wait_s, or use fewer workers"
+        )
+
+
+def _places(nodes: "list[Node]", cpus: int, gpu: bool) -> int:
+    return sum(node.room(cpus, gpu) for node in nodes)

@@ -1,0 +1,37 @@
+"""What makes a run the same run, whatever it runs on."""
+
+from typing import Any
+
+from data_prep.mixture import Mixture
+from models.vit import VitConfig
+from pipeline.config import StageSettings
+from pipeline.corpora import shuffle_windows
+
+
+def identity_of(settings: StageSettings, config: VitConfig, corpus: Mixture) -> dict[str, Any]:
+    """What must be the same for a run to go on from a checkpoint, whatever it runs on."""
+    decide = settings_that_decide(settings)
+    decide["data"]["shuffle_window"] = shuffle_windows(corpus, settings.data)
+    return {"architecture": config.to_json(), "corpus_hash": corpus.corpus_hash, "settings": decide}
+
+
+def settings_that_decide(settings: StageSettings) -> dict[str, Any]:
+    """The settings that change what a run computes; a run continues only with the same ones."""
+    values = settings.model_dump(mode="json")
+    for section in ("checkpoint", "evaluation", "health", "log", "run", "registry"):
+        del values[section]
+    for key in (
+        "corpus",
+        "mixture",
+        "mixture_classes",
+        "heldout",
+        "cache_gb",
+        "max_bad_share",
+        "decode",
+        "hw_decoder_load",
+        "decode_threads",
+    ):
+        del values["data"][key]
+    for key in ("micro_batch", "zero_stage", "precision", "compile", "recompute"):
+        del values["training"][key]  # the layout, and the precision, which is compared as it was settled
+    return values

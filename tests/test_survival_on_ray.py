@@ -14,7 +14,7 @@ from tests.corpora import image_folder, make_corpus
 from tests.ray_head import RayHead, ray_head
 from tests.running import REPOSITORY, environment, losses, torchrun
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(2400)]
 STEPS = 600
 TINY = [
     "pipeline/pretrain.py", "demo", "model.width=32", "model.depth=2", "model.heads=2", "model.mlp_dim=64",
@@ -44,7 +44,7 @@ def head(tmp_path: Path) -> Iterator[RayHead]:
         yield cluster
 
 
-def wait_for(what: Callable[[], object], seconds: float = 300) -> None:
+def wait_for(what: Callable[[], object], seconds: float = 900) -> None:
     deadline = time.monotonic() + seconds
     while not what():
         assert time.monotonic() < deadline

@@ -299,3 +299,22 @@ def parse_command(
         values, origin = load_recipe(path), str(path)
     values.update(zip(positionals, plain, strict=True))
     return resolve(settings_type, values, overrides, origin)
+
+
+def refuse_unread(settings: Settings, section: str, key: str, read: bool, names: tuple[str, ...]) -> None:
+    """Refuse values that were given though nothing reads them, because of the value of `key` in the same section.
+
+    Args:
+        section: its dotted name, for the message.
+        read: whether something reads `names`.
+
+    Raises:
+        SettingsError: one of them differs from its default and nothing reads it.
+    """
+    given = [name for name in names if getattr(settings, name) != type(settings).model_fields[name].default]
+    if given and not read:
+        what = ", ".join(f"{section}.{name}" for name in given)
+        raise SettingsError(
+            f"{what} has no effect with {section}.{key} = {getattr(settings, key)!r}: take it out "
+            f"({section}.{given[0]}=null takes it out of a recipe)"
+        )

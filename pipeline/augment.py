@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_prep import counter_rng
-from pipeline.config import AugmentSettings
+from pipeline.data_config import AugmentSettings
 
 ATTEMPTS = 10
 """Tries of a random rectangle before the fallback, as usual since the first published crops."""

@@ -1,6 +1,6 @@
 """The settings of the training stages. A recipe is a YAML file of these keys; see `pipeline/recipes/`.
 
-Every section is checked by itself when it is read, and sections against each other by `TrainSettings`; what
+Every section is checked by itself when it is read, and sections against each other by `StageSettings`; what
 needs the corpus (epochs to steps) or the cluster (ranks) is checked by the stage before it starts a worker.
 """
 
@@ -10,7 +10,8 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, PositiveInt, model_validator
 
-from cluster.settings import Settings, SettingsError
+from cluster.settings import Settings, SettingsError, refuse_unread
+from pipeline.data_config import DataSettings
 
 _UNITS = ("steps", "epochs", "images")
 
@@ -33,17 +34,6 @@ def _check_length(text: str) -> str:
     if _split_duration(text)[0] == 0:
         raise ValueError(f"{text!r} must be longer than nothing")
     return text
-
-
-def _refuse_unread(settings: Settings, section: str, key: str, read: bool, names: tuple[str, ...]) -> None:
-    """Refuse values that were given though nothing reads them, because of the value of `key` in the same section."""
-    given = [name for name in names if getattr(settings, name) != type(settings).model_fields[name].default]
-    if given and not read:
-        what = ", ".join(f"{section}.{name}" for name in given)
-        raise SettingsError(
-            f"{what} has no effect with {section}.{key} = {getattr(settings, key)!r}: take it out "
-            f"({section}.{given[0]}=null takes it out of a recipe)"
-        )
 
 
 Duration = Annotated[str, AfterValidator(_check_duration)]
@@ -86,7 +76,6 @@ RECIPES = Path(__file__).parent / "recipes"
 
 Probability = Annotated[float, Field(ge=0, lt=1)]
 Momentum = Annotated[float, Field(ge=0, lt=1)]
-Triple = tuple[float, float, float]
 
 
 class ModelSettings(Settings):
@@ -112,137 +101,6 @@ class ModelSettings(Settings):
     """Stochastic depth: chance of skipping the last block, growing linearly from 0 at the first."""
     head_bias: float | None = None
     """Initial bias of the head. Null: 0 with softmax, -10 with sigmoid, as ImageNet-21k wants."""
-
-
-class AugmentSettings(Settings):
-    """What is done to the training images, by numbers that depend on seed, epoch and sample alone."""
-
-    crop: Literal["inception", "squash", "center"] = "inception"
-    """Training crop: a random area and aspect ratio (inception), the whole image squashed, or the centre."""
-    crop_area: tuple[float, float] = (0.05, 1.0)
-    """Smallest and largest share of the image's area that an inception crop takes."""
-    crop_aspect: tuple[float, float] = (0.75, 1.3333333333)
-    """Smallest and largest aspect ratio (width over height) of an inception crop."""
-    flip: bool = True
-    """Mirror half of the training images left to right."""
-    randaugment_layers: Annotated[int, Field(ge=0, le=8)] = 0
-    """Operations of RandAugment (arXiv 1909.13719) on each image; 0 is none."""
-    randaugment_magnitude: Annotated[int, Field(ge=0, le=30)] = 10
-    """Strength of RandAugment's operations."""
-    trivialaugment: bool = False
-    """TrivialAugment's wide space (arXiv 2103.10158): one operation of random strength on each image."""
-    three_augment: bool = False
-    """3-Augment (DeiT III, arXiv 2204.07118): each image is made gray, solarised or blurred."""
-    color_jitter: Annotated[float, Field(ge=0, le=1)] = 0.0
-    """Brightness, contrast and saturation times random factors from 1 - this to 1 + this; 0 is none."""
-    erasing: Annotated[float, Field(ge=0, le=1)] = 0.0
-    """Random erasing (arXiv 1708.04896): chance that a rectangle of an image becomes noise; 0 is none."""
-    erasing_area: tuple[float, float] = (0.02, 0.4)
-    """Smallest and largest share of the image that random erasing takes (timm's recipes: 0.02 to 0.3333)."""
-    erasing_aspect: tuple[float, float] = (0.3, 3.3333333333)
-    """Smallest and largest aspect ratio (height over width) of the erased rectangle."""
-    mixup: Annotated[float, Field(ge=0)] = 0.0
-    """Mixup (arXiv 1710.09412): both parameters of the Beta distribution of the mixing weight; 0 is none."""
-    cutmix: Annotated[float, Field(ge=0)] = 0.0
-    """CutMix (arXiv 1905.04899): the same for the share of the image that stays; with mixup, half of the steps each."""
-
-    @property
-    def changes_colors(self) -> bool:
-        """Whether pipeline/pixels.py does anything to the colours."""
-        return self.three_augment or self.color_jitter > 0
-
-    @property
-    def mixes(self) -> bool:
-        """Whether images are mixed in pairs."""
-        return self.mixup > 0 or self.cutmix > 0
-
-    @model_validator(mode="after")
-    def _check(self) -> "AugmentSettings":
-        for name in ("crop_area", "crop_aspect", "erasing_area", "erasing_aspect"):
-            low, high = getattr(self, name)
-            share = name.endswith("area")
-            if not 0 < low <= high or (share and high > 1):
-                bound = " <= 1" if share else ""
-                raise SettingsError(
-                    f"data.augment.{name} = [{low}, {high}] must be two numbers with 0 < least <= most{bound}"
-                )
-        chosen = [name for name in ("randaugment_layers", "trivialaugment", "three_augment") if getattr(self, name)]
-        if len(chosen) > 1:
-            raise SettingsError(
-                f"{' and '.join(f'data.augment.{name}' for name in chosen)} are alternatives: keep one of them"
-            )
-        _refuse_unread(self, "data.augment", "crop", self.crop == "inception", ("crop_area", "crop_aspect"))
-        _refuse_unread(
-            self, "data.augment", "randaugment_layers", self.randaugment_layers > 0, ("randaugment_magnitude",)
-        )
-        _refuse_unread(self, "data.augment", "erasing", self.erasing > 0, ("erasing_area", "erasing_aspect"))
-        return self
-
-
-class MixturePart(Settings):
-    """One of several corpora that are mixed."""
-
-    corpus: str
-    """Folder of a corpus made by data_prep/shard.py, or s3://."""
-    weight: Annotated[float, Field(gt=0, allow_inf_nan=False)]
-    """How often its images come, in relation to the other weights."""
-    name: str | None = None
-    """What to call it where classes are kept apart; null takes the folder's name."""
-
-
-class DataSettings(Settings):
-    """What is read, in which order, and what is done to the images."""
-
-    corpus: str | None = None
-    """Folder of a corpus made by data_prep/shard.py, or s3://."""
-    mixture: tuple[MixturePart, ...] | None = None
-    """Instead of data.corpus, several to mix: [{corpus: /data/a, weight: 0.7}, {corpus: /data/b, weight: 0.3}]."""
-    mixture_classes: Literal["merge", "separate"] = "merge"
-    """Classes of the same name are one, numbered as they first appear, or each part keeps its own as PART:CLASS."""
-    heldout: str | None = None
-    """Corpus that is scored during and after training; it must have the same classes."""
-    image_size: PositiveInt = 224
-    """Resolution in pixels (square). Must be a multiple of the patch size."""
-    augment: AugmentSettings = AugmentSettings()
-    eval_resize: PositiveInt | None = None
-    """Evaluation and consumers: shorter side in pixels before the centre crop; null squashes the whole image."""
-    mean: Triple | None = None
-    """Subtracted from the pixels, scaled to 0 to 1, by channel. Null: the parent's, or 0.5 as in the original code."""
-    std: Triple | None = None
-    """The pixels are then divided by this, by channel. Null: the parent's, or 0.5."""
-    shuffle_window: Annotated[int, Field(ge=0)] | None = None
-    """0 shuffles all images; W shuffles whole shards, then inside windows of W. Null: 0 on disks, a W for s3://."""
-    cache_gb: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 100.0
-    """What shards from s3:// may take on a node, in $VITFORGE_CACHE or ~/.cache/vitforge; at most 80 % of the disk."""
-    max_bad_share: Annotated[float, Field(ge=0, le=1)] = 0.001
-    """Share of images that may be unreadable; they are replaced and counted. More (and more than 10) stop the run."""
-    decode: Literal["auto", "cpu", "gpu"] = "auto"
-    """Where DALI decodes; auto tries the GPU in a subprocess first and falls back to the CPU."""
-    hw_decoder_load: Annotated[float, Field(ge=0, le=1)] = 0.65
-    """Share of the JPEGs that goes to a GPU's hardware decoder, if it has one (DALI's default); try what is fastest."""
-    decode_threads: PositiveInt | None = None
-    """DALI's threads a rank; null shares the node's cores among its ranks."""
-
-    @model_validator(mode="after")
-    def _check(self) -> "DataSettings":
-        if (self.corpus is None) == (self.mixture is None):
-            given = "neither is" if self.corpus is None else "both are"
-            raise SettingsError(
-                f"data.corpus or data.mixture must be set, {given}: give the folder of a corpus, or several with "
-                "weights (data.corpus=null takes one out of a recipe)"
-            )
-        if self.mixture is not None and len(self.mixture) == 0:
-            raise SettingsError("data.mixture = [] must have at least one part: {corpus: FOLDER, weight: NUMBER}")
-        _refuse_unread(self, "data", "mixture", self.mixture is not None, ("mixture_classes",))
-        if self.eval_resize is not None and self.eval_resize < self.image_size:
-            raise SettingsError(
-                f"data.eval_resize = {self.eval_resize} is below data.image_size = {self.image_size}: the centre "
-                f"crop would not fit; {round(self.image_size * 8 / 7)} is usual"
-            )
-        if self.std is not None and min(self.std) <= 0:
-            raise SettingsError(f"data.std = {list(self.std)} must be positive")
-        _refuse_unread(self, "data", "decode", self.decode != "cpu", ("hw_decoder_load",))
-        return self
 
 
 class LossSettings(Settings):
@@ -297,12 +155,12 @@ class OptimizerSettings(Settings):
                 f"optimizer.final_learning_rate = {self.final_learning_rate} is above "
                 f"optimizer.learning_rate = {self.learning_rate}, the peak"
             )
-        _refuse_unread(self, "optimizer", "kind", self.kind == "adamw", ("betas", "eps"))
-        _refuse_unread(self, "optimizer", "kind", self.kind == "sgd", ("momentum",))
-        _refuse_unread(self, "optimizer", "schedule", self.schedule == "rsqrt", ("timescale",))
-        _refuse_unread(self, "optimizer", "schedule", self.schedule in ("rsqrt", "constant"), ("cooldown",))
+        refuse_unread(self, "optimizer", "kind", self.kind == "adamw", ("betas", "eps"))
+        refuse_unread(self, "optimizer", "kind", self.kind == "sgd", ("momentum",))
+        refuse_unread(self, "optimizer", "schedule", self.schedule == "rsqrt", ("timescale",))
+        refuse_unread(self, "optimizer", "schedule", self.schedule in ("rsqrt", "constant"), ("cooldown",))
         falls = self.schedule in ("linear", "cosine") or self.cooldown != "0 steps"
-        _refuse_unread(self, "optimizer", "schedule", falls, ("final_learning_rate",))
+        refuse_unread(self, "optimizer", "schedule", falls, ("final_learning_rate",))
         return self
 
 
@@ -413,9 +271,9 @@ class HealthSettings(Settings):
 
     @model_validator(mode="after")
     def _check(self) -> "HealthSettings":
-        _refuse_unread(self, "health", "spike_factor", self.spike_factor is not None, ("spike",))
+        refuse_unread(self, "health", "spike_factor", self.spike_factor is not None, ("spike",))
         skips = self.nonfinite == "skip" or (self.spike_factor is not None and self.spike == "skip")
-        _refuse_unread(self, "health", "nonfinite", skips, ("max_skips",))
+        refuse_unread(self, "health", "nonfinite", skips, ("max_skips",))
         return self
 
 

@@ -11,7 +11,7 @@ from cluster.settings import SettingsError
 from data_prep.corpus import Corpus
 from data_prep.mixture import MixedOrder, Mixture
 from data_prep.shard_cache import ShardCache
-from pipeline.config import DataSettings
+from pipeline.data_config import DataSettings
 
 WINDOW_BYTES = 8 * 10**9
 """Largest window that is chosen where none is set: the first batch waits for it."""

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from cluster.command import log
 from pipeline import augment, pixels
-from pipeline.config import DataSettings
+from pipeline.data_config import DataSettings
 
 Backend = Literal["cpu", "gpu-slice", "gpu-roi"]
 """cpu; gpu-slice decodes only the crop; gpu-roi decodes the whole image and resizes the crop out of it."""

@@ -27,8 +27,9 @@ from data_prep.corpus import Corpus
 from models.vit import VisionTransformer
 from models.weights import load_into
 from pipeline import decoding, packages, tracking, workers
-from pipeline.config import DataSettings, EvaluateSettings
+from pipeline.config import EvaluateSettings
 from pipeline.crew import Terms
+from pipeline.data_config import DataSettings
 from pipeline.launch import run_ranks
 from pipeline.loader import EvalLoader, check_bad
 from pipeline.scoring import score

@@ -27,8 +27,8 @@ from data_prep.image_check import UnusableImage, check_image
 from data_prep.mixture import MixedOrder, Mixture
 from data_prep.shard_cache import PLANNED
 from pipeline import augment, decoding, pixels, workers
-from pipeline.config import DataSettings
 from pipeline.corpora import check_cache, shuffle_windows
+from pipeline.data_config import DataSettings
 from pipeline.workers import Worker
 
 PREFETCH = 2

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 
 from pipeline import augment
-from pipeline.config import DataSettings
+from pipeline.data_config import DataSettings
 
 _LUMA = (0.299, 0.587, 0.114)
 """Weights of red, green and blue in gray (ITU-R BT.601), as Pillow has them."""

@@ -23,7 +23,8 @@ from models.losses import softmax_cross_entropy
 from models.presets import train_flops, vit_config
 from models.vit import VisionTransformer, VitConfig
 from pipeline import decoding, throughput, workers
-from pipeline.config import AugmentSettings, DataSettings, OptimizerSettings
+from pipeline.config import OptimizerSettings
+from pipeline.data_config import AugmentSettings, DataSettings
 from pipeline.engine import build_engine, prepare_deepspeed, reduce_and_update, set_learning_rate
 from pipeline.layout import Layout, Precision
 from pipeline.loader import TrainLoader

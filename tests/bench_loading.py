@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from data_prep.corpus import Corpus
-from pipeline.config import DataSettings
+from pipeline.data_config import DataSettings
 from pipeline.loader import TrainLoader
 from pipeline.workers import Worker
 from tests.benching import print_ratio, print_times, rounds_in_turn

@@ -110,7 +110,7 @@ def large_corpus(folder: Path) -> Path:
 
 def first_batch(place: str, start: int, window: int) -> None:
     """From opening the corpus to the first batch; prints [seconds, CPU-seconds]."""
-    from pipeline.config import DataSettings
+    from pipeline.data_config import DataSettings
     from pipeline.loader import TrainLoader
     from pipeline.workers import Worker
 

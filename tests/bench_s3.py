@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from data_prep.corpus import Corpus
-from pipeline.config import DataSettings
+from pipeline.data_config import DataSettings
 from tests.bench_loading import BATCH, BATCHES, MEAN, ROUNDS, SIDE, STD, make_photographs, our_batches, taking
 from tests.benching import print_ratio, print_times, rounds_in_turn
 from tests.corpora import make_corpus

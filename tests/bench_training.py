@@ -28,7 +28,7 @@ from data_prep.corpus import Corpus
 from models.presets import vit_config
 from models.vit import VisionTransformer
 from pipeline import pretrain, train_loop
-from pipeline.config import DataSettings
+from pipeline.data_config import DataSettings
 from pipeline.engine import parameter_groups
 from pipeline.loader import Batch, TrainLoader
 from pipeline.workers import Worker

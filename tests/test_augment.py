@@ -11,7 +11,7 @@ from PIL import Image, ImageEnhance, ImageOps
 from data_prep.corpus import Corpus
 from models.preprocess import decode
 from pipeline import augment, decoding, pixels
-from pipeline.config import AugmentSettings, DataSettings
+from pipeline.data_config import AugmentSettings, DataSettings
 from tests.corpora import image_folder, make_corpus
 
 SIDE = 24

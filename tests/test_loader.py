@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from data_prep.corpus import Corpus
 from data_prep.mixture import Mixture
 from models.preprocess import Preprocessing
-from pipeline.config import AugmentSettings, DataSettings
+from pipeline.data_config import AugmentSettings, DataSettings
 from pipeline.loader import EvalLoader, TrainLoader
 from pipeline.workers import Worker
 from tests.corpora import image_folder, make_corpus

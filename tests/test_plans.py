@@ -9,7 +9,8 @@ import pytest
 from cluster.settings import SettingsError
 from models.presets import vit_config
 from pipeline.augment import draw, inception_crop, mixup_weight
-from pipeline.config import AugmentSettings, OptimizerSettings
+from pipeline.config import OptimizerSettings
+from pipeline.data_config import AugmentSettings
 from pipeline.layout import Machine, activation_bytes, check_batch, settle, state_bytes
 from pipeline.schedules import Schedule
 from tests.test_settings import demo

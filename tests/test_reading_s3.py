@@ -11,8 +11,8 @@ from cluster.folders import Folder, folder_at
 from cluster.storage import StorageError
 from data_prep.corpus import Corpus
 from data_prep.mixture import Mixture
-from pipeline.config import DataSettings
 from pipeline.corpora import describe_order, shuffle_windows
+from pipeline.data_config import DataSettings
 from pipeline.loader import EvalLoader, TrainLoader
 from pipeline.workers import Worker
 from tests.corpora import image_folder, make_corpus

@@ -19,7 +19,7 @@ from data_prep.corpus import Corpus
 from data_prep.corpus_format import CorpusError
 from data_prep.shard import ShardSettings, shard_corpus
 from data_prep.verify import verify
-from pipeline.config import DataSettings
+from pipeline.data_config import DataSettings
 from pipeline.loader import TrainLoader
 from pipeline.workers import Worker
 from tests.corpora import encoded, image_folder, make_corpus

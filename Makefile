@@ -29,6 +29,10 @@ bench: $(READY)
 	$(BIN)/python -m tests.bench_loading
 	$(BIN)/python -m tests.bench_writing
 	$(BIN)/python -m tests.bench_training
+	$(BIN)/python -m tests.bench_order
+	$(BIN)/python -m tests.bench_s3
+	$(BIN)/python -m tests.bench_duplicates 500000
+	$(BIN)/python -m tests.bench_checkpoints
 
 $(READY): requirements.lock
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \

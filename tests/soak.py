@@ -137,7 +137,7 @@ def under_kills(run: WatchedRun, pause: float, rng: random.Random) -> list[str]:
             continue
         ranks = run.place.ranks()
         victim = rng.choice(["worker", "driver"])
-        if not ranks or (len(killed) and run.last_step() == 0):
+        if not ranks or run.newest() == 0:
             due = time.monotonic() + 5
             continue
         due = time.monotonic() + rng.uniform(0.8, 1.2) * pause

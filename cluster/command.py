@@ -107,9 +107,13 @@ class Progress:
         self.done += count
         self.counted += count
         now = time.monotonic()
-        if now - self._last >= self.every:
+        if now - self._last >= self.every and self.done < self.total:
             self._last = now
             log.info("%s", self.line(note))
+
+    def finish(self, note: str = "") -> None:
+        """Log the last line."""
+        log.info("%s", self.line(note))
 
     def line(self, note: str = "") -> str:
         """The progress line as it stands."""

@@ -186,7 +186,7 @@ def run_tasks(
                 while len(running) + len(again) < at_once and (following := next(waiting, None)) is not None:
                     running[remote.remote(tasks[following]())] = following
                 if not running and not again:
-                    log.info("%s", progress.line(note))
+                    progress.finish(note)
                     return records
                 patience = max(0.0, again[0][0] - time.monotonic()) if again else None
                 if not running:

@@ -24,6 +24,9 @@ _SECRET = re.compile("SECRET|PASSWORD|TOKEN|ACCESS_KEY")
 """Names that do not: Ray writes what it is to set into its logs. The workers of a private cluster inherit them, and
 the credentials of an object store travel inside pickled folders (cluster/object_store.py)."""
 
+_STARTS = 3
+"""Attempts at starting a private cluster."""
+
 os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 # Ray warns on every start that it will one day stop hiding GPUs from tasks that ask for none; we want it so.
@@ -75,13 +78,7 @@ def ray_session(min_cpus: int = 1) -> Iterator[None]:
                     "one with `ray start --head`, or unset RAY_ADDRESS to run on this machine alone"
                 ) from error
         else:
-            cpus = max(min_cpus, os.cpu_count() or 1)
-            ray.init(
-                address="local",
-                num_cpus=cpus,
-                include_dashboard=False,
-                **common,
-            )
+            _start_private(max(min_cpus, os.cpu_count() or 1), common)
         resources = ray.cluster_resources()
         log.info(
             "Ray runs on %s: %d node(s), %d CPUs, %d GPUs",
@@ -93,3 +90,18 @@ def ray_session(min_cpus: int = 1) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def _start_private(cpus: int, options: dict[str, Any]) -> None:
+    """A cluster on this machine. Ray gives its start 30 s, which a very busy machine may need more than once."""
+    import ray
+
+    for attempt in range(1, _STARTS + 1):
+        try:
+            ray.init(address="local", num_cpus=cpus, include_dashboard=False, **options)
+            return
+        except Exception as error:
+            if "timed out during startup" not in str(error) or attempt == _STARTS:
+                raise
+            log.warning("Ray did not start within its time on this busy machine; trying again")
+            ray.shutdown()

@@ -274,7 +274,7 @@ def _held(folder: Folder) -> Iterator[str]:
         SettingsError: it cannot be made.
         LeaseError: another job works in it.
     """
-    fresh = folder.size("run.json") is None
+    fresh = not folder.names() and not folder.folders()
     with ExitStack() as stack:
         try:
             lease = stack.enter_context(Lease(folder))

@@ -8,6 +8,8 @@ import mlflow
 import pytest
 import torch
 
+from cluster.folders import LocalFolder
+from cluster.lease import Lease
 from models.preprocess import Preprocessing
 from models.presets import vit_config
 from models.vit import VisionTransformer
@@ -144,14 +146,12 @@ def test_evaluation_refuses_a_corpus_of_other_classes(home, corpus, monkeypatch)
 
 
 def test_a_run_folder_in_use_or_of_another_stage_is_refused(home, corpus, monkeypatch):
-    import fcntl
     import json
 
     folder = home / "runs" / "demo-pretrain"
     folder.mkdir(parents=True)
     (folder / "metrics.jsonl").write_text("")
-    with (folder / ".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with Lease(LocalFolder(folder)):
         assert "another job works in" in error_of(pretrain, monkeypatch, "demo", f"data.corpus={corpus.path}")
     (folder / "run.json").write_text(json.dumps({"stage": "finetune", "parent": "models:/a/1"}))
     message = error_of(pretrain, monkeypatch, "demo", f"data.corpus={corpus.path}")

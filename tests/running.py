@@ -32,7 +32,7 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def torchrun(ranks: int, home: Path, *words: str) -> subprocess.CompletedProcess[str]:
+def torchrun(ranks: int, home: Path, *words: str, timeout: float = 300) -> subprocess.CompletedProcess[str]:
     """A stage under torchrun, to its end."""
     return subprocess.run(
         torchrun_command(ranks, words),
@@ -40,7 +40,7 @@ def torchrun(ranks: int, home: Path, *words: str) -> subprocess.CompletedProcess
         env=environment(home),
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=timeout,
     )
 
 

@@ -44,6 +44,7 @@ class RayHead:
 def ray_head(home: Path, cpus: int) -> Iterator[RayHead]:
     """A cluster for the length of a block."""
     variables = environment(home, RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(32))
+    variables["RAY_agent_register_timeout_ms"] = "300000"  # a busy machine takes long, and the node would give up
     variables["PATH"] = f"{Path(sys.executable).parent}:{variables['PATH']}"
     folder = Path("/tmp") / f"vf-{os.getpid()}-{secrets.token_hex(3)}"  # Ray's sockets need a short path
     ports = [str(free_port()), str(free_port())]

@@ -185,7 +185,7 @@ class _Launcher:
         except TrainingFailedError as error:
             failures = error.worker_failures if isinstance(error, WorkerGroupError) else {}
             for failure in failures.values():
-                if isinstance(failure, ValueError):
+                if isinstance(failure, ValueError) and not isinstance(failure, OSError):
                     raise failure from None
             hung = ray.get(mailbox.verdict.remote())
             what = "; ".join(f"rank {rank}: {_last_line(failure)}" for rank, failure in sorted(failures.items()))

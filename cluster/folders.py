@@ -18,6 +18,9 @@ from typing import Any, BinaryIO, Protocol
 from cluster import storage
 from cluster.storage import StorageError
 
+_LOCK = ".swap-lock"
+"""Suffix of the file beside one that is swapped, which processes of mounted file systems lock."""
+
 
 class Sink(Protocol):
     """What `Folder.writing` gives: bytes go in, in order."""
@@ -85,6 +88,10 @@ class Folder(ABC):
         Returns:
             False where it holds something else; it is left as it is then.
         """
+
+    @abstractmethod
+    def remove_if(self, name: str, expected: bytes) -> bool:
+        """Remove a file if it holds `expected` now, in one step against `swap`; whether it did."""
 
     @abstractmethod
     @contextmanager
@@ -177,7 +184,7 @@ class LocalFolder(Folder):
     def _entries(self) -> list[tuple[str, bool]]:
         try:
             with os.scandir(self.local) as entries:
-                return sorted((e.name, e.is_dir()) for e in entries if not storage.is_unfinished(e.name))
+                return sorted((e.name, e.is_dir()) for e in entries if not _is_hidden(e.name))
         except FileNotFoundError:
             return []
 
@@ -185,7 +192,7 @@ class LocalFolder(Folder):
         found = {}
         for folder, _, names in os.walk(self.local):
             for name in names:
-                if not storage.is_unfinished(name):
+                if not _is_hidden(name):
                     path = Path(folder, name)
                     found[path.relative_to(self.local).as_posix()] = path.stat().st_size
         return dict(sorted(found.items()))
@@ -210,11 +217,21 @@ class LocalFolder(Folder):
 
     def swap(self, name: str, content: bytes, expected: bytes | None) -> bool:
         path = self._place(name)
-        with path.with_name(f".{path.name}.lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        with _locked(path):
             if (path.read_bytes() if path.exists() else None) != expected:
                 return False
             storage.write_bytes(path, content)
+            return True
+
+    def remove_if(self, name: str, expected: bytes) -> bool:
+        path = self.local / name
+        if not path.exists():
+            return False
+        with _locked(path) as lock:
+            if not path.exists() or path.read_bytes() != expected:
+                return False
+            path.unlink()
+            lock.unlink()
             return True
 
     @contextmanager
@@ -270,6 +287,35 @@ class LocalFolder(Folder):
         path = self.local / name
         path.parent.mkdir(parents=True, exist_ok=True)
         return path
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[Path]:
+    """A lock on a file, held against `swap` and `remove_if` of other processes; gives the lock's own file."""
+    name = path.with_name(f".{path.name}{_LOCK}")
+    while True:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            lock = name.open("w")
+        except FileNotFoundError:  # the last holder has removed the folder just now
+            continue
+        with lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not _is_open_under(name, lock.fileno()):
+                continue  # the last holder has removed it: whoever comes now makes another
+            yield name
+            return
+
+
+def _is_open_under(path: Path, descriptor: int) -> bool:
+    try:
+        return os.path.samestat(path.stat(), os.fstat(descriptor))
+    except FileNotFoundError:
+        return False
+
+
+def _is_hidden(name: str) -> bool:
+    return storage.is_unfinished(name) or (name.startswith(".") and name.endswith(_LOCK))
 
 
 def folder_at(place: str, key: str) -> Folder:

@@ -42,10 +42,21 @@ class Lease:
         lost: called from the lease's thread, with the reason, when it is no longer ours. The default ends the
             process at once: whatever it would still write belongs to another job's folder by then.
         ttl_s: the time to live; the same for all jobs that may meet.
+        advice: what would do for a job that is refused.
+        leaves_file: whether the file stays, as that of a free lease, when the lease is given back.
     """
 
-    def __init__(self, folder: Folder, lost: "Callable[[str], None] | None" = None, ttl_s: float = TTL_S) -> None:
+    def __init__(
+        self,
+        folder: Folder,
+        lost: "Callable[[str], None] | None" = None,
+        ttl_s: float = TTL_S,
+        *,
+        advice: str = "wait for it, stop it, or use another run.name",
+        leaves_file: bool = True,
+    ) -> None:
         self.folder, self.ttl_s = folder, ttl_s
+        self._advice, self._leaves_file = advice, leaves_file
         self.token = uuid.uuid4().hex
         self._lost = lost or end_process
         self._counter = 0
@@ -71,7 +82,10 @@ class Lease:
         assert self._thread is not None
         self._thread.join(timeout=self.ttl_s)
         try:
-            self.folder.swap(FILE, json_bytes({"token": None}), self._written)
+            if self._leaves_file:
+                self.folder.swap(FILE, json_bytes({"token": None}), self._written)
+            elif self._written is not None:
+                self.folder.remove_if(FILE, self._written)
         except (OSError, StorageError) as failure:
             log.warning("the lease on %s could not be given back (%s): it ends by itself", self.folder, failure)
 
@@ -113,7 +127,7 @@ class Lease:
                 found, seen = now, time.monotonic()
 
     def _refusal(self, holder: dict[str, Any]) -> str:
-        return f"another job works in {self.folder} ({_name(holder)}): wait for it, stop it, or use another run.name"
+        return f"another job works in {self.folder} ({_name(holder)}): {self._advice}"
 
     def _renew(self) -> None:
         renewed = time.monotonic()

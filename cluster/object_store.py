@@ -75,6 +75,9 @@ class ObjectFolder(Folder):
     def swap(self, name: str, content: bytes, expected: bytes | None) -> bool:
         return _run(self._objects.swap(name, content, expected))
 
+    def remove_if(self, name: str, expected: bytes) -> bool:
+        return _run(self._objects.remove_if(name, expected))
+
     @contextmanager
     def writing(self, name: str) -> Iterator[Sink]:
         sink = _ObjectSink(self._objects, name)

@@ -223,6 +223,17 @@ class Objects:
         """Remove an object if it is there."""
         await self._request("delete_object", name)
 
+    async def remove_if(self, name: str, expected: bytes) -> bool:
+        """Remove an object if it holds `expected` now; whether it did."""
+        try:
+            found, _, etag = await self._read(name, 0, None, None)
+            if found != expected:
+                return False
+            await self._request("delete_object", name, IfMatch=etag)
+        except Answer:  # it is gone, perhaps by an attempt of ours whose answer was lost, or is another by now
+            return (await self.size(name)) is None
+        return True
+
     async def remove_all(self) -> None:
         """Remove all objects."""
         names = list(await self.tree())

@@ -8,6 +8,7 @@ from typing import Literal
 
 import numpy as np
 import xxhash
+from numpy.typing import NDArray
 
 from cluster.command import log
 from cluster.folders import Folder
@@ -18,6 +19,7 @@ from data_prep.convert import Conversion
 from data_prep.corpus import Corpus
 from data_prep.corpus_format import PLAN, SHARDS_AT, CorpusError, file_of_version
 from data_prep.listing import Listing, SourceError
+from data_prep.remote_images import RemoteImages
 from data_prep.removed import REMOVED
 from data_prep.shard_plan import Appended, Plan
 from data_prep.shard_task import one_line, remove_shard
@@ -51,7 +53,7 @@ def plan_append(
             f"{listing.place} has {'many labels' if many else 'one label'} an image, the corpus {folder} has "
             f"{'one' if many else 'many'}: that cannot be appended"
         )
-    new = _not_there_yet(listing, before)
+    new = _not_there_yet(listing, before, conversion)
     if not len(new):
         return None, before
     classes = after(before.classes, [name for name in new.classes if name in _used(new)])
@@ -92,10 +94,12 @@ def _version_to_add_to(folder: Folder) -> Corpus:
         return Corpus.open(folder, version=newest - 1)
 
 
-def _not_there_yet(listing: Listing, before: Corpus) -> Listing:
+def _not_there_yet(listing: Listing, before: Corpus, conversion: Conversion) -> Listing:
     there = np.array([_digest(origin) for origin in _origins(before)])
     here = np.array([_digest(one_line(listing.names[row])) for row in range(len(listing))])
     is_new = ~np.isin(here, there)
+    if not isinstance(listing.images, RemoteImages) and not _were_converted(before, conversion):
+        _refuse_other_images(listing, before, here, there[: before.num_samples])
     rows = np.flatnonzero(is_new)
     log.info(
         "%s of %s images are in %s already or were left out of it before, by their origins; %s are new",
@@ -104,6 +108,38 @@ def _not_there_yet(listing: Listing, before: Corpus) -> Listing:
     left_before = {entry["origin"] for entry in before.quarantined()}
     kept = replace(listing, left_out=tuple(item for item in listing.left_out if item[0] not in left_before))
     return kept.take(rows)
+
+
+def _were_converted(corpus: Corpus, conversion: Conversion) -> bool:
+    """Whether images of a corpus, in any version, may have other bytes than their source."""
+    if conversion.max_side or conversion.baseline:
+        return True
+    versions = [corpus.folder.read_json(f"manifest-{version:06d}.json") for version in range(1, corpus.version)]
+    return any(manifest.get("converted") for manifest in (*versions, corpus.manifest))
+
+
+def _refuse_other_images(listing: Listing, before: Corpus, here: NDArray[np.str_], there: NDArray[np.str_]) -> None:
+    """Refuse images that have the origin of one in the corpus, and another size.
+
+    Args:
+        here: digests of the origins of the listing.
+        there: of the corpus, in the order of its ids.
+    """
+    order = np.argsort(there, kind="stable")
+    found = np.searchsorted(there, here, sorter=order)
+    rows = np.flatnonzero(found < len(there))
+    ids = order[found[rows]]
+    same = there[ids] == here[rows]
+    rows, ids = rows[same], ids[same]
+    other = rows[np.asarray(before.index["length"])[ids] != listing.sizes[rows]]
+    if len(other):
+        raise SourceError(
+            f"{len(other):,} of {len(rows):,} images that {before} has by their paths are of another size in "
+            f"{listing.place}, for example {one_line(listing.names[int(other[0])])!r}: an image is told by its path "
+            f"relative to the source, so these would be taken for images that are there already. If they are another "
+            f"delivery, give the folder above both deliveries as the source, or rename the files, so that the paths "
+            f"differ; images that were changed in place need a new corpus"
+        )
 
 
 def _origins(corpus: Corpus) -> Iterator[str]:

@@ -1,6 +1,7 @@
 """Files that say what classes there are, in which order, and what people call them."""
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +13,10 @@ from numpy.typing import NDArray
 from cluster.command import log
 from data_prep.columns import Labels
 from data_prep.listing import Listing, SourceError
+
+_NUMBER = re.compile("0|[1-9][0-9]{0,8}")
+_LARGEST = 1_000_000
+"""Class number in a table."""
 
 
 def read_words(path: Path, classes: Sequence[str]) -> list[str]:
@@ -110,6 +115,17 @@ def relabel(listing: Listing, path: Path) -> Listing:
     return replace(
         listing, classes=classes, class_descriptions=descriptions, labels=_mapped(listing.labels, mapping)
     )  # fmt: skip
+
+
+def numbers_as_names(labels: Sequence[str]) -> list[str] | None:
+    """Names "0" ... "max" of classes where all labels of a source are class numbers; None where they are names.
+
+    Numbers with leading zeros are names, and so are those beyond any list of classes: identifiers.
+    """
+    if not all(_NUMBER.fullmatch(label) for label in labels):
+        return None
+    largest = max(map(int, labels), default=-1)
+    return [str(number) for number in range(largest + 1)] if largest <= _LARGEST else None
 
 
 def put_in_order(listing: Listing, classes: Sequence[str], descriptions: Sequence[str] | None, key: str) -> Listing:

@@ -22,11 +22,12 @@ from pydantic import Field
 from cluster import storage
 from cluster.command import Progress, absolute_path, duration, log, run_command
 from cluster.folders import Folder, folder_at
+from cluster.lease import FILE as LEASE
 from cluster.settings import Settings, parse_command
 from cluster.storage import StorageError
 from data_prep.corpus import Corpus
 from data_prep.corpus_format import MANIFEST, SHARDS_AT, CorpusError, read_manifest, shards_folder
-from data_prep.corpus_jobs import GO_ON, check_places, check_room, in_megabytes, run_tasks
+from data_prep.corpus_jobs import GO_ON, check_places, check_room, held, in_megabytes, names_in, run_tasks
 from data_prep.shard_task import SHARD_FILES, record_name, shard_file
 
 DESCRIPTION = """
@@ -90,18 +91,25 @@ def copy_corpus(settings: CopySettings) -> Corpus:
     Raises:
         CorpusError: the source is no whole corpus, or the destination holds something else or has too little room.
         StorageError: one of them cannot be reached.
+        LeaseError: another job works in the destination.
     """
-    started = time.monotonic()
     source = folder_at(absolute_path(settings.source, "source"), "source")
     destination = folder_at(absolute_path(settings.destination, "destination"), "destination")
     check_places(source, destination)
+    with held(destination):
+        return _copy_into(destination, source, settings.workers)
+
+
+def _copy_into(destination: Folder, source: Folder, workers: int) -> Corpus:
+    started = time.monotonic()
     manifest = read_manifest(source)
     if _is_finished(manifest, destination):
         corpus = Corpus.open(destination)
         log.info("%s is finished already (%s images): nothing to do", destination, f"{corpus.num_samples:,}")
         return corpus
     shards_at = shards_folder(source, manifest)
-    sizes = {name: size for name, size in source.tree().items() if "/" not in name and name not in (MANIFEST, _MARK)}
+    left_out = (MANIFEST, _MARK, LEASE)
+    sizes = {name: size for name, size in source.tree().items() if "/" not in name and name not in left_out}
     if shards_at != source:  # a subset: the copy has the shards themselves
         wanted = {shard_file(shard["name"], suffix) for shard in manifest["shards"] for suffix in _OF_SUBSET}
         sizes |= {name: size for name, size in shards_at.tree().items() if name in wanted}
@@ -111,7 +119,7 @@ def copy_corpus(settings: CopySettings) -> Corpus:
     try:
         destination.remove_unfinished()
         destination.write_json(_MARK, {"corpus_hash": manifest["corpus_hash"]})
-        _copy_all(source, destination, manifest, sizes, missing, settings.workers)
+        _copy_all(source, destination, manifest, sizes, missing, workers)
         destination.write_json(MANIFEST, {key: value for key, value in manifest.items() if key != SHARDS_AT})
         destination.remove(_MARK)
     except OSError as error:
@@ -133,7 +141,7 @@ def _is_finished(manifest: Mapping[str, Any], destination: Folder) -> bool:
     Raises:
         CorpusError: the destination holds something else.
     """
-    found = sorted([*destination.names(), *destination.folders()])
+    found = names_in(destination)
     mark = MANIFEST if MANIFEST in found else _MARK
     if not found:
         return False

@@ -6,11 +6,14 @@ import random
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 from cluster.command import Progress, duration, log
 from cluster.folders import Folder
+from cluster.lease import FILE as LEASE
+from cluster.lease import Lease
 from cluster.storage import StorageError
 from data_prep.corpus import Corpus
 from data_prep.corpus_assembly import CorpusPlan
@@ -26,6 +29,9 @@ LAID_DOWN = "images"
 """Folder in the destination for images that are copied out of tables first; gone when the corpus is finished."""
 DUPLICATES = "duplicates"
 """Folder in the destination for what the search for duplicates has found so far; gone when the corpus is finished."""
+_TTL_S = 180.0
+"""Seconds without a renewal after which a job on another machine counts as dead: longer than an outage of the storage
+that its shards survive."""
 GO_ON = "The finished shards stay; run the same command again to go on"
 
 
@@ -47,13 +53,49 @@ def check_places(source: Folder, folder: Folder) -> None:
         raise CorpusError(f"destination {folder} is a file: give a folder")
 
 
+@contextmanager
+def held(folder: Folder) -> Iterator[None]:
+    """A destination, held against a second job. The lease leaves nothing there, nor an empty folder that it made.
+
+    Raises:
+        LeaseError: another job works in it.
+        StorageError: it cannot be written.
+    """
+    made: list[Path] = []
+    if folder.local is not None:
+        made = [place for place in (folder.local, *folder.local.parents) if not place.exists()]
+        if not made and any(folder.local.iterdir()):
+            made = [folder.local]  # perhaps all that is in it is of a job that was killed, and is removed
+    with ExitStack() as stack:
+        stack.callback(_remove_empty, made)
+        advice = "wait for it, stop it, or give another destination"
+        try:
+            stack.enter_context(Lease(folder, ttl_s=_TTL_S, advice=advice, leaves_file=False))
+        except OSError as error:
+            if isinstance(error, StorageError):
+                raise
+            raise StorageError(f"destination {folder} cannot be written: {error.strerror or error}") from error
+        yield
+
+
+def _remove_empty(places: list[Path]) -> None:
+    with suppress(OSError):  # the first that is not empty ends it
+        for place in places:
+            place.rmdir()
+
+
+def names_in(folder: Folder) -> list[str]:
+    """What is directly in a destination, files and folders, sorted; its lease is not of it."""
+    return sorted([*(name for name in folder.names() if name != LEASE), *folder.folders()])
+
+
 def check_destination(folder: Folder) -> list[str]:
     """What is in a destination, without working folders.
 
     Raises:
         CorpusError: files that are none of ours.
     """
-    found = sorted([*folder.names(), *(name for name in folder.folders() if name not in (LAID_DOWN, DUPLICATES))])
+    found = [name for name in names_in(folder) if name not in (LAID_DOWN, DUPLICATES)]
     if found and PLAN not in found:
         raise CorpusError(
             f"destination {folder} is not empty and was not made by sharding (it has {found[0]!r}): give another folder"
@@ -124,8 +166,6 @@ def remove_unfinished_corpus(folder: Folder, names: list[str], version: int = 1)
     folder.remove(file_of_version(PLAN, version))
     if version == 1:
         remove_working_folders(folder)
-        if folder.local is not None:
-            folder.local.rmdir()
 
 
 def remove_working_folders(folder: Folder) -> None:

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from cluster.command import Progress, log
 from cluster.folders import Folder
+from data_prep.class_names import numbers_as_names
 from data_prep.columns import LABEL_DTYPE, Labels, Strings
 from data_prep.corpus_jobs import run_tasks
 from data_prep.listing import Listing, SourceError
@@ -127,8 +128,8 @@ def list_laid_down(
     found = sorted(set(texts))
     if not found:
         raise SourceError(f"{place} gives no image a label")
-    if names is None and all(text.isdigit() for text in found):
-        names = [str(number) for number in range(max(map(int, found)) + 1)]
+    if names is None:
+        names = numbers_as_names(found)
     if names is not None and all(text.isdigit() and int(text) < len(names) for text in found):
         numbers = np.array([int(text) for text in texts], np.int64)
         classes = list(names)

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from cluster.command import Progress, log
 from cluster.folders import Folder, LocalFolder
+from data_prep.class_names import numbers_as_names
 from data_prep.columns import LABEL_DTYPE, Labels, Strings
 from data_prep.listing import Listing, SourceError
 from data_prep.remote_images import FetchPolicy, RemoteImages
@@ -74,7 +75,7 @@ def list_table(files: Sequence[Path], root: Folder, columns: Columns, options: T
     where = f"table {files[0]}" if len(files) == 1 else f"table {files[0].parent}"
     rows = _gather(files, columns, where)
     many = _many(rows, columns, options.labels_per_image, where)
-    names = class_names_of(files[0], columns.label)
+    names = class_names_of(files[0], columns.label) or numbers_as_names(rows.classes)
     labels = _numbered(rows, names, many, where)
     classes = names or rows.classes
     paths, sizes, images, missing = _locate(rows.paths, root, options)

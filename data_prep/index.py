@@ -31,6 +31,7 @@ from data_prep.corpus_jobs import (
     check_places,
     check_room,
     finished_before,
+    held,
     in_megabytes,
     log_summary,
     reasons_in_words,
@@ -156,11 +157,17 @@ def index_corpus(settings: IndexSettings) -> Corpus:
     Raises:
         SourceError: there are no tars, one is damaged or cannot be linked, or no sample can be used.
         CorpusError: the destination holds something else, or has too little room.
+        LeaseError: another job works in the destination.
     """
-    started = time.monotonic()
     source = storage.local_path(absolute_path(settings.source, "source"), "source")
     folder = folder_at(absolute_path(settings.destination, "destination"), "destination")
     check_places(LocalFolder(source), folder)
+    with held(folder):
+        return _index_into(folder, source, settings)
+
+
+def _index_into(folder: Folder, source: Path, settings: IndexSettings) -> Corpus:
+    started = time.monotonic()
     plan = _make_plan(settings, source)
     finished = finished_before(folder, plan)
     if finished is not None:

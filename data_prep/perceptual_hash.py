@@ -22,7 +22,9 @@ import xxhash
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
-VERSION = 1
+from data_prep.image_check import UnusableImage, check_image
+
+VERSION = 2
 """Of all in this module that decides a descriptor: kept hashes of another version are not used."""
 
 _SIDE = 32
@@ -74,7 +76,7 @@ MIRROR = np.uint64(sum(1 << int(bit) for bit in np.flatnonzero(_ODD[:64])))
 
 
 def describe_images(images: Sequence[bytes | memoryview]) -> NDArray[np.void]:
-    """Descriptors of encoded images, DESCRIPTOR [N]; those that do not decode have their checksum only."""
+    """Descriptors of encoded images, DESCRIPTOR [N]; those that sharding cannot use have their checksum only."""
     descriptors = np.zeros(len(images), DESCRIPTOR)
     pixels = np.zeros((len(images), _SIDE, _SIDE), np.float32)
     for row, image in enumerate(images):
@@ -107,12 +109,16 @@ def similarity(a: NDArray[np.int8], b: NDArray[np.int8], mirrored: bool) -> NDAr
 
 
 def _reduced(data: bytes | memoryview) -> NDArray[np.float32] | None:
-    """The brightness of an image at _SIDE x _SIDE pixels, or None if it does not decode."""
+    """The brightness of an image at _SIDE x _SIDE pixels, or None if sharding cannot use the image."""
     if bytes(data[:3]) == b"\xff\xd8\xff" and b"Exif\0\0" not in bytes(data[:4096]):
         try:
             return _reduced_jpeg(data)
         except ValueError:
             pass  # CMYK, or harmless oddities that Pillow does not mind
+    try:
+        check_image(data)  # Pillow decodes what sharding leaves out, and its whole copy must not go for such an image
+    except UnusableImage:
+        return None
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -121,7 +127,7 @@ def _reduced(data: bytes | memoryview) -> NDArray[np.float32] | None:
                 upright = ImageOps.exif_transpose(image)
                 # by way of RGB: palettes and sixteen bits become what training sees
                 gray = upright.convert("RGB").convert("L")
-    except Exception:  # whatever Pillow's plugins run into; sharding will say what is wrong with it
+    except Exception:  # whatever Pillow's plugins run into
         return None
     return _resized(gray, gray.width, gray.height)
 

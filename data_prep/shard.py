@@ -29,6 +29,7 @@ from data_prep.corpus_jobs import (
     check_places,
     check_room,
     finished_before,
+    held,
     in_megabytes,
     log_summary,
     reasons_in_words,
@@ -130,11 +131,17 @@ def shard_corpus(settings: ShardSettings) -> Corpus:
         SourceError: the source is missing, empty, unreadable, without images, changed while it was read, or too much
             of it is damaged.
         CorpusError: the destination holds something else, or has too little room.
-        SettingsError: a setting that nothing reads.
+        SettingsError: a setting that nothing reads, or that does not go with another.
+        LeaseError: another job works in the destination.
     """
-    _check_settings(settings)
+    check_settings(settings)
     folder = folder_at(absolute_path(settings.destination, "destination"), "destination")
     check_places(source_folder(absolute_path(settings.source, "source")), folder)
+    with held(folder):
+        return _shard_into(folder, settings)
+
+
+def _shard_into(folder: Folder, settings: ShardSettings) -> Corpus:
     stamp = embedded_stamp(settings) if not settings.append else None
     if stamp is not None:
         # such a table is copied before it is listed: not again if the corpus is finished
@@ -152,7 +159,10 @@ def shard_corpus(settings: ShardSettings) -> Corpus:
 
 
 def shard_listing(listed: Callable[[], Listing], folder: Folder, settings: ShardSettings) -> Corpus:
-    """Shard what a function lists: what the settings say of the source is not read. Errors: as shard_corpus."""
+    """Shard what a function lists into a folder that the caller holds: what the settings say of the source is not read.
+
+    Errors: as shard_corpus.
+    """
     started = time.monotonic()
     if settings.append and folder.size(MANIFEST) is None:
         raise CorpusError(f"append = true: there is no finished corpus at {folder} to append to")
@@ -192,7 +202,12 @@ def shard_listing(listed: Callable[[], Listing], folder: Folder, settings: Shard
     return corpus
 
 
-def _check_settings(settings: ShardSettings) -> None:
+def check_settings(settings: ShardSettings) -> None:
+    """Refuse settings that do not go together.
+
+    Raises:
+        SettingsError: a setting that nothing reads, or that does not go with another.
+    """
     if settings.jpeg_quality != 95 and not (settings.max_side or settings.baseline):
         raise SettingsError("jpeg_quality is not read: no image is encoded again (max_side or baseline)")
     if settings.duplicate_distance != DEFAULT_DISTANCE and not (settings.exclude or settings.dedup):
@@ -201,6 +216,11 @@ def _check_settings(settings: ShardSettings) -> None:
         raise SettingsError("new_classes is not read: it is for append=true")
     if settings.max_side and settings.min_side > settings.max_side:
         raise SettingsError(f"min_side = {settings.min_side} is more than max_side = {settings.max_side}")
+    if settings.dedup and settings.min_side:
+        raise SettingsError(
+            "dedup and min_side do not go together: of two copies the one that stays could be the one that is too "
+            "small. Shard with min_side first, then shard that corpus with dedup"
+        )
 
 
 def _conversion(settings: ShardSettings) -> Conversion:

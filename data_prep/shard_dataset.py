@@ -7,10 +7,10 @@ from cluster.folders import folder_at
 from cluster.ray_runtime import ray_session
 from data_prep.corpus import Corpus
 from data_prep.corpus_format import MANIFEST, CorpusError
-from data_prep.corpus_jobs import LAID_DOWN
+from data_prep.corpus_jobs import LAID_DOWN, held
 from data_prep.embedded_images import lay_down_dataset, list_laid_down
 from data_prep.listing import Listing
-from data_prep.shard import ShardSettings, shard_listing
+from data_prep.shard import ShardSettings, check_settings, shard_listing
 from data_prep.table_files import Columns
 
 
@@ -43,16 +43,13 @@ def shard_dataset(
     Raises:
         SourceError: a column is not there or of another type, or there is no image.
         CorpusError: the destination holds something else, or has too little room.
+        SettingsError: a setting that nothing reads, or that does not go with another.
+        LeaseError: another job works in the destination.
     """
     folder = folder_at(absolute_path(destination, "destination"), "destination")
     laid_down = folder.child(LAID_DOWN)
     chosen = ShardSettings(source="a Ray Dataset", destination=destination, **settings)
-    if folder.size(MANIFEST) is not None and not chosen.append:
-        corpus = Corpus.open(folder)
-        if corpus.manifest["created_by"]["source"] != chosen.source:
-            raise CorpusError(f"destination {folder} holds another corpus: give another folder, or remove that one")
-        log.info("%s is finished already (%s images): nothing to do", folder, f"{corpus.num_samples:,}")
-        return corpus
+    check_settings(chosen)
 
     def listed() -> Listing:
         columns = Columns(name, label, weight, image)
@@ -64,5 +61,12 @@ def shard_dataset(
             None if not weight else True,
         )
 
-    with ray_session():
-        return shard_listing(listed, folder, chosen)
+    with held(folder):
+        if folder.size(MANIFEST) is not None and not chosen.append:
+            corpus = Corpus.open(folder)
+            if corpus.manifest["created_by"]["source"] != chosen.source:
+                raise CorpusError(f"destination {folder} holds another corpus: give another folder, or remove that one")
+            log.info("%s is finished already (%s images): nothing to do", folder, f"{corpus.num_samples:,}")
+            return corpus
+        with ray_session():
+            return shard_listing(listed, folder, chosen)

@@ -264,7 +264,7 @@ def _with_chosen_classes(listing: Listing, settings: SourceSettings) -> Listing:
     if chosen is not None:
         names, descriptions = read_classes(chosen)
         numbered = listing.classes == [str(number) for number in range(len(listing.classes))]
-        if numbered and not set(listing.classes) <= set(names):
+        if numbered and not all(name.isdigit() for name in names):  # else numbers are picked out, or put in order
             listing = with_names(listing, names, descriptions)
         else:
             listing = put_in_order(listing, names, descriptions, f"classes = {chosen}")

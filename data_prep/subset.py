@@ -36,7 +36,7 @@ from data_prep.corpus_format import (
     manifest_hash,
     read_manifest,
 )
-from data_prep.corpus_jobs import check_places
+from data_prep.corpus_jobs import check_places, held
 from data_prep.stratify import apportion, random_places
 
 DESCRIPTION = """
@@ -108,14 +108,16 @@ def make_parts(settings: SubsetSettings) -> dict[str, Corpus]:
     Raises:
         SettingsError: sizes that cannot be had.
         CorpusError: the corpus is missing or damaged, or the destination holds something else.
+        LeaseError: another job works in the destination.
     """
     base = Corpus.open(absolute_path(settings.corpus, "corpus"))
     destination = folder_at(absolute_path(settings.destination, "destination"), "destination")
     check_places(base.folder, destination)
     made = {}
-    for part in choose(base, settings):
-        folder = destination.child(part.name)
-        made[part.name] = _made_before(folder, base, part.choice) or _write(folder, base, part)
+    with held(destination):
+        for part in choose(base, settings):
+            folder = destination.child(part.name)
+            made[part.name] = _made_before(folder, base, part.choice) or _write(folder, base, part)
     return made
 
 

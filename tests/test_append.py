@@ -175,3 +175,21 @@ def test_what_cannot_be_appended_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"has many labels an image, the corpus .* has one"):
         shard(root, tmp_path / "corpus", append=True, labels=tmp_path / "labels.csv")
     assert content(tmp_path / "corpus") == before
+
+
+def test_another_delivery_under_the_same_paths_is_refused(tmp_path):
+    first = image_folder(tmp_path / "week1", images=6)
+    shard(first, tmp_path / "corpus")
+    before = content(tmp_path / "corpus")
+    second = image_folder(tmp_path / "week2", images=6)
+    for number in range(4):
+        (second / "c1" / f"{number:03d}.JPEG").write_bytes(encoded(500 + number, (90, 70)))
+    (second / "c1" / "new.JPEG").write_bytes(encoded(1))
+    with pytest.raises(
+        ValueError, match=r"4 of 18 images that .* has by their paths are of another size .*c1/000.JPEG"
+    ):
+        shard(second, tmp_path / "corpus", append=True)
+    assert content(tmp_path / "corpus") == before
+    converted = shard(first, tmp_path / "smaller", max_side=32)  # sizes that say nothing
+    again = shard(first, tmp_path / "smaller", max_side=32, append=True)
+    assert again.corpus_hash == converted.corpus_hash

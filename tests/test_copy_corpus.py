@@ -12,9 +12,15 @@ from pathlib import Path
 import pytest
 
 from cluster.folders import Folder, LocalFolder, folder_at
+from cluster.lease import FILE as LEASE
+from cluster.lease import Lease, LeaseError
 from data_prep.copy_corpus import CopySettings, copy_corpus
 from data_prep.corpus import Corpus
 from data_prep.corpus_format import CorpusError
+from data_prep.corpus_jobs import held
+from data_prep.index import IndexSettings, index_corpus
+from data_prep.shard import ShardSettings, shard_corpus
+from data_prep.subset import SubsetSettings, make_parts
 from tests.corpora import image_folder, make_corpus
 from tests.running import REPOSITORY, environment
 from tests.s3_server import S3Server
@@ -52,9 +58,9 @@ def copy(source: object, destination: object) -> Corpus:
 
 
 def writes(s3: S3Server) -> set[str]:
-    """Names of the objects that were written."""
+    """Names of the objects that were written, without the lease."""
     requests = [request.split("?")[0] for request in s3.faults.requests]
-    return {request.rpartition("/")[2] for request in requests if request.startswith("PUT")}
+    return {request.rpartition("/")[2] for request in requests if request.startswith("PUT")} - {LEASE}
 
 
 def test_there_and_back_in_spite_of_faults(corpus: Corpus, s3: S3Server, tmp_path: Path) -> None:
@@ -116,6 +122,31 @@ def test_damage_is_not_copied(corpus: Corpus, s3: S3Server, tmp_path: Path, orig
         assert "shard-000001.tar" not in folder_at(str(destination), "test").names(), number
         with pytest.raises(CorpusError, match=r"manifest\.json is missing"):
             Corpus.open(str(destination))
+
+
+@pytest.mark.parametrize("place", ["local", "s3"])
+def test_one_job_at_a_time_works_in_a_destination(corpus: Corpus, s3: S3Server, tmp_path: Path, place: str) -> None:
+    destination = folder_at(str(tmp_path / "a" / "b") if place == "local" else s3.bucket() + "/b", "test")
+    source = image_folder(tmp_path / "source", classes=2, images=3)
+    jobs = [
+        lambda: copy(corpus, destination),
+        lambda: shard_corpus(ShardSettings(source=str(source), destination=destination.url)),
+        lambda: index_corpus(IndexSettings(source=corpus.url, destination=destination.url, tars="copy")),
+        lambda: make_parts(SubsetSettings(corpus=corpus.url, destination=destination.url, holdout=0.1)),
+    ]
+    with Lease(destination):
+        for job in jobs:
+            with pytest.raises(LeaseError, match="another job works in .* or give another destination"):
+                job()
+        assert destination.tree().keys() == {LEASE}
+    with held(corpus.folder):  # the lease of a source does not travel
+        assert content(copy(corpus, destination).folder).keys() == content(corpus.folder).keys() - {LEASE}
+    assert LEASE not in destination.tree()
+    if destination.local is not None:
+        assert not [path for path in destination.local.iterdir() if path.name.startswith(".")]
+        with pytest.raises(CorpusError, match="no corpus at"):
+            copy(source, tmp_path / "x" / "y")
+        assert not (tmp_path / "x").exists()
 
 
 @pytest.mark.slow

@@ -425,3 +425,24 @@ def test_on_s3_as_on_a_file_system(source, evaluation, tmp_path, s3: S3Server):
         path.name: path.read_bytes() for path in (tmp_path / "local").iterdir() if path.name != "manifest.json"
     }
     assert Corpus.open(there).corpus_hash == Corpus.open(str(tmp_path / "local")).corpus_hash
+
+
+def test_a_damaged_copy_does_not_take_the_whole_one_along(ray, tmp_path):
+    """Pillow decodes a scan with damage in its middle, and one turned by EXIF is always read by Pillow."""
+    root = tmp_path / "images" / "c"
+    root.mkdir(parents=True)
+    picture = Image.effect_mandelbrot((200, 150), (-2, -1.2, 1, 1.2), 60).convert("RGB")
+    exif = Image.Exif()
+    exif[0x0112] = 1
+    for name, options in (("1", {}), ("2", {"exif": exif})):
+        damaged = bytearray(jpeg(picture, 95, **options))
+        middle = len(damaged) - 40
+        damaged[middle : middle + 6] = b"\xff\xd3" * 3
+        with Image.open(io.BytesIO(damaged)) as image:
+            image.load()
+        (root / f"{name}-damaged.jpg").write_bytes(damaged)
+    (root / "3-whole.jpg").write_bytes(jpeg(picture, 90))
+    corpus = shard(tmp_path / "images", tmp_path / "corpus", dedup=True, max_failures=1.0)
+    assert [corpus.origin(sample) for sample in range(len(corpus))] == ["c/3-whole.jpg"]
+    with pytest.raises(SettingsError, match="Shard with min_side first"):
+        shard(tmp_path / "images", tmp_path / "more", dedup=True, min_side=10)

@@ -112,3 +112,28 @@ def test_a_rank_sees_that_its_job_is_gone(folder, holder):
     assert watcher.lost() is None
     time.sleep(1.2)
     assert "did not renew" in (watcher.lost() or "")
+
+
+def test_a_lease_that_leaves_no_file_is_held_by_one_of_many_at_a_time(folder):
+    held = threading.Lock()
+    taken: list[bool] = []
+
+    def work() -> None:
+        until = time.monotonic() + 60
+        for _ in range(5):
+            while time.monotonic() < until:
+                try:
+                    with Lease(folder, ttl_s=300, leaves_file=False):
+                        taken.append(held.acquire(blocking=False))
+                        held.release()
+                        break
+                except LeaseError:
+                    time.sleep(0.01)
+
+    workers = [threading.Thread(target=work) for _ in range(4)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert taken == [True] * 20
+    assert list(folder.local.iterdir()) == []

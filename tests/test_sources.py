@@ -354,6 +354,38 @@ def test_a_table_of_one_label_an_image_gives_classes(folder, tmp_path):
         shard(folder, tmp_path / "no", labels=tmp_path / "table.csv", labels_per_image="one")
 
 
+@pytest.mark.parametrize("form", ["csv", "jsonl", "parquet"])
+def test_numbers_as_labels_are_the_class_numbers(tmp_path, form):
+    folder = image_folder(tmp_path / "images", classes=1, images=13)
+    labels = {f"c0/{number:03d}.JPEG": number for number in range(13) if number != 5}
+    table = tmp_path / f"table.{form}"
+    if form == "csv":
+        table.write_text("path,label\n" + "".join(f"{path},{label}\n" for path, label in labels.items()))
+    elif form == "jsonl":
+        table.write_text("".join(json.dumps({"path": p, "label": label}) + "\n" for p, label in labels.items()))
+    else:
+        pq.write_table(pa.table({"path": list(labels), "label": list(labels.values())}), table)
+    corpus = shard(folder, tmp_path / "corpus", labels=table)
+    assert corpus.classes == [str(number) for number in range(13)]
+    found = {corpus.origin(sample): int(corpus.labels_of([sample])[1][0]) for sample in range(len(corpus))}
+    assert found == labels
+    names = [f"name-{number}" for number in range(13)]
+    (tmp_path / "names.txt").write_text("\n".join(names))
+    named = shard(folder, tmp_path / "named", labels=table, classes=tmp_path / "names.txt")
+    assert {path: name for path, (_, [(name, _)]) in contents(named).items()} == {
+        p: names[n] for p, n in labels.items()
+    }
+    (tmp_path / "some.txt").write_text("12\n3\n")
+    some = shard(folder, tmp_path / "some", labels=table, classes=tmp_path / "some.txt")
+    assert (some.classes, some.class_counts) == (["12", "3"], [1, 1])
+
+
+@pytest.mark.parametrize("labels", [("01", "2"), ("7", "1440764000"), ("3", "x")])
+def test_names_that_are_no_class_numbers_stay_names(folder, tmp_path, labels):
+    (tmp_path / "table.csv").write_text(f"path,label\nc0/000.JPEG,{labels[0]}\nc1/000.JPEG,{labels[1]}\n")
+    assert shard(folder, tmp_path / "corpus", labels=tmp_path / "table.csv").classes == sorted(labels)
+
+
 # ------------------------------------------------------------------------------------------ images inside a table
 
 

@@ -12,6 +12,8 @@ from cluster.ray_runtime import ray_session
 from data_prep.corpus import Corpus
 from data_prep.shard import ShardSettings, shard_corpus
 from data_prep.verify import verify
+from pipeline.corpora import open_corpora, with_places
+from pipeline.data_config import DataSettings
 from tests.corpora import encoded, image_folder
 
 
@@ -193,3 +195,27 @@ def test_another_delivery_under_the_same_paths_is_refused(tmp_path):
     converted = shard(first, tmp_path / "smaller", max_side=32)  # sizes that say nothing
     again = shard(first, tmp_path / "smaller", max_side=32, append=True)
     assert again.corpus_hash == converted.corpus_hash
+
+
+def test_what_was_removed_as_a_duplicate_does_not_come_back_with_an_append(tmp_path, messages):
+    root = image_folder(tmp_path / "images")
+    copy = root / "c0" / "zz-copy.jpg"
+    copy.write_bytes(next(path for path in sorted((root / "c0").iterdir()) if path != copy).read_bytes())
+    first = shard(root, tmp_path / "corpus", dedup=True)
+    assert first.manifest["removed"], "the copy must have been found"
+    grow(root, 1000, count=3)
+    second = shard(root, tmp_path / "corpus", append=True)
+    assert "3 are new" in messages()
+    assert second.num_samples == first.num_samples + 3
+    assert copy.name not in {Path(origin).name for origin in second.origins()}
+
+
+def test_ranks_train_on_the_version_that_the_driver_opened(tmp_path):
+    root = image_folder(tmp_path / "images")
+    first = shard(root, tmp_path / "corpus")
+    data = DataSettings(corpus=f"{tmp_path / 'corpus'}#1")
+    grow(root, 1000)
+    shard(root, tmp_path / "corpus", append=True)
+    told = with_places(data, *open_corpora(data))
+    corpus, _ = open_corpora(told, check="sizes")
+    assert corpus.corpus_hash == first.corpus_hash

@@ -136,7 +136,7 @@ def test_one_job_at_a_time_works_in_a_destination(corpus: Corpus, s3: S3Server, 
     ]
     with Lease(destination):
         for job in jobs:
-            with pytest.raises(LeaseError, match="another job works in .* or give another destination"):
+            with pytest.raises(LeaseError, match=r"another job works in .* or give another destination"):
                 job()
         assert destination.tree().keys() == {LEASE}
     with held(corpus.folder):  # the lease of a source does not travel

@@ -24,7 +24,7 @@ from cluster.folders import Folder
 from cluster.storage import StorageError, json_bytes
 
 FILE = "lease.json"
-TTL_S = 60.0
+TTL_S = 180.0
 """Seconds without a renewal after which a holder counts as dead."""
 _GIVE_UP = 0.8
 """Share of the time to live after which a holder that cannot renew stops: before another may take over."""
@@ -116,8 +116,8 @@ class Lease:
         return f"another job works in {self.folder} ({_name(holder)}): wait for it, stop it, or use another run.name"
 
     def _renew(self) -> None:
-        renewed = time.monotonic()
-        while not self._ended.wait(self.ttl_s / 3):
+        renewed = began = time.monotonic()
+        while not self._ended.wait(self.ttl_s / 3 if renewed == began else self.ttl_s / 30):
             began = time.monotonic()
             try:
                 if self._write(self._written):
@@ -171,8 +171,11 @@ class Watcher:
         """Why the lease no longer covers this process, or None while it does. Reads one small file."""
         try:
             found = self.folder.read_bytes(FILE)
-        except (OSError, StorageError):
-            found = self._seen or b""  # storage that does not answer is a lease that is not seen to be renewed
+        except (OSError, StorageError):  # storage that does not answer is a lease that is not seen to be renewed
+            if self._seen is None:
+                late = time.monotonic() - self._changed > self.ttl_s
+                return f"the lease on {self.folder} cannot be read" if late else None
+            found = self._seen
         if found != self._seen:
             self._seen, self._changed = found, time.monotonic()
         holder = _parse(found)
@@ -203,8 +206,20 @@ HERE = {"host": platform.node(), "boot": _boot()}
 """Which machine (and which container of it) this is: two processes with the same one see each other's numbers."""
 
 
+def _started(pid: int) -> float:
+    """When a process began, in clock ticks since the boot: the time of day may be set while it runs.
+
+    Raises:
+        psutil.NoSuchProcess: it has ended.
+    """
+    try:
+        return float(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
+    except (FileNotFoundError, ProcessLookupError):
+        return psutil.Process(pid).create_time()  # a system without /proc
+
+
 def _process() -> dict[str, Any]:
-    return {"pid": os.getpid(), "started": psutil.Process().create_time()}
+    return {"pid": os.getpid(), "started": _started(os.getpid())}
 
 
 def _parse(content: bytes | None) -> dict[str, Any] | None:
@@ -226,7 +241,7 @@ def _is_dead(holder: dict[str, Any]) -> bool:
         return False
     try:
         process = psutil.Process(holder["pid"])
-        return process.create_time() != holder["started"] or process.status() == psutil.STATUS_ZOMBIE
+        return _started(process.pid) != holder["started"] or process.status() == psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return True
 

@@ -1,5 +1,6 @@
 """Adds images to a corpus: new shards under a new version of the manifest. The older versions stay as they are."""
 
+import json
 import re
 from collections.abc import Iterator
 from dataclasses import replace
@@ -17,10 +18,13 @@ from data_prep.convert import Conversion
 from data_prep.corpus import Corpus
 from data_prep.corpus_format import PLAN, SHARDS_AT, CorpusError, file_of_version
 from data_prep.listing import Listing, SourceError
+from data_prep.removed import REMOVED
 from data_prep.shard_plan import Appended, Plan
 from data_prep.shard_task import one_line, remove_shard
 
 NewClasses = Literal["append", "refuse"]
+_MAY_COME = "named in the table"
+"""How the reason begins for which an image was left out that was missing: it may be there now."""
 _SHARD_NAME = re.compile(r"shard-(\d{6,})\.tar")
 
 
@@ -103,9 +107,15 @@ def _not_there_yet(listing: Listing, before: Corpus) -> Listing:
 
 
 def _origins(corpus: Corpus) -> Iterator[str]:
+    """What the corpus has, and what was left out of it for good: damaged images, and duplicates."""
     yield from corpus.origins()
     for entry in corpus.quarantined():
-        yield entry["origin"]
+        if not entry["reason"].startswith(_MAY_COME):
+            yield entry["origin"]
+    for version in range(1, corpus.version + 1):
+        name = file_of_version(REMOVED, version)
+        if corpus.folder.size(name) is not None:
+            yield from (json.loads(line)["origin"] for line in corpus.folder.read_bytes(name).splitlines())
 
 
 def _digest(origin: str) -> str:

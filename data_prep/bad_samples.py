@@ -14,6 +14,7 @@ from cluster.storage import StorageError
 from data_prep.corpus_format import CorpusError, ShardError
 from data_prep.mixture import Mixture
 from data_prep.order import ATTEMPTS_IN_SHARD
+from data_prep.shard_cache import FetchError
 
 NAMED = 20
 """Bad samples that are described; of more, only the number is kept."""
@@ -45,6 +46,8 @@ class BadSamples:
         try:
             for place, image in zip(good, self._corpus.read(ids[good]), strict=True):
                 images[place] = image
+        except FetchError:
+            raise
         except (StorageError, OSError):  # one of them: look at each
             for place in good:
                 images[place] = self._read_one(wanted[place])
@@ -107,6 +110,8 @@ class BadSamples:
             return None
         try:
             return self._corpus.read([sample])[0]
+        except FetchError:
+            raise  # the store is away, or the disk full: no reason to show other samples from now on
         except ShardError as error:
             self._shards[self._shard_of(sample)] = str(error)
         except (StorageError, OSError) as error:

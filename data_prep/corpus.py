@@ -36,7 +36,7 @@ from data_prep.corpus_format import (
     read_manifest,
     shards_folder,
 )
-from data_prep.shard_cache import ShardCache
+from data_prep.shard_cache import FetchError, ShardCache
 
 CACHE_BYTES = 100 * 10**9
 """What the shards of object stores may take on a node where nothing else is said."""
@@ -177,6 +177,11 @@ class Corpus:
     def url(self) -> str:
         """Its folder as people write it: a path, or s3://BUCKET/PREFIX."""
         return self.folder.url
+
+    @property
+    def place(self) -> str:
+        """Where it lies, with its version, as `open` takes it: what was opened, though a newer version come."""
+        return f"{self.url}#{self.version}"
 
     @property
     def version(self) -> int:
@@ -373,6 +378,8 @@ class Corpus:
                 return opened
         try:
             opened = _OpenShard(self.shards.open(shard))  # which may take long, and other threads read meanwhile
+        except FetchError:
+            raise  # it may well be there
         except StorageError as error:
             raise ShardError(str(error)) from error
         except OSError as error:
@@ -388,9 +395,9 @@ class Corpus:
         """Read a sample whose bytes were not those that were written; this node's copy of its shard may be at fault."""
         row = self.index[sample]
         shard, offset = int(row["shard"]), int(row["offset"])
-        if self.shards.renew(shard):
-            with self._lock:
-                self._open_shards.pop(shard, None)
+        self.shards.renew(shard)
+        with self._lock:
+            self._open_shards.pop(shard, None)  # another process may have renewed it
         opened = self._shard(shard)
         image = np.empty(int(row["length"]), np.uint8)
         if os.preadv(opened.descriptor, [image.data], offset) == len(image) and image_check(image) == row["check"]:

@@ -139,6 +139,7 @@ def shard_corpus(settings: ShardSettings) -> Corpus:
     if stamp is not None:
         # such a table is copied before it is listed: not again if the corpus is finished
         stamp += f" {settings.seed} {settings.shard_mb} {_conversion(settings)}"
+        stamp += f" {settings.exclude} {settings.dedup} {settings.duplicate_distance}"
         if folder.size(_STAMP) is not None and folder.read_json(_STAMP) == stamp:
             with suppress(CorpusError):
                 corpus = Corpus.open(folder, version=1)
@@ -164,6 +165,7 @@ def shard_listing(listed: Callable[[], Listing], folder: Folder, settings: Shard
         plan, before = plan_append(listing, folder, shard_bytes, settings.seed, conversion, settings.new_classes)
         if plan is None:
             log.info("%s has all of them: nothing to do", folder)
+            remove_working_folders(folder)
             return before
     else:
         plan = Plan(listing, listing.class_descriptions, shard_bytes, settings.seed, conversion)

@@ -43,6 +43,10 @@ _NOW, _NEVER = -1, 1 << 62
 """When a shard is due that a reader waits for, and one that nobody has asked for; others by their place in an order."""
 
 
+class FetchError(StorageError, OSError):
+    """A shard that could not be brought here, though it may well be there: the store is away, or the disk is full."""
+
+
 class ShardCache:
     """The shards of one corpus, each fetched when it is first asked for or by the known order before that.
 
@@ -224,7 +228,7 @@ class ShardCache:
             try:
                 self.folder.get(self.names[shard], path)
             except OSError as error:
-                raise StorageError(f"{self._url(shard)} cannot be fetched to {self.cache_dir}: {error}") from error
+                raise FetchError(f"{self._url(shard)} cannot be fetched to {self.cache_dir}: {error}") from error
             size, checksum = path.stat().st_size, storage.hash_file(path)
             if (size, checksum) == (self.sizes[shard], self.checksums[shard]):
                 return
@@ -314,7 +318,10 @@ class ShardCache:
                 if left is not None:
                     left.release()
                     continue
-            content = path.read_bytes().hex()
+            try:
+                content = path.read_bytes().hex()
+            except FileNotFoundError:
+                continue  # its reader has just ended
             for place in range(len(content) // 32):
                 checksum = content[32 * place : 32 * place + 32]
                 places[checksum] = min(place, places.get(checksum, place))

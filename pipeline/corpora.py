@@ -61,8 +61,8 @@ def open_corpora(data: DataSettings, check: Literal["content", "sizes"] = "conte
 
 def with_places(data: DataSettings, corpus: Mixture, heldout: Mixture | None) -> DataSettings:
     """The settings with the places of the corpora as every worker understands them."""
-    places = [part.url for part in corpus.parts]
-    changes: dict[str, object] = {"heldout": heldout.parts[0].url if heldout else None}
+    places = [part.place for part in corpus.parts]
+    changes: dict[str, object] = {"heldout": heldout.parts[0].place if heldout else None}
     if data.mixture is None:
         changes["corpus"] = places[0]
     else:

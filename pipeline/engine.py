@@ -1,5 +1,6 @@
 """The DeepSpeed engine of a run: parameter groups, optimizer, ZeRO, precision."""
 
+import gc
 import logging
 import os
 import warnings
@@ -177,3 +178,18 @@ def reduce_and_update(engine: Any, measure: bool) -> float | None:
     base = base_optimizer(engine)
     kept = base.norm if base.clip is not None else engine.get_global_grad_norm()
     return float("nan") if kept is None else float(kept)
+
+
+def destroy(engine: Any) -> None:
+    """End an engine. Its memory is free when the caller has dropped it and its outputs, and called `free_memory`."""
+    from deepspeed.runtime.zero import parameter_offload
+
+    engine.destroy()
+    parameter_offload.FWD_MODULE_STACK.clear()  # at stage 3 it holds the last module that ran
+
+
+def free_memory() -> None:
+    """Give back what nobody names any more."""
+    gc.collect()  # an engine refers to itself
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

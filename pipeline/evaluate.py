@@ -111,7 +111,7 @@ def main() -> None:
         )
     if package.activation == "softmax" and corpus.label_kind == "multi":
         raise SettingsError(f"{package.uri} gives one class an image (softmax), {corpus} has many labels an image")
-    settings = settings.model_copy(update={"corpus": corpus.url})
+    settings = settings.model_copy(update={"corpus": corpus.place})
     scratch_root = home / "tmp"  # every node sees it
     scratch_root.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=scratch_root, prefix="evaluate-") as scratch:

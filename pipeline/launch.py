@@ -14,6 +14,7 @@ from typing import Any, Literal
 from cluster.command import log
 from cluster.ray_runtime import ray_session
 from cluster.settings import SettingsError
+from cluster.storage import StorageError
 from pipeline.crew import Crew, Recruiter, Terms
 from pipeline.stopping import STOPPED, Control, Every, SignalControl, StopSignal
 from pipeline.workers import under_torchrun
@@ -106,7 +107,11 @@ class _Launcher:
                 if outcome == "crashed":
                     log.warning("the ranks crashed while they were told to stop: %s", why)
                 raise SystemExit(STOPPED)
-            now = self.progress()
+            try:
+                now = self.progress()
+            except (OSError, StorageError) as error:  # the storage that the ranks crashed of, perhaps
+                log.warning("%s", error)
+                now = saved
             if now > saved:
                 failures, saved = 0, now
             if outcome == "stopped":
@@ -185,7 +190,7 @@ class _Launcher:
         except TrainingFailedError as error:
             failures = error.worker_failures if isinstance(error, WorkerGroupError) else {}
             for failure in failures.values():
-                if isinstance(failure, ValueError):
+                if isinstance(failure, ValueError) and not isinstance(failure, OSError):
                     raise failure from None
             hung = ray.get(mailbox.verdict.remote())
             what = "; ".join(f"rank {rank}: {_last_line(failure)}" for rank, failure in sorted(failures.items()))

@@ -101,7 +101,8 @@ def settle(
         needed = state_bytes(config, precision, zero_stage, ranks, training.ema > 0)
         return needed + micro_batch * activation_bytes(config, precision, training.recompute) <= budget
 
-    same_ranks = saved.get("world_size") == ranks
+    # Bit by bit as before only in the same layout; GPUs with less memory need another.
+    same_ranks = saved.get("world_size") == ranks and (not gpu or machine.memory >= 0.95 * saved.get("memory", 0))
     least = 1 if precision == "bf16" else 0
     if training.zero_stage != "auto":
         zero_stage = training.zero_stage

@@ -47,6 +47,8 @@ class _Save:
     given_up: threading.Event = field(default_factory=threading.Event)
     """Another rank's part never will be."""
     error: str | None = None
+    committed: bool = False
+    """On rank 0: it counts, whatever a rank believes of its own part."""
     thread: threading.Thread | None = None
 
 
@@ -77,6 +79,7 @@ class Checkpoints:
         self.scratch = self._scratch.path
         self._session = workers.from_all(secrets.token_hex(4))[0]
         self._saves = 0
+        self._failed = False
         self._pending: _Save | None = None
         if worker.leads:
             remove_uncommitted(folder)
@@ -98,17 +101,25 @@ class Checkpoints:
     def save(self, engine: Any, step: int, state: dict[str, Any]) -> None:
         """Write this rank's part to the node's disk and let a thread bring it to the run's folder.
 
-        Waits first for the checkpoint before, if that is still on its way.
+        Waits first for the checkpoint before, if that is still on its way. Should that one have failed, this one is
+        tried all the same: what was wrong may have passed.
 
         Args:
             step: optimizer steps taken so far.
             state: what the manifest says beside the tensors, as JSON; "scores" in it are what keep_best goes by.
 
         Raises:
-            CheckpointError: this one could not be written, or the one before it not brought to its place.
+            CheckpointError: this one could not be written, or neither of the two before it.
         """
         began = time.perf_counter()
-        self._settle()
+        try:
+            self._settle()
+            self._failed = False
+        except CheckpointError as failure:  # all ranks have the same
+            if self._failed:
+                raise
+            self._failed = True
+            log.warning("%s. Trying that of step %d", failure, step)
         assert not nonfinite_flag(engine).item(), "a state after a gradient that was not finite is not worth keeping"
         held = elastic.holdings(engine)
         pieces = held.share(self.worker.rank, self.worker.world_size)
@@ -202,17 +213,17 @@ class Checkpoints:
 
     def _bring(self, save: _Save) -> None:
         try:
-            try:
-                for name in save.files:
-                    self._patiently(save, functools.partial(self._put, save, name))
-            finally:
-                save.brought.set()
+            for name in save.files:
+                self._patiently(save, functools.partial(self._put, save, name))
+            save.brought.set()
             if self.worker.leads:
                 self._patiently(save, functools.partial(self._commit, save))
         except Exception as error:
             what = getattr(error, "strerror", None) or str(error) or type(error).__name__
             save.error = f"{save.target} from {workers.node()}: {what}"
             log.warning("the checkpoint of step %d could not be written (%s)", save.step, save.error)
+        finally:
+            save.brought.set()  # after the error is: it is looked at then
 
     def _put(self, save: _Save, name: str) -> None:
         path = self.scratch / name
@@ -248,7 +259,7 @@ class Checkpoints:
                 raise OSError(f"the part of rank {rank} did not arrive whole")
             parts.append({"files": files, "digest": xxhash.xxh3_128_hexdigest(content)})
         commit(save.target, save.step, parts, save.state)
-        self.committed = (save.step, time.time())
+        save.committed, self.committed = True, (save.step, time.time())
         try:
             kept = self.settings
             retain(self.folder, save.target, kept.keep, self.keep_every, kept.keep_best)
@@ -269,6 +280,8 @@ class Checkpoints:
         if any(errors):
             save.given_up.set()
         save.thread.join()
+        if workers.from_all(save.committed)[0]:
+            return  # every part was there and whole: an answer that got lost on the way to its rank changes nothing
         if not any(errors):
             errors = workers.from_all(save.error)
         if any(errors) and self.worker.leads:

@@ -43,7 +43,15 @@ from pipeline.config import StageSettings, duration_in_steps
 from pipeline.consensus import Consensus
 from pipeline.corpora import describe_order, open_corpora
 from pipeline.elastic import swap_average
-from pipeline.engine import build_engine, nonfinite_flag, prepare_deepspeed, reduce_and_update, set_learning_rate
+from pipeline.engine import (
+    build_engine,
+    destroy,
+    free_memory,
+    nonfinite_flag,
+    prepare_deepspeed,
+    reduce_and_update,
+    set_learning_rate,
+)
 from pipeline.health import NAMES, Health, Trouble, window_of
 from pipeline.identity import identity_of
 from pipeline.loader import Batch, EvalLoader, TrainLoader, check_bad
@@ -212,6 +220,7 @@ def _train(job: Job, worker: workers.Worker, oversight: Oversight) -> bool:
             "skipped": skipped,
             "unscored": unscored,
             "mlflow_run": job.mlflow_run,
+            "memory": machine.memory,
             "versions": checkpoints.versions(),
             "scores": scored.get(step, {}),
         }
@@ -275,6 +284,8 @@ def _train(job: Job, worker: workers.Worker, oversight: Oversight) -> bool:
         log.info("%s", mixing_of_windows)
     record = SampleRecord(folder, worker.rank) if settings.log.samples else None
     losses: list[torch.Tensor] = []
+    logits: Any = None
+    loss: Any = None
     oversight.begin()
     listen(everything=True)
     if unscored and not stop:
@@ -326,10 +337,13 @@ def _train(job: Job, worker: workers.Worker, oversight: Oversight) -> bool:
             if logged or saves or scores:
                 trouble = listen(everything=True)
         if trouble is not None:
+            oversight.at("checkpoint", step)
+            saved.wait()  # what is on its way is from before it
             skipped = health.handle(trouble, skipped, folder, corpus)
             batches.close()
-            engine.destroy()
-            saved.wait()
+            destroy(engine)
+            engine = logits = loss = None
+            free_memory()
             engine, resume = engine_at(saved.newest())
             began = step = saved_step = resume.step if resume else 0
             consensus.settle()
@@ -373,6 +387,8 @@ def _train(job: Job, worker: workers.Worker, oversight: Oversight) -> bool:
         if trouble is None:
             save()
         else:
+            oversight.at("checkpoint", step)
+            saved.wait()
             health.handle(trouble, skipped, folder, corpus)
             step = saved_step  # what came after is not worth keeping
     oversight.at("checkpoint", step)
@@ -383,7 +399,7 @@ def _train(job: Job, worker: workers.Worker, oversight: Oversight) -> bool:
         metrics_file.publish()
         metrics_file.close()
     batches.close()
-    engine.destroy()
+    destroy(engine)
     dist.barrier()
     finished = step >= total and not unscored
     if not finished:

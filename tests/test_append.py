@@ -12,6 +12,8 @@ from cluster.ray_runtime import ray_session
 from data_prep.corpus import Corpus
 from data_prep.shard import ShardSettings, shard_corpus
 from data_prep.verify import verify
+from pipeline.corpora import open_corpora, with_places
+from pipeline.data_config import DataSettings
 from tests.corpora import encoded, image_folder
 
 
@@ -175,3 +177,27 @@ def test_what_cannot_be_appended_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"has many labels an image, the corpus .* has one"):
         shard(root, tmp_path / "corpus", append=True, labels=tmp_path / "labels.csv")
     assert content(tmp_path / "corpus") == before
+
+
+def test_what_was_removed_as_a_duplicate_does_not_come_back_with_an_append(tmp_path, messages):
+    root = image_folder(tmp_path / "images")
+    copy = root / "c0" / "zz-copy.jpg"
+    copy.write_bytes(next(path for path in sorted((root / "c0").iterdir()) if path != copy).read_bytes())
+    first = shard(root, tmp_path / "corpus", dedup=True)
+    assert first.manifest["removed"], "the copy must have been found"
+    grow(root, 1000, count=3)
+    second = shard(root, tmp_path / "corpus", append=True)
+    assert "3 are new" in messages()
+    assert second.num_samples == first.num_samples + 3
+    assert copy.name not in {Path(origin).name for origin in second.origins()}
+
+
+def test_ranks_train_on_the_version_that_the_driver_opened(tmp_path):
+    root = image_folder(tmp_path / "images")
+    first = shard(root, tmp_path / "corpus")
+    data = DataSettings(corpus=f"{tmp_path / 'corpus'}#1")
+    grow(root, 1000)
+    shard(root, tmp_path / "corpus", append=True)
+    told = with_places(data, *open_corpora(data))
+    corpus, _ = open_corpora(told, check="sizes")
+    assert corpus.corpus_hash == first.corpus_hash

@@ -147,6 +147,8 @@ def test_a_killed_run_has_the_same_weights_bit_by_bit_after_a_hundred_steps(plac
     unbroken = straight if stage == 2 else finish(places, f"straight-{stage}", 2, stage)
     metrics = places[0] / "runs" / name / "metrics.jsonl"
     torchrun_killed(2, places[0], metrics, 12, *words(places, name, stage))
+    for step, loss in unbroken.items():
+        assert loss == pytest.approx(straight[step], rel=1e-4), step
     assert finish(places, name, 2, stage) == unbroken
     runs = places[0] / "runs"
     assert same_state(runs / name, runs / ("straight" if stage == 2 else f"straight-{stage}"))

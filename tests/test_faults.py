@@ -35,13 +35,11 @@ def test_killed_at_awkward_moments_a_run_loses_only_what_came_after_its_checkpoi
     with a_run(tmp_path) as run:
         chosen = named(
             faults.ONE_HOST,
-            "a worker, while saving",
             "the driver, while uploading",
             "a worker, while 1 rank reads what 2 saved",
-            "the driver, right after a commit",
         )
         results = [play(run, fault) for fault in chosen]
-        assert [result.ranks for result in results] == [2, 2, 1, 2]
+        assert [result.ranks for result in results] == [2, 1]
         assert all(result.repeated <= 3 * faults.SAVE_EVERY for result in results)
         check_record(run, results)
 
@@ -88,7 +86,7 @@ def test_s3_that_refuses_and_resets_delays_a_run_and_one_that_stays_away_ends_it
         return {row["step"]: row["loss"] for row in metrics_of(run) if "loss" in row}
 
     s3.faults.rates = {"denied": 1.0}
-    s3.faults.only = r"^(PUT|POST) .*/step-00000030.*rank-"
+    s3.faults.only = r"^(PUT|POST) .*/step-000000(30|40|50).*rank-"
     stopped = torchrun(1, tmp_path, *words)
     assert stopped.returncode != 0
     assert "error: the checkpoint of step 30 could not be written" in stopped.stderr, stopped.stderr[-6000:]

@@ -75,7 +75,7 @@ def test_ray_job_stop_saves_and_the_same_command_goes_on(
     assert 20 <= taken == int(stopped[1]) < STEPS
     again = head.job("submit", *words[:-2], *words[-1:], "second", *command)
     assert again.returncode == 0
-    wait_for(lambda: "SUCCEEDED" in head.job("status", "second").stdout)
+    wait_for(lambda: "succeeded" in head.job("status", "second").stdout)
     assert "resumed from" in head.job("logs", "second").stdout
     assert losses(metrics) == straight
 

@@ -8,17 +8,20 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-fast lint bench lock clean
+.PHONY: demo test test-fast test-faults lint bench lock clean
 
 demo: $(READY)
 	$(BIN)/python pipeline/demo.py
 
 test: $(READY) lint
 	$(BIN)/python -m pytest -m "not slow"
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -m "slow and not faults"
 
 test-fast: $(READY)
 	$(BIN)/python -m pytest -m "not slow"
+
+test-faults: $(READY)
+	$(BIN)/python -m pytest -m faults
 
 lint: $(READY)
 	$(BIN)/ruff check

@@ -13,20 +13,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol
+from typing import Any, BinaryIO
 
 from cluster import storage
-from cluster.storage import StorageError
+from cluster.storage import Sink, StorageError
 
 _LOCK = ".swap-lock"
 """Suffix of the file beside one that is swapped, which processes of mounted file systems lock."""
-
-
-class Sink(Protocol):
-    """What `Folder.writing` gives: bytes go in, in order."""
-
-    def write(self, content: Any, /) -> int:
-        """Take bytes; returns how many were taken, which may be fewer."""
 
 
 class Folder(ABC):
@@ -254,9 +247,7 @@ class LocalFolder(Folder):
             return
         with path.open("rb") as source, storage.atomic_file(target) as file:
             while chunk := source.read(4 << 20):
-                view = memoryview(chunk)
-                while view:
-                    view = view[file.write(view) :]
+                storage.write_fully(file, chunk)
         if move:
             path.unlink()
 
@@ -316,6 +307,18 @@ def _is_open_under(path: Path, descriptor: int) -> bool:
 
 def _is_hidden(name: str) -> bool:
     return storage.is_unfinished(name) or (name.startswith(".") and name.endswith(_LOCK))
+
+
+@contextmanager
+def at_hand(folder: Folder, name: str) -> Iterator[Path]:
+    """A path of this machine under which a file of a folder can be read inside the block, as it is where it lies."""
+    if folder.local is not None:
+        yield folder.local / name
+        return
+    with tempfile.TemporaryDirectory(prefix="vitforge-") as scratch:
+        path = Path(scratch) / Path(name).name
+        folder.get(name, path)
+        yield path
 
 
 def folder_at(place: str, key: str) -> Folder:

@@ -10,12 +10,19 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Protocol
 
 import xxhash
 
 _TEMPORARY = ".writing-"
 """In the name of every file that is not finished; nothing reads such a file, and a rerun removes it."""
+
+
+class Sink(Protocol):
+    """Where bytes go in, in order: a file, or an object that is being written."""
+
+    def write(self, content: Any, /) -> int:
+        """Take bytes; returns how many were taken, which may be fewer."""
 
 
 class StorageError(ValueError):
@@ -68,9 +75,16 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
 def write_bytes(path: Path, content: bytes | memoryview) -> None:
     """Write a file atomically."""
     with atomic_file(path) as file:
-        view = memoryview(content).cast("B") if len(content) else memoryview(b"")
+        write_fully(file, content)
+
+
+def write_fully(sink: Sink, content: Any) -> None:
+    """Write all of a buffer to a sink that may take less of it at a time."""
+    view = memoryview(content)
+    if view.nbytes:  # a view without bytes cannot be cast
+        view = view.cast("B")
         while view:
-            view = view[file.write(view) :]
+            view = view[sink.write(view) :]
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -136,14 +150,3 @@ def remove_unfinished(folder: Path) -> None:
 def is_unfinished(name: str) -> bool:
     """Whether a file name is a temporary one of this module."""
     return name.startswith(".") and _TEMPORARY in name
-
-
-def sync_tree(folder: Path) -> None:
-    """Make everything inside a folder durable, files and folders."""
-    for path in folder.rglob("*"):
-        if path.is_dir():
-            sync_folder(path)
-        else:
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
-    sync_folder(folder)

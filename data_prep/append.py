@@ -17,7 +17,7 @@ from data_prep.class_names import after, put_in_order
 from data_prep.columns import Labels
 from data_prep.convert import Conversion
 from data_prep.corpus import Corpus
-from data_prep.corpus_format import PLAN, SHARDS_AT, CorpusError, file_of_version
+from data_prep.corpus_format import MANIFEST, PLAN, SHARDS_AT, CorpusError, file_of_version, manifest_of_version
 from data_prep.listing import Listing, SourceError
 from data_prep.remote_images import RemoteImages
 from data_prep.removed import REMOVED
@@ -85,7 +85,7 @@ def _version_to_add_to(folder: Folder) -> Corpus:
     except CorpusError as error:
         # shards of the newest version may be damaged: the same command makes it anew from the one before
         try:
-            newest = int(folder.read_json("manifest.json").get("version", 1))
+            newest = int(folder.read_json(MANIFEST).get("version", 1))
         except StorageError:
             raise error from None
         if newest == 1:
@@ -114,7 +114,7 @@ def _were_converted(corpus: Corpus, conversion: Conversion) -> bool:
     """Whether images of a corpus, in any version, may have other bytes than their source."""
     if conversion.max_side or conversion.baseline:
         return True
-    versions = [corpus.folder.read_json(f"manifest-{version:06d}.json") for version in range(1, corpus.version)]
+    versions = [corpus.folder.read_json(manifest_of_version(version)) for version in range(1, corpus.version)]
     return any(manifest.get("converted") for manifest in (*versions, corpus.manifest))
 
 
@@ -183,7 +183,7 @@ def _drop_other_plan(folder: Folder, plan: Plan) -> None:
     there = folder.read_json(name)
     if there == plan.describe():
         return
-    newest = int(folder.read_json("manifest.json").get("version", 1))
+    newest = int(folder.read_json(MANIFEST).get("version", 1))
     if newest >= plan.version:
         raise CorpusError(
             f"version {newest} of {folder} is damaged, and was made from other images or with other settings than "

@@ -24,10 +24,9 @@ from cluster.command import Progress, absolute_path, duration, log, run_command
 from cluster.folders import Folder, folder_at
 from cluster.lease import FILE as LEASE
 from cluster.settings import Settings, parse_command
-from cluster.storage import StorageError
 from data_prep.corpus import Corpus
 from data_prep.corpus_format import MANIFEST, SHARDS_AT, CorpusError, read_manifest, shards_folder
-from data_prep.corpus_jobs import GO_ON, check_places, check_room, held, in_megabytes, names_in, run_tasks
+from data_prep.corpus_jobs import check_places, check_room, held, in_megabytes, names_in, run_tasks, written
 from data_prep.shard_task import SHARD_FILES, record_name, shard_file
 
 DESCRIPTION = """
@@ -116,16 +115,12 @@ def _copy_into(destination: Folder, source: Folder, workers: int) -> Corpus:
     there = destination.tree()
     missing = {name: size for name, size in sizes.items() if there.get(name) != size}
     check_room(destination, sum(missing.values()))
-    try:
+    with written(destination):
         destination.remove_unfinished()
         destination.write_json(_MARK, {"corpus_hash": manifest["corpus_hash"]})
         _copy_all(source, destination, manifest, sizes, missing, workers)
         destination.write_json(MANIFEST, {key: value for key, value in manifest.items() if key != SHARDS_AT})
         destination.remove(_MARK)
-    except OSError as error:
-        if isinstance(error, StorageError):
-            raise
-        raise StorageError(f"{destination} cannot be written: {error}. {GO_ON}") from error
     corpus = Corpus.open(destination)
     log.info(
         "copied %s to %s: %s images in %d shards, %s, in %s; corpus hash %s",
@@ -220,9 +215,7 @@ def _copy_files(task: _CopyTask) -> dict[str, Any]:
             while chunk := file.read(_CHUNK):
                 digest.update(chunk)
                 count += len(chunk)
-                view = memoryview(chunk)
-                while view:
-                    view = view[sink.write(view) :]
+                storage.write_fully(sink, chunk)
             _check(task, name, count, digest.hexdigest())  # what fails here does not appear there
     return {"sizes": {".tar": sum(task.sizes.values())}}
 

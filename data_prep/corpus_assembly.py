@@ -2,9 +2,7 @@
 
 import json
 import platform
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -12,6 +10,8 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 import xxhash
 
+from cluster import storage
+from cluster.ahead import ahead
 from cluster.folders import Folder
 from cluster.storage import StorageError
 from data_prep.columns import LABEL_DTYPE, Labels
@@ -25,6 +25,7 @@ from data_prep.corpus_format import (
     QUARANTINE,
     file_of_version,
     manifest_hash,
+    manifest_of_version,
 )
 from data_prep.removed import REMOVED, Removed
 from data_prep.shard_task import read_rows, remove_shard
@@ -84,11 +85,9 @@ class HashedFile:
         self.size = 0
 
     def write(self, content: bytes) -> None:
-        view = memoryview(content)
-        self._digest.update(view)
-        self.size += len(view)
-        while view:
-            view = view[self._file.write(view) :]
+        self._digest.update(content)
+        self.size += len(content)
+        storage.write_fully(self._file, content)
 
     def write_all(self, path: Path) -> None:
         """Write the content of a file."""
@@ -102,18 +101,6 @@ class HashedFile:
         return {"bytes": self.size, "xxh3_128": self._digest.hexdigest()}
 
 
-def _read_ahead(function: Callable[[_T], _U], items: Iterable[_T]) -> Iterator[_U]:
-    """The results of a function that waits for storage, in order, some at a time."""
-    with ThreadPoolExecutor(_AHEAD) as pool:
-        running: deque[Future[_U]] = deque()
-        for item in items:
-            running.append(pool.submit(function, item))
-            if len(running) > _AHEAD:
-                yield running.popleft().result()
-        while running:
-            yield running.popleft().result()
-
-
 def _commit(folder: Folder, version: int, manifest: dict[str, Any]) -> None:
     """Write the manifest of a version; manifest.json stays that of the newest, and older ones are kept."""
     try:
@@ -122,8 +109,8 @@ def _commit(folder: Folder, version: int, manifest: dict[str, Any]) -> None:
         there = {}  # cut short: this one takes its place
     newest = there.get("version", 1)
     if there and newest < version:
-        folder.write_json(f"manifest-{newest:06d}.json", there)
-    folder.write_json(f"manifest-{version:06d}.json" if newest > version else MANIFEST, manifest)
+        folder.write_json(manifest_of_version(newest), there)
+    folder.write_json(manifest_of_version(version) if newest > version else MANIFEST, manifest)
 
 
 def assemble(
@@ -156,7 +143,7 @@ def assemble(
     elif pointers is not None:
         pointers.write(np.zeros(1, "<u8").tobytes())
     shards_before = before.manifest["shards"] if before is not None else []
-    parts = _read_ahead(lambda record: read_rows(folder, record["name"]), filled)
+    parts = ahead(lambda record: read_rows(folder, record["name"]), filled, _AHEAD, _AHEAD + 1)
     for number, (rows, labels) in enumerate(parts):
         rows["shard"] = len(shards_before) + number
         index.write(rows.tobytes())

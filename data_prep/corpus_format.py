@@ -81,6 +81,11 @@ def file_of_version(name: str, version: int) -> str:
     return name if version == 1 else f"{stem}-{version:06d}.{suffix}"
 
 
+def manifest_of_version(version: int) -> str:
+    """Name of the manifest of a version that is not the newest."""
+    return f"manifest-{version:06d}.json"
+
+
 def image_check(data: Any) -> int:
     """The checksum kept for a sample: low 32 bits of xxh3_64 of the encoded image."""
     return xxhash.xxh3_64_intdigest(data) & 0xFFFFFFFF
@@ -131,7 +136,7 @@ def check_size(folder: Folder, name: str, size: int | None, expected: int) -> No
 
 def older_manifest(folder: Folder, newest: dict[str, Any], version: int) -> str:
     """Name of the manifest of an older version."""
-    name = f"manifest-{version:06d}.json"
+    name = manifest_of_version(version)
     last = newest.get("version", 1)
     if version > last or folder.size(name) is None:
         raise CorpusError(f"{folder} has no version {version}: it has version{'s 1 to' if last > 1 else ''} {last}")

@@ -78,6 +78,24 @@ def held(folder: Folder) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def written(folder: Folder, advice: str = f". {GO_ON}") -> Iterator[None]:
+    """Says of a failing file system, while a destination is written, that it was that.
+
+    Args:
+        advice: what would do.
+
+    Raises:
+        StorageError: an OSError in the block.
+    """
+    try:
+        yield
+    except StorageError:
+        raise
+    except OSError as error:
+        raise StorageError(f"{folder} cannot be written: {error}{advice}") from error
+
+
 def _remove_empty(places: list[Path]) -> None:
     with suppress(OSError):  # the first that is not empty ends it
         for place in places:

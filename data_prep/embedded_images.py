@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from cluster.command import Progress, log
 from cluster.folders import Folder
+from cluster.storage import write_fully
 from data_prep.class_names import numbers_as_names
 from data_prep.columns import LABEL_DTYPE, Labels, Strings
 from data_prep.corpus_jobs import run_tasks
@@ -208,8 +209,7 @@ def _lay_down(
                 offsets.append(at)
                 checks.append(check)
                 at += len(view)
-                while view:
-                    view = view[sink.write(view) :]
+                write_fully(sink, view)
     name_column, label_column = Strings.of(names), Strings.of(labels)
     buffer = io.BytesIO()
     np.savez(

@@ -26,7 +26,6 @@ from data_prep.corpus import Corpus
 from data_prep.corpus_assembly import assemble
 from data_prep.corpus_format import FORMAT_VERSION
 from data_prep.corpus_jobs import (
-    GO_ON,
     begin,
     check_places,
     check_room,
@@ -37,6 +36,7 @@ from data_prep.corpus_jobs import (
     reasons_in_words,
     remove_unfinished_corpus,
     run_tasks,
+    written,
 )
 from data_prep.image_tars import refuse_compression
 from data_prep.index_task import IndexTask, index_tar
@@ -178,12 +178,8 @@ def _index_into(folder: Folder, source: Path, settings: IndexSettings) -> Corpus
         check_room(folder, sum(size for tar, size in zip(plan.tars, plan.sizes, strict=True) if tar.name not in there))
     else:
         _check_links(folder, plan.tars)
-    try:
+    with written(folder):
         corpus = _make_corpus(folder, plan, settings)
-    except OSError as error:
-        if isinstance(error, storage.StorageError):
-            raise
-        raise storage.StorageError(f"{folder} cannot be written: {error}. {GO_ON}") from error
     log_summary(corpus, time.monotonic() - started)
     return corpus
 

@@ -14,7 +14,6 @@ if __package__ in (None, ""):  # run as a script: the repository root belongs on
 
 from pydantic import Field
 
-from cluster import storage
 from cluster.command import Progress, absolute_path, log, run_command
 from cluster.folders import Folder, folder_at
 from cluster.settings import SettingsError, parse_command
@@ -24,7 +23,6 @@ from data_prep.corpus import Corpus
 from data_prep.corpus_assembly import assemble
 from data_prep.corpus_format import MANIFEST, CorpusError
 from data_prep.corpus_jobs import (
-    GO_ON,
     begin,
     check_places,
     check_room,
@@ -36,6 +34,7 @@ from data_prep.corpus_jobs import (
     remove_unfinished_corpus,
     remove_working_folders,
     run_tasks,
+    written,
 )
 from data_prep.duplicates import DEFAULT_DISTANCE, MAX_DISTANCE, DuplicateSearch, remove_duplicates
 from data_prep.failure_share import FailureShare
@@ -192,12 +191,8 @@ def shard_listing(listed: Callable[[], Listing], folder: Folder, settings: Shard
     there = finished_records(folder, [plan.name(shard) for shard in range(len(plan))], plan.plan_hash)
     missing = 1 - len(there) / len(plan)
     check_room(folder, (plan.total_bytes + _INDEX_BYTES * len(plan.listing)) * missing)
-    try:
+    with written(folder):
         corpus = _make_corpus(folder, plan, settings, before)
-    except OSError as error:
-        if isinstance(error, storage.StorageError):
-            raise
-        raise storage.StorageError(f"{folder} cannot be written: {error}. {GO_ON}") from error
     log_summary(corpus, time.monotonic() - started)
     return corpus
 

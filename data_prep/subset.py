@@ -20,7 +20,6 @@ from pydantic import Field
 from cluster.command import Progress, absolute_path, log, run_command
 from cluster.folders import Folder, folder_at
 from cluster.settings import Settings, SettingsError, parse_command
-from cluster.storage import StorageError
 from data_prep.columns import LABEL_DTYPE
 from data_prep.corpus import Corpus
 from data_prep.corpus_assembly import HashedFile
@@ -36,7 +35,7 @@ from data_prep.corpus_format import (
     manifest_hash,
     read_manifest,
 )
-from data_prep.corpus_jobs import check_places, held
+from data_prep.corpus_jobs import check_places, held, written
 from data_prep.stratify import apportion, random_places
 
 DESCRIPTION = """
@@ -203,13 +202,8 @@ def _plan_hash(base: Corpus, choice: Mapping[str, Any]) -> str:
 
 def _write(folder: Folder, base: Corpus, part: Part) -> Corpus:
     """Write a part's index and manifest."""
-    try:
-        manifest = _manifest(folder, base, part)
-        folder.write_json(MANIFEST, manifest)
-    except OSError as error:
-        if isinstance(error, StorageError):
-            raise
-        raise StorageError(f"{folder} cannot be written: {error}") from error
+    with written(folder, advice=""):
+        folder.write_json(MANIFEST, _manifest(folder, base, part))
     corpus = Corpus.open(folder)
     empty = sum(
         not count and bool(before) for count, before in zip(corpus.class_counts, base.class_counts, strict=True)

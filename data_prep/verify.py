@@ -2,10 +2,8 @@
 
 import os
 import sys
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 
 if __package__ in (None, ""):  # run as a script: the repository root belongs on the path, not this folder
@@ -17,7 +15,7 @@ from numpy.typing import NDArray
 
 from cluster import storage
 from cluster.command import Progress, absolute_path, log, run_command
-from cluster.folders import Folder
+from cluster.folders import at_hand
 from cluster.settings import Settings, parse_command
 from data_prep.corpus import Corpus
 from data_prep.corpus_format import INDEX, PLACES, CorpusError, image_check
@@ -104,7 +102,7 @@ def check_shard(corpus: Corpus, shard: int, first_id: int) -> Iterator[str]:
     """What is wrong with one shard whose first sample has this id."""
     facts = corpus.manifest["shards"][shard]
     place = f"{corpus.shards_folder}/{facts['name']}"
-    with _on_this_node(corpus.shards_folder, facts["name"]) as path:
+    with at_hand(corpus.shards_folder, facts["name"]) as path:
         if storage.hash_file(path) != facts["xxh3_128"]:
             yield f"{place}: its checksum is not the manifest's"
         descriptor = os.open(path, os.O_RDONLY)
@@ -130,17 +128,6 @@ def check_shard(corpus: Corpus, shard: int, first_id: int) -> Iterator[str]:
     size = corpus.folder.size(index_name)
     if size is None or corpus.folder.read_bytes(index_name) != dali_index(lines):
         yield f"{corpus}/{index_name} is missing or is not the index of its tar"
-
-
-@contextmanager
-def _on_this_node(folder: Folder, name: str) -> Iterator[Path]:
-    """A file as it is where it lies, not as a cache may have it."""
-    if folder.local is not None:
-        yield folder.local / name
-        return
-    with tempfile.TemporaryDirectory(prefix="vitforge-verify-") as scratch:
-        folder.get(name, Path(scratch, name))
-        yield Path(scratch, name)
 
 
 def _label_extension(corpus: Corpus) -> str:

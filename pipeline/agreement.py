@@ -15,7 +15,7 @@ from pathlib import Path
 from cluster.command import log
 from cluster.folders import Folder
 from cluster.ray_runtime import REPOSITORY
-from pipeline.workers import Worker, from_all
+from pipeline.workers import Worker, from_all, node
 
 _LIBRARIES = ("torch", "deepspeed", "numpy", "nvidia-dali-cuda130", "ray")
 _CODE = "the code of Vitforge"
@@ -44,8 +44,8 @@ def check_folder(folder: Folder, worker: Worker) -> None:
     if worker.leads:
         marker.write_text(token)
     from_all(None)  # rank 0 has written
-    seen = from_all((marker.exists() and marker.read_text() == token, platform.node()))
-    blind = sorted({node for sees, node in seen if not sees})
+    seen = from_all((marker.exists() and marker.read_text() == token, node()))
+    blind = sorted({where for sees, where in seen if not sees})
     if blind:
         raise DisagreementError(
             f"the run's folder {folder} is not shared: {', '.join(blind)} does not see what rank 0 wrote there. Set "
@@ -64,14 +64,14 @@ def check_ranks(data: Mapping[str, str], worker: Worker) -> None:
     """
     mine = {_CODE: code_hash(), **versions(), "Python": platform.python_version()}
     mine |= {f"the data ({key})": identity for key, identity in data.items()}
-    every = from_all((platform.node(), mine))
+    every = from_all((node(), mine))
     differences = []
     for what in mine:
         usual, _ = Counter(facts[what] for _, facts in every).most_common(1)[0]
-        others = sorted({(node, facts[what]) for node, facts in every if facts[what] != usual})
+        others = sorted({(where, facts[what]) for where, facts in every if facts[what] != usual})
         if not others:
             continue
-        named = ", ".join(f"{node} has {value[:16]}" for node, value in others[:8])
+        named = ", ".join(f"{where} has {value[:16]}" for where, value in others[:8])
         cure = next((text for key, text in _CURES.items() if what.startswith(key)), "install the same version on all")
         text = f"{what} is not the same on all nodes: {named}, the others have {usual[:16]}: {cure}"
         if what in _WARNED:
@@ -95,13 +95,13 @@ def check_room(needed: float, place: Path, worker: Worker) -> None:
     free = shutil.disk_usage(place).free
     short = sorted(
         {
-            (node, there)
-            for node, there, wanted in from_all((platform.node(), free, needed * worker.local_world_size))
+            (where, there)
+            for where, there, wanted in from_all((node(), free, needed * worker.local_world_size))
             if there < wanted
         }
     )
     if short:
-        named = ", ".join(f"{node} has {there / 2**30:.1f} GiB free" for node, there in short)
+        named = ", ".join(f"{where} has {there / 2**30:.1f} GiB free" for where, there in short)
         raise DisagreementError(
             f"there is no room for a checkpoint on its way: {needed * worker.local_world_size / 2**30:.1f} GiB are "
             f"needed in {place.parent}, {named}. Make room, or set checkpoint.scratch to another disk"

@@ -10,7 +10,6 @@ What a restart needs beside these files is a function of the step: the data posi
 rate, the average's decay and the seed of dropout.
 """
 
-import importlib.metadata
 import re
 from dataclasses import dataclass
 from typing import Any
@@ -290,8 +289,3 @@ def _differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> 
         elif before != after:
             changes.append(f"{prefix}{key} was {before!r}, is {after!r}")
     return "; ".join(changes)
-
-
-def versions() -> dict[str, str]:
-    """Versions of the libraries that a training state depends on."""
-    return {name: importlib.metadata.version(name) for name in ("torch", "deepspeed", "numpy")}

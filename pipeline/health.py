@@ -182,13 +182,6 @@ class Health:
         return sorted([*skipped, trouble.window])
 
 
-def window_of(step: int, skipped: Sequence[int]) -> int:
-    """The window of the order that a step uses (both counted from 0) when some windows are left out."""
-    for window in sorted(skipped):
-        step += window <= step
-    return step
-
-
 def _is_finite(taken: Taken) -> bool:
     return math.isfinite(float(taken.loss)) and not float(taken.bad)
 

@@ -3,7 +3,6 @@
 The file changes every few seconds as long as rank 0 is alive, whatever the step is doing.
 """
 
-import platform
 import sys
 import time
 from collections.abc import Callable
@@ -12,6 +11,7 @@ from typing import Any
 from cluster.command import log
 from cluster.folders import Folder
 from pipeline.stopping import Every
+from pipeline.workers import node
 
 FILE = "heartbeat.json"
 _LOCAL_S, _REMOTE_S = 5.0, 30.0
@@ -68,9 +68,7 @@ class Heartbeat:
             if values.get(name) is not None:
                 gauge.set(float(values[name]), tags={"run": self._run})
         stamp = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(now))
-        self._folder.write_json(
-            FILE, {"time": stamp, "unix_time": now, "run": self._run, "host": platform.node(), **values}
-        )
+        self._folder.write_json(FILE, {"time": stamp, "unix_time": now, "run": self._run, "host": node(), **values})
 
 
 def _ray_gauges() -> dict[str, Any]:

@@ -245,6 +245,13 @@ def _why(image: NDArray[np.uint8]) -> str:
     return "DALI cannot, though other libraries can"
 
 
+def window_of(step: int, skipped: Sequence[int]) -> int:
+    """The window of the order that a step uses (both counted from 0) when some windows are left out."""
+    for window in sorted(skipped):
+        step += window <= step
+    return step
+
+
 class TrainLoader(_Loader):
     """The micro-batches of one rank for the optimizer steps [start, stop).
 
@@ -273,7 +280,7 @@ class TrainLoader(_Loader):
         assert share % micro_batch == 0
         super().__init__(corpus, settings, worker, micro_batch, (stop - start) * (share // micro_batch), backend)
         self.seed, self.global_batch, self.start, self.share = seed, global_batch, start, share
-        self.skipped = sorted(skipped)
+        self.skipped = list(skipped)
         self.windows = shuffle_windows(self.corpus, settings)
         check_cache(self.corpus, self.windows)
         self.order = MixedOrder(self.corpus, seed, self.windows)
@@ -282,19 +289,20 @@ class TrainLoader(_Loader):
     def positions(self, batch: int) -> NDArray[np.int64]:
         """[micro_batch] global positions of one of this loader's batches."""
         step, micro = divmod(batch, self.share // self.size)
-        window = self.start + step
-        for left_out in self.skipped:
-            window += left_out <= window
-        first = window * self.global_batch + self.worker.rank * self.share + micro * self.size
+        first = (
+            window_of(self.start + step, self.skipped) * self.global_batch
+            + self.worker.rank * self.share
+            + micro * self.size
+        )
         return np.arange(first, first + self.size, dtype=np.int64)
 
     def _look_ahead(self, position: int) -> None:
         """When a part comes to another window, say which shards it will need from now on."""
-        last = int(self.positions(self.count - 1)[-1])
         for part, window in enumerate(self.windows):
             if window and (reached := self.order.window_at(part, position)) != self._reached[part]:
                 self._reached[part] = reached
                 count = max(2 * window, min(PLANNED, 2 * len(self.corpus.parts[part].shard_sizes)))
+                last = int(self.positions(self.count - 1)[-1])
                 shards = self.order.shards_from(part, position, last, count)
                 self.corpus.parts[part].prefetch(shards, ahead=2 * window)
 

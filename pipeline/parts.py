@@ -8,9 +8,8 @@ knows that it is what was written.
 """
 
 import json
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,9 +17,10 @@ from typing import Any
 import torch
 import xxhash
 
+from cluster.ahead import ahead
 from cluster.command import Progress
 from cluster.folders import Folder
-from cluster.storage import StorageError, json_bytes
+from cluster.storage import StorageError, json_bytes, write_fully
 from pipeline.elastic import Holdings, Piece
 
 READERS = 8
@@ -70,9 +70,7 @@ def write_part(held: Holdings, pieces: list[Piece], folder: Path, rank: int) -> 
                     begin = 4 * (piece.offset - low)
                     digest = xxhash.xxh3_128_hexdigest(content[begin : begin + 4 * piece.count])
                     place[state] = [position + begin, digest]
-                left = content
-                while left:
-                    left = left[file.write(left) :]
+                write_fully(file, content)
                 position += len(content)
             rows += [[piece.name, piece.start, piece.count, place] for place, piece in zip(places, mine, strict=True)]
     scalars = {name: float(value) for name, value in held.scalars[0].items()}
@@ -200,16 +198,15 @@ class Parts:
     def _run(self, reads: list[_Read], label: str) -> None:
         progress = Progress(sum(4 * read.count for read in reads) >> 20, "MB", label)
         done = shown = 0
-        with ThreadPoolExecutor(READERS) as pool:
-            for group, content in _ahead(pool, self._fetch, list(_together(reads)), 2 * READERS):
-                for read in group:
-                    begin = read.offset - group[0].offset
-                    values = torch.frombuffer(content, dtype=torch.float32, count=read.count, offset=begin)
-                    for target, first in read.targets:
-                        target.copy_(values[first : first + len(target)])
-                    done += 4 * read.count
-                progress.update((done >> 20) - shown)
-                shown = done >> 20
+        for group, content in ahead(self._fetch, _together(reads), READERS, 2 * READERS):
+            for read in group:
+                begin = read.offset - group[0].offset
+                values = torch.frombuffer(content, dtype=torch.float32, count=read.count, offset=begin)
+                for target, first in read.targets:
+                    target.copy_(values[first : first + len(target)])
+                done += 4 * read.count
+            progress.update((done >> 20) - shown)
+            shown = done >> 20
 
     def _fetch(self, group: list[_Read]) -> tuple[list[_Read], bytearray]:
         first, last = group[0], group[-1]
@@ -236,19 +233,3 @@ def _together(reads: list[_Read]) -> Iterator[list[_Read]]:
         group.append(read)
     if group:
         yield group
-
-
-def _ahead(
-    pool: ThreadPoolExecutor,
-    function: Callable[[list[_Read]], tuple[list[_Read], bytearray]],
-    items: list[list[_Read]],
-    depth: int,
-) -> Iterator[tuple[list[_Read], bytearray]]:
-    """Results in order, no more than `depth` of them computed ahead."""
-    waiting: deque[Future[tuple[list[_Read], bytearray]]] = deque()
-    for item in items:
-        waiting.append(pool.submit(function, item))
-        if len(waiting) >= depth:
-            yield waiting.popleft().result()
-    while waiting:
-        yield waiting.popleft().result()

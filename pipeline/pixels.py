@@ -34,11 +34,14 @@ def finish(
     """
     assert settings.mean is not None, "the stage fills these in"
     assert settings.std is not None
+    colors = augment.draw_colors(settings.augment, seed, epochs, ids)
+    erasures = augment.draw_erasures(settings.augment, seed, epochs, ids, images.shape[-1])
+    if colors is None and not erasures:
+        return images
     mean, std = (
         torch.tensor([255 * value for value in values], dtype=torch.float32).view(3, 1, 1).to(images.device)
         for values in (settings.mean, settings.std)
     )
-    colors = augment.draw_colors(settings.augment, seed, epochs, ids)
     if colors is not None:
         # A GPU wants whole batches, a CPU what its cache holds.
         each = 1 if images.device.type == "cpu" else len(images)
@@ -48,7 +51,7 @@ def finish(
             if colors.jitter is not None:
                 color_jitter(images[rows], colors.jitter[rows])
             images[rows].sub_(mean).div_(std)
-    for erasure in augment.draw_erasures(settings.augment, seed, epochs, ids, images.shape[-1]):
+    for erasure in erasures:
         at = erasure.where
         noise = torch.from_numpy(erasure.noise).to(images.device, torch.float32)
         images[erasure.row, :, at.top : at.top + at.height, at.left : at.left + at.width] = noise.sub_(mean).div_(std)

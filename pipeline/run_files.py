@@ -14,18 +14,6 @@ INITIAL_WEIGHTS = "initial.safetensors"
 
 
 @contextmanager
-def at_hand(folder: Folder, name: str) -> Iterator[Path]:
-    """A path under which a file of the folder can be read inside the block."""
-    if folder.local is not None:
-        yield folder.local / name
-        return
-    with tempfile.TemporaryDirectory(prefix="vitforge-") as scratch:
-        path = Path(scratch) / Path(name).name
-        folder.get(name, path)
-        yield path
-
-
-@contextmanager
 def producing(folder: Folder, name: str) -> Iterator[Path]:
     """A path to write a file to; at the end of the block it is brought to the folder, whole."""
     with tempfile.TemporaryDirectory(prefix="vitforge-") as scratch:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from cluster.command import absolute_path, leads, log
-from cluster.folders import Folder, folder_at
+from cluster.folders import Folder, at_hand, folder_at
 from cluster.lease import Lease
 from cluster.ray_runtime import REPOSITORY
 from cluster.settings import SettingsError
@@ -29,7 +29,7 @@ from pipeline.corpora import some
 from pipeline.crew import Terms
 from pipeline.identity import identity_of
 from pipeline.launch import run_ranks
-from pipeline.run_files import INITIAL_WEIGHTS, METRICS, at_hand, producing
+from pipeline.run_files import INITIAL_WEIGHTS, METRICS, producing
 from pipeline.schedules import Schedule
 from pipeline.train_loop import Job, train
 from pipeline.workers import under_torchrun

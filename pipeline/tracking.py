@@ -44,7 +44,7 @@ def connect(home: Path, uri: str | None = None) -> str:
     # The store makes its tables on first use, and says so at length.
     for chatty in ("alembic", "mlflow"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
-    named = os.environ.get("MLFLOW_TRACKING_URI")
+    named = os.environ.get("MLFLOW_TRACKING_URI") or None
     uri = uri or named or f"sqlite:///{home / 'mlflow.db'}"
     try:
         home.mkdir(parents=True, exist_ok=True)
@@ -251,19 +251,11 @@ class MetricsFile:
             self._scratch.cleanup()
 
 
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The rows of a metrics file; a last line that a crash cut short is left out."""
-    return _rows(path.read_text()) if path.exists() else []
-
-
 def metrics_of(folder: Folder) -> list[dict[str, Any]]:
-    """The rows of a run's metrics file; none where there is no such file."""
-    return _rows(folder.read_bytes(METRICS).decode()) if folder.size(METRICS) is not None else []
-
-
-def _rows(text: str) -> list[dict[str, Any]]:
+    """The rows of a run's metrics file, none where there is none; a last line that a crash cut short is left out."""
     rows = []
-    for line in text.splitlines():
+    content = folder.read_bytes(METRICS) if folder.size(METRICS) is not None else b""
+    for line in content.decode().splitlines():
         try:
             rows.append(json.loads(line))
         except json.JSONDecodeError:

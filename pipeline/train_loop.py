@@ -20,7 +20,7 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 
 from cluster.command import duration, log, set_up_logging
-from cluster.folders import Folder
+from cluster.folders import Folder, at_hand
 from data_prep.mixture import Mixture
 from models.losses import dense_targets, sigmoid_cross_entropy, softmax_cross_entropy
 from models.presets import train_flops
@@ -52,12 +52,12 @@ from pipeline.engine import (
     reduce_and_update,
     set_learning_rate,
 )
-from pipeline.health import NAMES, Health, Trouble, window_of
+from pipeline.health import NAMES, Health, Trouble
 from pipeline.identity import identity_of
-from pipeline.loader import Batch, EvalLoader, TrainLoader, check_bad
+from pipeline.loader import Batch, EvalLoader, TrainLoader, check_bad, window_of
 from pipeline.optimizer import averaging_decay
 from pipeline.oversight import Oversight
-from pipeline.run_files import INITIAL_WEIGHTS, at_hand, producing
+from pipeline.run_files import INITIAL_WEIGHTS, producing
 from pipeline.sample_record import SampleRecord
 from pipeline.schedules import Schedule
 from pipeline.scoring import score
@@ -221,7 +221,7 @@ def _train(job: Job, worker: workers.Worker, oversight: Oversight) -> bool:
             "unscored": unscored,
             "mlflow_run": job.mlflow_run,
             "memory": machine.memory,
-            "versions": checkpoints.versions(),
+            "versions": agreement.versions(),
             "scores": scored.get(step, {}),
         }
         saved.save(engine, step, state)

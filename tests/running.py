@@ -9,7 +9,8 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipeline.tracking import read_metrics
+from cluster.folders import LocalFolder
+from pipeline.tracking import metrics_of
 
 if TYPE_CHECKING:
     import torch
@@ -90,7 +91,7 @@ def script(home: Path, *words: str, timeout: float = 400, **extra: str) -> subpr
 
 
 def losses(metrics: Path) -> dict[int, float]:
-    return {row["step"]: row["loss"] for row in read_metrics(metrics) if "loss" in row}
+    return {row["step"]: row["loss"] for row in metrics_of(LocalFolder(metrics.parent)) if "loss" in row}
 
 
 def newest_state(checkpoints: Path) -> dict[str, "torch.Tensor"]:

@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from cluster.folders import LocalFolder
 from pipeline import tracking
 from tests.corpora import image_folder, make_corpus
 from tests.running import losses, newest_state, same_state, torchrun, torchrun_killed
@@ -152,7 +153,7 @@ def test_a_killed_run_has_the_same_weights_bit_by_bit_after_a_hundred_steps(plac
     assert finish(places, name, 2, stage) == unbroken
     runs = places[0] / "runs"
     assert same_state(runs / name, runs / ("straight" if stage == 2 else f"straight-{stage}"))
-    assert [row["step"] for row in tracking.read_metrics(metrics)] == list(range(1, STEPS + 1))
+    assert [row["step"] for row in tracking.metrics_of(LocalFolder(metrics.parent))] == list(range(1, STEPS + 1))
 
 
 @pytest.mark.slow

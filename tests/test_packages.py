@@ -47,12 +47,11 @@ class Registry:
 @pytest.fixture(scope="module")
 def registry(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Registry]:
     folder = tmp_path_factory.mktemp("registry")
-    before = mlflow.get_tracking_uri()
     uri = f"sqlite:///{folder}/mlflow.db"
     mlflow.set_tracking_uri(uri)
     experiment = mlflow.create_experiment("tests", artifact_location=(folder / "artifacts").as_uri())
     yield Registry(folder, uri, experiment)
-    mlflow.set_tracking_uri(before)
+    mlflow.set_tracking_uri(None)  # out of the environment too
 
 
 def weights(seed: int = 0, config: VitConfig = CONFIG) -> dict[str, torch.Tensor]:

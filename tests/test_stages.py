@@ -180,7 +180,7 @@ def test_a_server_that_does_not_answer_is_named(home, corpus, monkeypatch):
     message = error_of(pretrain, monkeypatch, "demo", f"data.corpus={corpus.path}")
     assert "http://127.0.0.1:9" in message
     assert written(home) == []
-    mlflow.set_tracking_uri("")
+    mlflow.set_tracking_uri(None)
 
 
 def test_classes_without_images_are_said_and_allowed(home, tmp_path, monkeypatch, caplog):

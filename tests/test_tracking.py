@@ -36,7 +36,7 @@ def test_a_restart_sends_what_was_lost_and_repeats_nothing(home):
     # It comes back from a checkpoint at step 20, and takes the steps to 30 again.
     again = tracking.Run("", first.run_id)
     record = tracking.MetricsFile(LocalFolder(home), 20)
-    again.catch_up(tracking.read_metrics(path))
+    again.catch_up(tracking.metrics_of(LocalFolder(path.parent)))
     for step in (25, 30):
         values = {"heldout/top1": 0.5} if step == 25 else {"train/loss": 3.0}
         record.write(step, {key.removeprefix("train/"): value for key, value in values.items()})
@@ -44,7 +44,7 @@ def test_a_restart_sends_what_was_lost_and_repeats_nothing(home):
     again.finish()
     assert history(again, "train/loss") == [(10, 1.0), (20, 2.0), (30, 3.0)]
     assert history(again, "heldout/top1") == [(25, 0.5)]
-    assert [row["step"] for row in tracking.read_metrics(path)] == [10, 20, 25, 30]
+    assert [row["step"] for row in tracking.metrics_of(LocalFolder(path.parent))] == [10, 20, 25, 30]
     run = mlflow.get_run(again.run_id)
     assert run.info.status == "FINISHED"
     assert run.data.params == {"a.b": "1"}
@@ -56,14 +56,14 @@ def test_points_in_the_record_that_mlflow_never_got_are_sent_at_the_start(home):
     run = tracking.Run("run", None)
     for step in range(1, 6):
         record.write(step, {"loss": float(step)})
-    run.catch_up(tracking.read_metrics(path))
+    run.catch_up(tracking.metrics_of(LocalFolder(path.parent)))
     assert history(run, "train/loss") == [(step, float(step)) for step in range(1, 6)]
 
 
 def test_a_line_that_a_crash_cut_short_is_left_out(home):
     path = home / "metrics.jsonl"
     path.write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "lo')
-    assert [row["step"] for row in tracking.read_metrics(path)] == [1]
+    assert [row["step"] for row in tracking.metrics_of(LocalFolder(path.parent))] == [1]
 
 
 def test_a_run_that_the_store_does_not_have_is_named(home):

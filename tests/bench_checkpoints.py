@@ -10,12 +10,14 @@ step after it, split at what the log and the processes show.
 
 import os
 import statistics
-import sys
 import tempfile
 import time
 from pathlib import Path
 
-from cluster.settings import SettingsError
+from pydantic import Field
+
+from cluster.command import run_command
+from cluster.settings import Settings, parse_command
 from tests.corpora import image_folder, make_corpus
 from tests.watched_run import ThisMachine, WatchedRun
 
@@ -23,6 +25,17 @@ INTERVAL_S = 60.0
 """A sensible interval between checkpoints: what dies costs half of it on average."""
 EVERY = 25
 """Steps between the checkpoints that are measured."""
+
+
+class BenchSettings(Settings):
+    """What is measured."""
+
+    width: int = Field(384, gt=0)
+    """Of the model."""
+    depth: int = Field(6, gt=0)
+    """Blocks."""
+    rounds: int = Field(3, gt=0)
+    """Saves that are measured, and restarts."""
 
 
 def stall(run: WatchedRun, rounds: int) -> tuple[float, float, float]:
@@ -89,17 +102,12 @@ def restart(run: WatchedRun, whole: bool) -> dict[str, float]:
 
 def main() -> None:
     """The command."""
-    given = {"width": 384, "depth": 6, "rounds": 3}
-    for word in sys.argv[1:]:
-        key, _, value = word.partition("=")
-        if key not in given or not value.isdigit():
-            raise SettingsError(f"{word!r}: known are {', '.join(given)}, each a number")
-        given[key] = int(value)
+    given = parse_command(BenchSettings, prog="-m tests.bench_checkpoints", description=__doc__ or "")
     root = Path(tempfile.mkdtemp(prefix="bench-checkpoints-"))
     corpus = make_corpus(image_folder(root / "images", classes=3, images=40), root / "corpus")
     words = [
-        "pipeline/pretrain.py", "demo", f"model.width={given['width']}", f"model.depth={given['depth']}",
-        "model.heads=6", f"model.mlp_dim={4 * given['width']}", "data.image_size=32", "training.global_batch=16",
+        "pipeline/pretrain.py", "demo", f"model.width={given.width}", f"model.depth={given.depth}",
+        "model.heads=6", f"model.mlp_dim={4 * given.width}", "data.image_size=32", "training.global_batch=16",
         "training.duration=100000 steps", "log.every=1", f"checkpoint.every={EVERY} steps", "registry.name=null",
         "run.workers=2", "run.cpus_per_worker=1", "run.max_failures=100", "data.decode_threads=1",
         f"data.corpus={corpus.path}",
@@ -112,7 +120,7 @@ def main() -> None:
             folder = root / "home" / "runs" / run_name
             run = WatchedRun(place, folder, [*words, f"run.name={run_name}", *overrides], root / f"{run_name}.log")
             run.start()
-            usual, added, commit = stall(run, given["rounds"])
+            usual, added, commit = stall(run, given.rounds)
             files = sum(path.stat().st_size for path in (folder / "checkpoints").rglob("*") if path.is_file())
             size = files / max(len(run.committed()), 1)
             print(
@@ -134,4 +142,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -1,8 +1,9 @@
 """Before any test imports Ray: how it authenticates is read from the environment at its import."""
 
 import gc
+import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 
@@ -30,6 +31,14 @@ def s3(s3_server: server_module.S3Server, monkeypatch: pytest.MonkeyPatch) -> se
     for name, value in s3_server.env.items():
         monkeypatch.setenv(name, value)
     return s3_server
+
+
+@pytest.fixture
+def messages(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> Callable[[], str]:
+    """What the project's own log has said in this test, when it is called."""
+    monkeypatch.setattr(logging.getLogger("vitforge"), "propagate", True)
+    caplog.set_level(logging.INFO, "vitforge")
+    return lambda: "\n".join(record.getMessage() for record in caplog.records)
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -18,10 +18,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import psutil
+from pydantic import Field
 
-from cluster.settings import SettingsError
+from cluster.command import run_command
+from cluster.settings import Settings, parse_command
 from tests import sample_record
 from tests.corpora import image_folder, make_corpus
 from tests.two_hosts import TwoHosts, two_hosts, why_not
@@ -338,26 +341,32 @@ def check_record(run: WatchedRun, results: list[Round]) -> str:
     return f"samples: {last:,} steps of {BATCH}, {last * BATCH // IMAGES:,} whole epochs, no gap and no repeat"
 
 
+class FaultSettings(Settings):
+    """What is played."""
+
+    rounds: int = Field(20, gt=0)
+    """Faults, in the order of the list, from its start again after its end."""
+    hosts: Literal[1, 2] = 1
+    """2: on two hosts made of network namespaces, which needs root."""
+    seed: int = Field(0, ge=0)
+    """Of the moments and of the choice of a worker."""
+
+
 def main() -> None:
     """The command."""
-    given = {"rounds": 20, "hosts": 1, "seed": 0}
-    for word in sys.argv[1:]:
-        key, _, value = word.partition("=")
-        if key not in given or not value.isdigit():
-            raise SettingsError(f"{word!r}: known are {', '.join(given)}, each a number")
-        given[key] = int(value)
-    random.seed(given["seed"])
+    given = parse_command(FaultSettings, prog="-m tests.faults", description=__doc__ or "")
+    random.seed(given.seed)
     root = Path(tempfile.mkdtemp(prefix="faults-"))
     print(f"files in {root}\n{HEADER}", flush=True)
     results: list[Round] = []
 
     def rounds(run: WatchedRun, faults: list[Fault]) -> None:
-        for number in range(given["rounds"]):
+        for number in range(given.rounds):
             results.append(play(run, faults[number % len(faults)]))
             print(results[-1], flush=True)
         print(check_record(run, results), flush=True)
 
-    if given["hosts"] == 1:
+    if given.hosts == 1:
         with a_run(root) as run:
             rounds(run, ONE_HOST)
         return
@@ -369,4 +378,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

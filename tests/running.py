@@ -18,6 +18,15 @@ if TYPE_CHECKING:
 REPOSITORY = Path(__file__).resolve().parents[1]
 
 
+def tiny(steps: int, save_every: int) -> list[str]:
+    """Words of the smallest pre-training that has everything: two blocks of width 32, every step recorded."""
+    return [
+        "pipeline/pretrain.py", "demo", "model.width=32", "model.depth=2", "model.heads=2", "model.mlp_dim=64",
+        f"training.duration={steps} steps", "training.global_batch=12", "optimizer.warmup=5 steps", "log.every=1",
+        f"checkpoint.every={save_every} steps", "registry.name=null",
+    ]  # fmt: skip
+
+
 def environment(home: Path, **extra: str) -> dict[str, str]:
     dropped = ("RAY_", "MLFLOW_", "VITFORGE_", "MASTER_", "TORCHELASTIC_")
     kept = {key: value for key, value in os.environ.items() if not key.startswith(dropped) and key not in RANK_NAMES}

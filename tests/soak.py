@@ -20,9 +20,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
+from pydantic import Field
 
-from cluster.command import duration
-from cluster.settings import SettingsError
+from cluster.command import duration, run_command
+from cluster.settings import Settings, parse_command
 from data_prep.corpus import Corpus
 from tests.running import losses
 from tests.watched_run import ThisMachine, WatchedRun
@@ -172,26 +173,30 @@ def calibrate(place: ThisMachine, root: Path, words: list[str], total: float) ->
     return max(100 * round(rate * total / 100), 200)
 
 
+class SoakSettings(Settings):
+    """What is trained, for how long, under how many kills."""
+
+    corpus: str
+    """To train on."""
+    heldout: str | None = None
+    """To score on; null is the same."""
+    minutes: float = Field(30, gt=0)
+    """That the run under kills takes, about."""
+    every: float = Field(150, gt=0)
+    """Seconds between two kills, on average."""
+    seed: int = Field(0, ge=0)
+    """Of the kills."""
+
+
 def main() -> None:
     """The command."""
-    given = {"minutes": "30", "every": "150", "seed": "0", "heldout": ""}
-    corpora = []
-    for word in sys.argv[1:]:
-        key, equals, value = word.partition("=")
-        if not equals:
-            corpora.append(word)
-        elif key in given:
-            given[key] = value
-        else:
-            raise SettingsError(f"{word!r}: known are {', '.join(given)}")
-    if len(corpora) != 1:
-        raise SettingsError("name one corpus to train on")
-    seconds, pause = 60 * float(given["minutes"]), float(given["every"])
-    rng = random.Random(int(given["seed"]))
+    given = parse_command(SoakSettings, prog="-m tests.soak", description=__doc__ or "", positionals=("corpus",))
+    seconds, pause = 60 * given.minutes, given.every
+    rng = random.Random(given.seed)
     root = Path(tempfile.mkdtemp(prefix="soak-"))
-    corpus = Corpus.open(corpora[0])
+    corpus = Corpus.open(given.corpus)
     place = ThisMachine(root / "home")
-    words = [*WORDS, f"data.corpus={corpora[0]}", f"data.heldout={given['heldout'] or corpora[0]}"]
+    words = [*WORDS, f"data.corpus={given.corpus}", f"data.heldout={given.heldout or given.corpus}"]
     print(f"{corpus.num_samples:,} images of {len(corpus.classes)} classes; files in {root}", flush=True)
     try:
         # A kill costs about half a minute in which no steps are taken.
@@ -234,4 +239,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -1,7 +1,6 @@
 """Images appended to a corpus: a new version of it, the older ones stay readable and as they were."""
 
 import json
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +20,6 @@ from tests.corpora import encoded, image_folder
 def ray():
     with ray_session():
         yield
-
-
-@pytest.fixture
-def messages(caplog, monkeypatch):
-    monkeypatch.setattr(logging.getLogger("vitforge"), "propagate", True)
-    caplog.set_level(logging.INFO, "vitforge")
-    return lambda: "\n".join(record.getMessage() for record in caplog.records)
 
 
 def shard(source: Path, destination: Path, **settings: Any) -> Corpus:

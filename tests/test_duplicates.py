@@ -2,7 +2,6 @@
 
 import io
 import json
-import logging
 import os
 import shutil
 import signal
@@ -38,13 +37,6 @@ ROOT = Path(__file__).resolve().parents[1]
 def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("VITFORGE_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache"
-
-
-@pytest.fixture
-def messages(caplog, monkeypatch):
-    monkeypatch.setattr(logging.getLogger("vitforge"), "propagate", True)
-    caplog.set_level(logging.INFO, "vitforge")
-    return lambda: "\n".join(record.getMessage() for record in caplog.records)
 
 
 # ---------------------------------------------------------------------------------------------------------- the hash

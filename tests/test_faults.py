@@ -13,16 +13,12 @@ from pipeline.tracking import metrics_of
 from tests import faults
 from tests.corpora import image_folder, make_corpus
 from tests.faults import Fault, a_run, a_run_on_two_hosts, check_record, play
-from tests.running import losses, torchrun
+from tests.running import losses, tiny, torchrun
 from tests.two_hosts import why_not
 from tests.watched_run import committed
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
-TINY = [
-    "pipeline/pretrain.py", "demo", "model.width=32", "model.depth=2", "model.heads=2", "model.mlp_dim=64",
-    "training.duration=50 steps", "training.global_batch=12", "optimizer.warmup=5 steps", "log.every=1",
-    "checkpoint.every=10 steps", "registry.name=null", "run.workers=null",
-]  # fmt: skip
+TINY = [*tiny(50, 10), "run.workers=null"]
 
 
 def named(known: list[Fault], *names: str) -> list[Fault]:

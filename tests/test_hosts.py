@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.corpora import image_folder, make_corpus
-from tests.running import losses, torchrun
+from tests.running import losses, tiny, torchrun
 from tests.test_manifests import MANIFESTS, pods
 from tests.two_hosts import ADDRESSES, end_processes, two_hosts, why_not
 
@@ -23,11 +23,7 @@ pytestmark = [
     pytest.mark.skipif(REASON is not None, reason=f"two hosts need network namespaces: {REASON}"),
 ]
 STEPS = 150
-TINY = [
-    "pipeline/pretrain.py", "demo", "model.width=32", "model.depth=2", "model.heads=2", "model.mlp_dim=64",
-    f"training.duration={STEPS} steps", "training.global_batch=12", "optimizer.warmup=5 steps", "log.every=1",
-    "checkpoint.every=25 steps", "registry.name=null",
-]  # fmt: skip
+TINY = tiny(STEPS, 25)
 PYTHON = Path(sys.executable).parent
 
 

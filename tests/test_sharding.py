@@ -3,7 +3,6 @@
 import gzip
 import io
 import json
-import logging
 import lzma
 import os
 import shutil
@@ -31,13 +30,6 @@ ROOT = Path(__file__).resolve().parents[1]
 def ray():
     with ray_session():
         yield
-
-
-@pytest.fixture
-def messages(caplog, monkeypatch):
-    monkeypatch.setattr(logging.getLogger("vitforge"), "propagate", True)
-    caplog.set_level(logging.INFO, "vitforge")
-    return lambda: "\n".join(record.getMessage() for record in caplog.records)
 
 
 def shard(source, destination, **settings) -> Corpus:

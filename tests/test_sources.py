@@ -5,7 +5,6 @@ import http.server
 import io
 import itertools
 import json
-import logging
 import os
 import tarfile
 import threading
@@ -32,13 +31,6 @@ def ray():
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("VITFORGE_CACHE", str(tmp_path / "cache"))
-
-
-@pytest.fixture
-def messages(caplog, monkeypatch):
-    monkeypatch.setattr(logging.getLogger("vitforge"), "propagate", True)
-    caplog.set_level(logging.INFO, "vitforge")
-    return lambda: "\n".join(record.getMessage() for record in caplog.records)
 
 
 @pytest.fixture

@@ -1,6 +1,5 @@
 """Parts of a corpus that share its shards: what is in them, what reads them, what is refused."""
 
-import logging
 import shutil
 import subprocess
 import sys
@@ -79,13 +78,6 @@ def base(tmp_path_factory) -> Corpus:
         for place in range(count):
             (source / name / f"{place}.png").write_bytes(encoded(1000 + place + count, image_format="PNG"))
     return make_corpus(source, folder / "corpus")
-
-
-@pytest.fixture
-def messages(caplog, monkeypatch):
-    monkeypatch.setattr(logging.getLogger("vitforge"), "propagate", True)
-    caplog.set_level(logging.INFO, "vitforge")
-    return lambda: "\n".join(record.getMessage() for record in caplog.records)
 
 
 def parts_of(corpus: Corpus, destination: Path | Folder, **settings) -> dict[str, Corpus]:

@@ -14,14 +14,10 @@ import pytest
 from cluster.folders import folder_at
 from pipeline import tracking
 from tests.corpora import image_folder, make_corpus
-from tests.running import REPOSITORY, environment, losses, torchrun, torchrun_command
+from tests.running import REPOSITORY, environment, losses, tiny, torchrun, torchrun_command
 
 STEPS = 200
-TINY = [
-    "pipeline/pretrain.py", "demo", "model.width=32", "model.depth=2", "model.heads=2", "model.mlp_dim=64",
-    f"training.duration={STEPS} steps", "training.global_batch=12", "optimizer.warmup=5 steps", "log.every=1",
-    "checkpoint.every=25 steps", "registry.name=null", "run.workers=null",
-]  # fmt: skip
+TINY = [*tiny(STEPS, 25), "run.workers=null"]
 
 
 @pytest.fixture(scope="module")

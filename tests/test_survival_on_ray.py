@@ -12,15 +12,11 @@ import pytest
 
 from tests.corpora import image_folder, make_corpus
 from tests.ray_head import RayHead, ray_head
-from tests.running import REPOSITORY, environment, losses, torchrun
+from tests.running import REPOSITORY, environment, losses, tiny, torchrun
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(2400)]
 STEPS = 600
-TINY = [
-    "pipeline/pretrain.py", "demo", "model.width=32", "model.depth=2", "model.heads=2", "model.mlp_dim=64",
-    f"training.duration={STEPS} steps", "training.global_batch=12", "optimizer.warmup=5 steps", "log.every=1",
-    "checkpoint.every=100 steps", "registry.name=null",
-]  # fmt: skip
+TINY = tiny(STEPS, 100)
 
 
 @pytest.fixture(scope="module")

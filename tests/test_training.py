@@ -8,14 +8,10 @@ from cluster.folders import LocalFolder
 from pipeline import tracking
 from pipeline.packages import load_package
 from tests.corpora import image_folder, make_corpus
-from tests.running import losses, torchrun, torchrun_killed
+from tests.running import losses, tiny, torchrun, torchrun_killed
 
 STEPS = 50
-TINY = [
-    "pipeline/pretrain.py", "demo", "model.width=32", "model.depth=2", "model.heads=2", "model.mlp_dim=64",
-    f"training.duration={STEPS} steps", "training.global_batch=12", "optimizer.warmup=5 steps", "log.every=1",
-    "checkpoint.every=10 steps", "registry.name=null", "run.workers=null",
-]  # fmt: skip
+TINY = [*tiny(STEPS, 10), "run.workers=null"]
 
 
 @pytest.fixture(scope="module")

@@ -5,6 +5,7 @@ of the two it is. A file appears under its name whole or not at all, in both.
 """
 
 import fcntl
+import io
 import json
 import os
 import shutil
@@ -18,6 +19,8 @@ from typing import Any, BinaryIO
 from cluster import storage
 from cluster.storage import Sink, StorageError
 
+_PIECE = 8 << 20
+"""Bytes that `Folder.open` fetches at a time from an object store: a request costs more than reading past a little."""
 _LOCK = ".swap-lock"
 """Suffix of the file beside one that is swapped, which processes of mounted file systems lock."""
 
@@ -57,6 +60,22 @@ class Folder(ABC):
     @abstractmethod
     def size(self, name: str) -> int | None:
         """Bytes of a file, or None where there is none."""
+
+    @abstractmethod
+    def stamp(self, name: str) -> str:
+        """What becomes another when a file is written again, with any content that differs.
+
+        Raises:
+            StorageError: it is missing.
+        """
+
+    @abstractmethod
+    def open(self, name: str) -> BinaryIO:
+        """A file, to be read from any place in it; for one thread.
+
+        Raises:
+            StorageError: it is missing or cannot be read.
+        """
 
     @abstractmethod
     def read_bytes(self, name: str, offset: int = 0, length: int | None = None) -> bytes:
@@ -193,12 +212,26 @@ class LocalFolder(Folder):
     def size(self, name: str) -> int | None:
         return storage.file_size(self.local / name)
 
+    def stamp(self, name: str) -> str:
+        with self.open(name) as file:
+            stat = os.fstat(file.fileno())
+        return f"{stat.st_size} {stat.st_mtime_ns}"
+
+    def open(self, name: str) -> BinaryIO:
+        path = self.local / name
+        try:
+            return path.open("rb")
+        except OSError as error:
+            raise StorageError(f"{path} cannot be read: {error.strerror}") from error
+
     def read_bytes(self, name: str, offset: int = 0, length: int | None = None) -> bytes:
         path = self.local / name
         try:
-            with path.open("rb") as file:
+            with self.open(name) as file:
                 file.seek(offset)
                 content = file.read() if length is None else file.read(length)
+        except StorageError:
+            raise
         except OSError as error:
             raise StorageError(f"{path} cannot be read: {error.strerror}") from error
         if length is not None and len(content) != length:
@@ -252,13 +285,8 @@ class LocalFolder(Folder):
             path.unlink()
 
     def get(self, name: str, path: Path) -> None:
-        source = self.local / name
-        try:
-            with source.open("rb"):
-                pass
-        except OSError as error:
-            raise StorageError(f"{source} cannot be read: {error.strerror}") from error
-        LocalFolder(path.parent).put(source, path.name)
+        self.open(name).close()
+        LocalFolder(path.parent).put(self.local / name, path.name)
 
     def remove(self, name: str) -> None:
         (self.local / name).unlink(missing_ok=True)
@@ -307,6 +335,41 @@ def _is_open_under(path: Path, descriptor: int) -> bool:
 
 def _is_hidden(name: str) -> bool:
     return storage.is_unfinished(name) or (name.startswith(".") and name.endswith(_LOCK))
+
+
+class RangeReader(io.RawIOBase):
+    """A file of a folder that is not of a mounted file system: every read is a request.
+
+    Args:
+        folder, name: of the file.
+        size: of it, in bytes.
+    """
+
+    def __init__(self, folder: Folder, name: str, size: int) -> None:
+        self._folder, self._name, self._size, self._at = folder, name, size, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        start = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._size}[whence]
+        self._at = start + offset
+        return self._at
+
+    def readinto(self, buffer: Any) -> int:
+        view = memoryview(buffer).cast("B")
+        count = max(0, min(len(view), self._size - self._at))
+        view[:count] = self._folder.read_bytes(self._name, self._at, count)
+        self._at += count
+        return count
+
+
+def buffered(folder: Folder, name: str, size: int) -> BinaryIO:
+    """`RangeReader`, with large requests."""
+    return io.BufferedReader(RangeReader(folder, name, size), min(_PIECE, max(size, 1)))
 
 
 @contextmanager

@@ -6,10 +6,10 @@ from collections.abc import Coroutine, Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 from cluster import s3_objects, storage
-from cluster.folders import Folder, Sink
+from cluster.folders import Folder, Sink, buffered
 from cluster.s3_connection import SECRETS, connection
 from cluster.s3_objects import Objects, Upload
 from cluster.storage import StorageError
@@ -53,7 +53,20 @@ class ObjectFolder(Folder):
         return _run(self._objects.tree())
 
     def size(self, name: str) -> int | None:
-        return _run(self._objects.size(name))
+        known = _run(self._objects.size_and_etag(name))
+        return None if known is None else known[0]
+
+    def stamp(self, name: str) -> str:
+        return self._known(name)[1]
+
+    def open(self, name: str) -> BinaryIO:
+        return buffered(self, name, self._known(name)[0])
+
+    def _known(self, name: str) -> tuple[int, str]:
+        known = _run(self._objects.size_and_etag(name))
+        if known is None:
+            raise StorageError(f"{self._objects.place(name)} cannot be read: there is no such object")
+        return known
 
     def read_bytes(self, name: str, offset: int = 0, length: int | None = None) -> bytes:
         if length == 0:

@@ -83,12 +83,13 @@ class Objects:
                     found[entry["Key"][len(self._start) :]] = int(entry["Size"])
         return dict(sorted(found.items()))
 
-    async def size(self, name: str) -> int | None:
-        """Bytes of an object, or None where there is none."""
+    async def size_and_etag(self, name: str) -> tuple[int, str] | None:
+        """Bytes of an object and what tells this writing of it from others, or None where there is none."""
         try:
-            return int((await self._request("head_object", name))["ContentLength"])
-        except Answer as answer:
-            _expect(answer, "missing")
+            answer = await self._request("head_object", name)
+            return int(answer["ContentLength"]), str(answer["ETag"])
+        except Answer as missing:
+            _expect(missing, "missing")
         known = connection().known_buckets
         if self.bucket not in known:  # a HEAD has no body, which would tell a missing bucket from a missing object
             await self._request("list_objects_v2", Prefix=self._start, MaxKeys=1)
@@ -231,7 +232,7 @@ class Objects:
                 return False
             await self._request("delete_object", name, IfMatch=etag)
         except Answer:  # it is gone, perhaps by an attempt of ours whose answer was lost, or is another by now
-            return (await self.size(name)) is None
+            return (await self.size_and_etag(name)) is None
         return True
 
     async def remove_all(self) -> None:

@@ -10,12 +10,10 @@ import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import xxhash
 from numpy.typing import NDArray
 
@@ -27,7 +25,7 @@ from data_prep.columns import LABEL_DTYPE, Labels, Strings
 from data_prep.corpus_jobs import run_tasks
 from data_prep.listing import Listing, SourceError
 from data_prep.source_reader import Stream, StreamImages
-from data_prep.table_files import Columns, label_lists
+from data_prep.table_files import Columns, TableFile, label_lists, parquet_batches
 
 _ROWS = 256
 _PARTS = "parts.json"
@@ -37,14 +35,14 @@ _PARTS = "parts.json"
 class _FileTask:
     """The images of one Parquet file."""
 
-    file: Path
+    file: TableFile
     folder: Folder
     part: str
     columns: Columns
     stamp: str
 
 
-def lay_down_files(files: Sequence[Path], columns: Columns, folder: Folder, workers: int) -> list[str]:
+def lay_down_files(files: Sequence[TableFile], columns: Columns, folder: Folder, workers: int) -> list[str]:
     """Copy the images of Parquet files into a folder; returns the names of the parts, in the order of the files.
 
     Files that an earlier run has done are not read again.
@@ -56,11 +54,10 @@ def lay_down_files(files: Sequence[Path], columns: Columns, folder: Folder, work
     parts = [f"{number:06d}" for number in range(len(files))]
     tasks = {}
     for file, part in zip(files, parts, strict=True):
-        stat = file.stat()
-        stamp = f"{file.name} {stat.st_size} {stat.st_mtime_ns} {columns}"
+        stamp = f"{file.name} {file.stamp()} {columns}"
         if folder.size(f"{part}.npz") is None or str(_load(folder, part)["stamp"]) != stamp:
             tasks[part] = partial(_FileTask, file, folder, part, columns, stamp)
-    sizes = {part: file.stat().st_size for part, file in zip(parts, files, strict=True)}
+    sizes = {part: file.size() for part, file in zip(parts, files, strict=True)}
     progress = Progress(sum(sizes.values()), "bytes", "copying the images of the table")
     progress.skip(sum(size for part, size in sizes.items() if part not in tasks))
     run_tasks(_lay_down_file, tasks, folder, workers, progress, lambda part: sizes[part])
@@ -166,7 +163,7 @@ def _lay_down_file(task: _FileTask) -> dict[str, Any]:
     columns = task.columns
     names = list(dict.fromkeys(filter(None, [columns.image, columns.label, columns.weight, columns.path])))
     try:
-        batches = pq.ParquetFile(task.file).iter_batches(_ROWS, columns=names)
+        batches = parquet_batches(task.file, _ROWS, names)
         size = _lay_down(batches, columns, task.folder, task.part, f"{task.file.name}/", str(task.file), task.stamp)
     except pa.ArrowException as error:
         raise SourceError(f"table {task.file} cannot be read: {error}") from error

@@ -19,20 +19,11 @@ from data_prep.columns import LABEL_DTYPE, Labels, Strings
 from data_prep.listing import Listing, SourceError
 from data_prep.remote_images import FetchPolicy, RemoteImages
 from data_prep.source_reader import FileImages, Images
-from data_prep.table_files import TABLE_SUFFIXES, Columns, TableRows, class_names_of, read_rows_of
+from data_prep.table_files import Columns, TableFile, TableRows, class_names_of, read_rows_of
 
 LabelKind = Literal["auto", "one", "many"]
 _THREADS = 16
 _CHUNK = 4096
-
-
-def table_files(place: Path) -> list[Path]:
-    """The files of a table: itself, or the Parquet files directly in a folder; none where it is no table."""
-    if place.is_file():
-        return [place] if place.suffix in TABLE_SUFFIXES else []
-    if place.is_dir():
-        return sorted(path for path in place.iterdir() if path.suffix == ".parquet" and not path.name.startswith("."))
-    return []
 
 
 class _Rows(NamedTuple):
@@ -59,7 +50,7 @@ class TableOptions:
     policy: FetchPolicy = field(default_factory=FetchPolicy)
 
 
-def list_table(files: Sequence[Path], root: Folder, columns: Columns, options: TableOptions) -> Listing:
+def list_table(files: Sequence[TableFile], root: Folder, columns: Columns, options: TableOptions) -> Listing:
     """List the images that a table names, with their labels.
 
     An image may stand in several rows, each with one of its labels. Images that are named but are not there are left
@@ -72,7 +63,7 @@ def list_table(files: Sequence[Path], root: Folder, columns: Columns, options: T
     Raises:
         SourceError: a row is wrong (with the line), or none of the images is there.
     """
-    where = f"table {files[0]}" if len(files) == 1 else f"table {files[0].parent}"
+    where = f"table {files[0]}" if len(files) == 1 else f"table {files[0].folder}"
     rows = _gather(files, columns, where)
     many = _many(rows, columns, options.labels_per_image, where)
     names = class_names_of(files[0], columns.label) or numbers_as_names(rows.classes)
@@ -93,7 +84,7 @@ def list_table(files: Sequence[Path], root: Folder, columns: Columns, options: T
     return listing if not left_out else listing.take(there, left_out)
 
 
-def _gather(files: Sequence[Path], columns: Columns, where: str) -> _Rows:
+def _gather(files: Sequence[TableFile], columns: Columns, where: str) -> _Rows:
     batches: list[TableRows] = []
     progress = Progress(len(files), "files", "reading the table")
     total = 0

@@ -33,14 +33,13 @@ from data_prep.image_folders import (
     warn_of_splits,
 )
 from data_prep.listing import Listing, SourceError, looks_like_image
-from data_prep.source_reader import Stream, StreamImages
+from data_prep.source_reader import Stream, StreamImages, reader_of
 from data_prep.tar_headers import Member, ReadAt, TarError, iterate_members
 
 _COMPRESSED = ((b"BZh", "bzip2"), (b"\xfd7zXZ", "xz"), (b"\x28\xb5\x2f\xfd", "zstd"))
 _GZIP = b"\x1f\x8b"
 _TAR_NAMES = (b".tar", b".tar.gz", b".tgz")
 _UNKNOWN_END = 1 << 62
-_REMOTE_BLOCK = 8 << 20
 _CACHE_VERSION = 2
 
 
@@ -162,11 +161,12 @@ def _shared_top(paths: Sequence[bytes], top: bytes) -> bytes | None:
 def _walk(folder: Folder, name: str, where: str) -> list[_Part]:
     """The class tars of a tar, or the tar itself as one part without a class name."""
     try:
-        read_at, size, stamp = _opened(folder, name)
+        read_at, size = reader_of(folder, name)
+        stamp = folder.stamp(name)
         refuse_compression(read_at(8, 0), where)
         if read_at(2, 0) != _GZIP:
             return _walk_plain(read_at, size, folder, name, where, stamp)
-        key = f"{folder.url}/{name} {size} {stamp}"
+        key = f"{folder.url}/{name} {stamp}"
         kept = _from_cache(key, name)
         if kept is not None:
             return kept
@@ -175,35 +175,6 @@ def _walk(folder: Folder, name: str, where: str) -> list[_Part]:
         return parts
     except (TarError, GzipError) as error:
         raise SourceError(str(error)) from error
-
-
-def _opened(folder: Folder, name: str) -> tuple[ReadAt, int, str]:
-    """What reads the file, its size, and what changes when it is written again."""
-    if folder.local is not None:
-        path = folder.local / name
-        file = path.open("rb", buffering=0)
-        stat = os.fstat(file.fileno())
-        return lambda size, offset: os.pread(file.fileno(), size, offset), stat.st_size, str(stat.st_mtime_ns)
-    end = folder.size(name) or 0
-    block, content = -1, b""
-
-    def read_at(size: int, offset: int) -> bytes:
-        # whole blocks: most members are far smaller, and a request costs more than the bytes between them
-        nonlocal block, content
-        pieces, last = [], min(offset + size, end)
-        while offset < last:
-            if offset // _REMOTE_BLOCK != block:
-                block = offset // _REMOTE_BLOCK
-                content = folder.read_bytes(
-                    name, block * _REMOTE_BLOCK, min(_REMOTE_BLOCK, end - block * _REMOTE_BLOCK)
-                )
-            at = offset - block * _REMOTE_BLOCK
-            piece = content[at : at + last - offset]
-            pieces.append(piece)
-            offset += len(piece)
-        return b"".join(pieces)
-
-    return read_at, end, ""
 
 
 def _walk_plain(read_at: ReadAt, size: int, folder: Folder, name: str, where: str, stamp: str) -> list[_Part]:
@@ -223,7 +194,7 @@ def _walk_plain(read_at: ReadAt, size: int, folder: Folder, name: str, where: st
         return [_Part(class_of_tar(m.name), part, whole) for m, part in zip(tars, listed, strict=True)]
     if folder.local is None:
         raise SourceError(f"{where} holds gzip class tars: that is read from a mounted file system only; copy it there")
-    key = f"{place} {size} {stamp}"
+    key = f"{place} {stamp}"
     kept = _from_cache(key, name)
     if kept is not None:
         return kept

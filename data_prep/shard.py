@@ -63,7 +63,9 @@ same command is given again, and a finished corpus is left as it is.
                a table (.csv, .jsonl, .parquet, a folder of .parquet) with a column of paths or of addresses (s3://,
                http://), or in Parquet of images, and one of labels, perhaps one of weights;
                with labels=TABLE the SOURCE is the folder that the table's paths are relative to
-               WebDataset tars of others (a folder, a tar or a pattern in quotes), or a corpus: to shard them anew
+               WebDataset tars of others (a folder, a tar or a pattern in quotes, such as
+               'tars/train-{0000..0146}.tar'), or a corpus: to shard them anew
+               any of them may be on S3 (s3://BUCKET/...), gzip tars excepted
   DESTINATION  a new folder, on storage that every node mounts or on S3 (s3://BUCKET/FOLDER)
 
 With append=true the images of SOURCE that DESTINATION does not have yet are added to it, as new shards under a new

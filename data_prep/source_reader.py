@@ -20,6 +20,7 @@ from cluster.folders import Folder
 from data_prep.columns import Strings
 from data_prep.gzip_points import GzipError, GzipPoints, GzipReader
 from data_prep.image_check import UnusableImage
+from data_prep.tar_headers import ReadAt
 
 _GROUP_IMAGES, _GROUP_BYTES = 64, 1 << 20
 """What one thread reads at a time: enough to make a thread's turn worth it, little enough to stay in its cache."""
@@ -159,6 +160,23 @@ class StreamImages(Images):
             except GzipError as error:
                 raise SourceError(f"{error}: it has changed since it was listed, or the disk has errors") from error
         return counts
+
+
+def reader_of(folder: Folder, name: str) -> tuple[ReadAt, int]:
+    """What reads a file at any place, and its bytes; for one thread where the folder is on an object store.
+
+    Raises:
+        StorageError: it is missing.
+    """
+    file = folder.open(name)
+    if folder.local is not None:
+        return lambda size, offset: os.pread(file.fileno(), size, offset), os.fstat(file.fileno()).st_size
+
+    def read_at(size: int, offset: int) -> bytes:
+        file.seek(offset)
+        return file.read(size)
+
+    return read_at, file.seek(0, os.SEEK_END)
 
 
 class _OpenFiles:

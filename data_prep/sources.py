@@ -3,7 +3,7 @@
 image_folders.py, image_tars.py, image_tables.py, embedded_images.py and tar_sample_source.py each list one kind.
 """
 
-import glob
+import fnmatch
 import hashlib
 import json
 import os
@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
+from braceexpand import braceexpand
 from pydantic import Field
 
 from cluster import storage
@@ -21,12 +22,12 @@ from data_prep.class_names import put_in_order, read_classes, read_words, relabe
 from data_prep.corpus_jobs import LAID_DOWN
 from data_prep.embedded_images import lay_down_files, list_laid_down
 from data_prep.image_folders import list_image_folder, list_loose_images
-from data_prep.image_tables import LabelKind, TableOptions, list_table, table_files
+from data_prep.image_tables import LabelKind, TableOptions, list_table
 from data_prep.image_tars import is_tar_name, list_flat_tar, list_tar
 from data_prep.listing import Listing, SourceError
 from data_prep.remote_images import FetchPolicy
 from data_prep.source_reader import FileImages
-from data_prep.table_files import Columns, class_names_of, columns_of
+from data_prep.table_files import Columns, TableFile, class_names_of, columns_of, table_files
 from data_prep.tar_sample_source import holds_samples, is_corpus, list_corpus, list_samples, tars_in, with_names
 from data_prep.validation_truth import with_truth
 
@@ -49,7 +50,7 @@ class SourceSettings(Settings):
     """What a source is and how it is read."""
 
     source: str
-    """What there is to shard: a folder, tar, table, pattern of tars or corpus; folders and tars may be on S3."""
+    """What there is to shard: a folder, tar, table, pattern of tars or corpus; on S3 too, but for gzip tars."""
     kind: Literal["auto", "folder", "tar", "table", "webdataset", "corpus"] = "auto"
     """What the source is; auto recognises it."""
     inside: str | None = None
@@ -117,27 +118,48 @@ def source_folder(place: str) -> Folder:
     return folder_at(place, "source") if "://" in place else LocalFolder(Path(place))
 
 
+def _split(place: str) -> tuple[Folder, str]:
+    """The folder above a place, and its name in it."""
+    above, _, name = place.rpartition("/")
+    return source_folder(above or "/"), name
+
+
+def _is_file(place: str) -> bool:
+    if "://" not in place:
+        return Path(place).is_file()
+    folder, name = _split(place)
+    return bool(name) and "://" in folder.url and folder.size(name) is not None
+
+
+def _is_pattern(place: str) -> bool:
+    return any(character in place for character in "*?[{")
+
+
 def _recognise(place: str, settings: SourceSettings) -> Kind:
     if settings.labels is not None:
         return "table"
-    if "://" in place:
-        return "tar" if is_tar_name(place) else "folder"
-    path = Path(place)
-    if path.is_file():
-        if table_files(path):
+    if _is_file(place):
+        folder, name = _split(place)
+        if table_files(folder, name):
             return "table"
-        return "webdataset" if settings.truth is None and path.suffix == ".tar" and holds_samples(path) else "tar"
-    if path.is_dir():
-        if is_corpus(path):
+        is_samples = settings.truth is None and name.endswith(".tar") and holds_samples(folder, name)
+        return "webdataset" if is_samples else "tar"
+    folder = source_folder(place)
+    if folder.local is None or folder.local.is_dir():
+        if is_corpus(folder):
             return "corpus"
-        has_folders = any(entry.is_dir() for entry in path.iterdir() if not entry.name.startswith("."))
-        if not has_folders and table_files(path):
+        if any(not name.startswith(".") for name in folder.folders()):
+            return "folder"
+        if table_files(folder):
             return "table"
-        tars = tars_in(path)
-        return "webdataset" if tars and not has_folders and holds_samples(tars[0]) else "folder"
-    if any(character in place for character in "*?["):
+        tars = tars_in(folder)
+        if folder.names():
+            return "webdataset" if tars and holds_samples(folder, tars[0]) else "folder"
+    if _is_pattern(place):
         return "webdataset"
-    raise SourceError(f"source {path}: there is no such file or folder")
+    if folder.local is None:
+        return "tar" if is_tar_name(place) else "folder"
+    raise SourceError(f"source {place}: there is no such file or folder")
 
 
 def _refuse_unread(kind: str, settings: SourceSettings) -> None:
@@ -157,12 +179,11 @@ def _list(kind: str, place: str, settings: SourceSettings, workers: int, destina
     if kind == "table":
         return _list_table(place, settings, workers, destination)
     if kind == "corpus":
-        return list_corpus(Path(storage.local_path(place, "source")))
+        return list_corpus(place)
     if kind == "webdataset":
-        return list_samples(_matching_tars(storage.local_path(place, "source")), place)
+        return list_samples(*_matching_tars(place), place)
     if kind == "tar":
-        above, _, name = place.rpartition("/")
-        folder = source_folder(above or "/")
+        folder, name = _split(place)
         if settings.truth is None:
             return list_tar(folder, name, settings.inside)
         listed, images = list_flat_tar(folder, name)
@@ -190,34 +211,39 @@ def _file(path: str | None, key: str) -> Path | None:
     return None if path is None else storage.local_path(absolute_path(path, key), key)
 
 
-def _matching_tars(place: Path) -> list[Path]:
-    if place.is_file():
-        return [place]
-    if place.is_dir():
-        tars = tars_in(place)
-    else:
-        tars = sorted(map(Path, glob.glob(str(place))), key=lambda path: os.fsencode(path.name))  # noqa: PTH207
-    if not tars:
-        raise SourceError(f"source {place}: there is no tar, and no file matches it as a pattern")
-    if len({tar.parent for tar in tars}) > 1:
-        raise SourceError(f"source {place}: the tars must lie in one folder")
-    return tars
+def _matching_tars(place: str) -> tuple[Folder, list[str]]:
+    if _is_file(place):
+        folder, name = _split(place)
+        return folder, [name]
+    folder, pattern = source_folder(place), "*"
+    if _is_pattern(place) and not (folder.local and folder.local.is_dir()):
+        folder, pattern = _split(place)
+    there = tars_in(folder)
+    chosen: set[str] = set()
+    for each in braceexpand(pattern):
+        found = fnmatch.filter(there, each)
+        if not found:
+            what = "no tar" if each == "*" else f"no tar that matches {each}"
+            raise SourceError(f"source {place}: there is {what} in {folder}")
+        chosen.update(found)
+    return folder, sorted(chosen, key=os.fsencode)
 
 
 def _list_table(place: str, settings: SourceSettings, workers: int, destination: Folder | None) -> Listing:
-    table = _file(settings.labels, "labels") or storage.local_path(place, "source")
-    files = table_files(table)
+    key = "source" if settings.labels is None else "labels"
+    table = place if settings.labels is None else absolute_path(settings.labels, "labels")
+    files = _table_at(table)
     if not files:
-        key = "source" if settings.labels is None else "labels"
-        there = "is none" if table.exists() else "does not exist"
-        raise SourceError(f"{key} = {table} must be a .csv, .jsonl or .parquet file or a folder of those: it {there}")
+        raise SourceError(
+            f"{key} = {table} must be a .csv, .jsonl or .parquet file, or a folder of .parquet files: there is none"
+        )
     columns = columns_of(
         files, settings.path_column, settings.label_column, settings.weight_column, settings.image_column
     )
     if columns.image is not None and settings.path_column is None:
         return _list_embedded(files, columns, place, settings, workers, destination)
     if settings.labels is None:
-        root: Folder = LocalFolder(table.parent if table.is_file() else table)
+        root = files[0].folder
     else:
         root = source_folder(place)
         if root.local is not None and not root.local.is_dir():
@@ -229,22 +255,32 @@ def _list_table(place: str, settings: SourceSettings, workers: int, destination:
     )
 
 
+def _table_at(place: str) -> list[TableFile]:
+    return table_files(*_split(place)) if _is_file(place) else table_files(source_folder(place))
+
+
 def embedded_stamp(settings: SourceSettings) -> str | None:
     """What tells a table that holds its images from another state of it, without reading it; None for other sources."""
     place = absolute_path(settings.source, "source")
-    if "://" in place or settings.path_column is not None or settings.labels is not None:
+    if settings.path_column is not None or settings.labels is not None or settings.kind not in ("auto", "table"):
         return None
-    files = table_files(Path(place))
+    files = _table_at(place)
     if not files or columns_of(files, None, settings.label_column, None, settings.image_column).image is None:
         return None
     beside = [_file(path, "") for path in (settings.classes, settings.relabel, settings.words)]
-    stats = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in (*files, *filter(None, beside))]
+    stats = [(file.name, file.stamp()) for file in files]
+    stats += [(path.name, LocalFolder(path.parent).stamp(path.name)) for path in beside if path is not None]
     said = {key: getattr(settings, key) for key in SourceSettings.model_fields}
     return hashlib.sha256(json.dumps([said, stats]).encode()).hexdigest()[:32]
 
 
 def _list_embedded(
-    files: list[Path], columns: Columns, place: str, settings: SourceSettings, workers: int, destination: Folder | None
+    files: list[TableFile],
+    columns: Columns,
+    place: str,
+    settings: SourceSettings,
+    workers: int,
+    destination: Folder | None,
 ) -> Listing:
     if destination is None:
         raise SourceError(f"source {place} has its images in the table: they can only be listed while sharding")

@@ -1,12 +1,13 @@
 """Reads tables of images (CSV, JSON lines, Parquet) in batches of columns: where an image is, and its labels."""
 
 import csv
+import io
 import itertools
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, NamedTuple
+from pathlib import PurePosixPath
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -14,6 +15,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from cluster.folders import Folder
 from data_prep.listing import SourceError
 
 TABLE_SUFFIXES = (".csv", ".jsonl", ".parquet")
@@ -38,6 +40,51 @@ _LABELS = (
     "cls",
 )
 _WEIGHTS = ("weight", "weights", "score", "scores", "confidence", "confidences")
+
+
+@dataclass(frozen=True)
+class TableFile:
+    """One file of a table, wherever it lies. Pickles, to travel to workers."""
+
+    folder: Folder
+    name: str
+
+    def __str__(self) -> str:
+        return f"{self.folder}/{self.name}"
+
+    @property
+    def suffix(self) -> str:
+        """Of its name: ".csv", ".jsonl" or ".parquet"."""
+        return PurePosixPath(self.name).suffix
+
+    def open(self) -> BinaryIO:
+        """Its content."""
+        return self.folder.open(self.name)
+
+    def size(self) -> int:
+        """Its bytes."""
+        return self.folder.size(self.name) or 0
+
+    def stamp(self) -> str:
+        """What becomes another when it is written again."""
+        return self.folder.stamp(self.name)
+
+    def lines(self) -> io.TextIOWrapper:
+        """Its text."""
+        return io.TextIOWrapper(self.open(), encoding="utf-8", newline="")
+
+
+def table_files(folder: Folder, name: str | None = None) -> list[TableFile]:
+    """The files of a table; none where it is no table.
+
+    Args:
+        folder: of the file, or of several of Parquet.
+        name: of the file; None for the Parquet files directly in the folder, sorted.
+    """
+    if name is not None:
+        return [TableFile(folder, name)] if name.endswith(TABLE_SUFFIXES) and folder.size(name) is not None else []
+    names = [name for name in folder.names() if name.endswith(".parquet") and not name.startswith(".")]
+    return [TableFile(folder, name) for name in names]
 
 
 @dataclass(frozen=True)
@@ -66,7 +113,7 @@ class TableRows(NamedTuple):
 
 
 def columns_of(
-    files: Sequence[Path], path: str | None, label: str | None, weight: str | None, image: str | None
+    files: Sequence[TableFile], path: str | None, label: str | None, weight: str | None, image: str | None
 ) -> Columns:
     """Which columns a table is read by: those that are named, or those with a usual name.
 
@@ -107,13 +154,13 @@ def _pick(
     return next((candidates[name] for name in usual if name in candidates), None)
 
 
-def _header(file: Path) -> tuple[list[str], list[str]]:
+def _header(file: TableFile) -> tuple[list[str], list[str]]:
     """Names of a table's columns, and of those that hold images' bytes."""
     try:
         if file.suffix == ".parquet":
-            schema = pq.read_schema(file)
+            schema = _schema(file)
             return list(schema.names), [field.name for field in schema if _is_image(field.type)]
-        with file.open(encoding="utf-8", newline="") as lines:
+        with file.lines() as lines:
             if file.suffix == ".csv":
                 return next(csv.reader(lines), []), []
             # not every object need have all of the keys
@@ -123,18 +170,23 @@ def _header(file: Path) -> tuple[list[str], list[str]]:
         raise SourceError(f"table {file} cannot be read: {error}") from error
 
 
+def _schema(file: TableFile) -> pa.Schema:
+    with file.open() as content:
+        return pq.read_schema(content)
+
+
 def _is_image(kind: pa.DataType) -> bool:
     if pa.types.is_struct(kind):
         return any(field.name == "bytes" and _is_image(field.type) for field in kind)
     return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
 
 
-def class_names_of(file: Path, label_column: str) -> list[str] | None:
+def class_names_of(file: TableFile, label_column: str) -> list[str] | None:
     """Names of the classes that a Parquet file of Hugging Face's datasets carries in its schema, or None."""
     if file.suffix != ".parquet":
         return None
     try:
-        metadata = pq.read_schema(file).metadata or {}
+        metadata = _schema(file).metadata or {}
         feature = json.loads(metadata[b"huggingface"])["info"]["features"][label_column]
         names = feature.get("names") or feature.get("feature", {}).get("names")
     except (OSError, ValueError, KeyError, AttributeError, TypeError):
@@ -142,7 +194,7 @@ def class_names_of(file: Path, label_column: str) -> list[str] | None:
     return names if isinstance(names, list) and all(isinstance(name, str) for name in names) else None
 
 
-def read_rows_of(file: Path, columns: Columns) -> Iterator[TableRows]:
+def read_rows_of(file: TableFile, columns: Columns) -> Iterator[TableRows]:
     """The rows of one file, in batches.
 
     Raises:
@@ -187,11 +239,17 @@ def label_lists(
     return counts, flat.cast(pa.string()), values.cast(pa.float64()).to_numpy(zero_copy_only=False)
 
 
-def _read_parquet(file: Path, columns: Columns) -> Iterator[TableRows]:
+def parquet_batches(file: TableFile, rows: int, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
+    """Some columns of a Parquet file, `rows` rows at a time."""
+    with file.open() as content:
+        yield from pq.ParquetFile(content).iter_batches(rows, columns=columns)
+
+
+def _read_parquet(file: TableFile, columns: Columns) -> Iterator[TableRows]:
     assert columns.path is not None
     names = list(filter(None, [columns.path, columns.label, columns.weight]))
     row = 1
-    for batch in pq.ParquetFile(file).iter_batches(_BATCH, columns=names):
+    for batch in parquet_batches(file, _BATCH, names):
         where = f"table {file}, rows from {row} on"
         paths = batch.column(columns.path)
         if paths.null_count or not (pa.types.is_string(paths.type) or pa.types.is_large_string(paths.type)):
@@ -232,9 +290,9 @@ class _Collector:
         return rows
 
 
-def _read_csv(file: Path, columns: Columns) -> Iterator[TableRows]:
+def _read_csv(file: TableFile, columns: Columns) -> Iterator[TableRows]:
     collector = _Collector()
-    with file.open(encoding="utf-8", newline="") as lines:
+    with file.lines() as lines:
         rows = csv.reader(lines)
         header = next(rows, [])
         path, label = header.index(columns.path or ""), header.index(columns.label)
@@ -255,9 +313,9 @@ def _read_csv(file: Path, columns: Columns) -> Iterator[TableRows]:
     yield collector.take()
 
 
-def _read_json_lines(file: Path, columns: Columns) -> Iterator[TableRows]:
+def _read_json_lines(file: TableFile, columns: Columns) -> Iterator[TableRows]:
     collector = _Collector()
-    with file.open(encoding="utf-8") as lines:
+    with file.lines() as lines:
         for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue

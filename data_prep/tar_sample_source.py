@@ -4,47 +4,45 @@ import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from cluster.command import Progress, log
-from cluster.folders import LocalFolder
+from cluster.folders import Folder
 from data_prep.columns import LABEL_DTYPE, Labels, Strings
 from data_prep.corpus import Corpus
 from data_prep.corpus_format import MANIFEST
 from data_prep.listing import Listing, SourceError
-from data_prep.source_reader import Stream, StreamImages
+from data_prep.source_reader import Stream, StreamImages, reader_of
 from data_prep.tar_headers import TarError, iterate_members
 from data_prep.webdataset_tars import UnusableSample, iterate_samples, parse_label
 
 _THREADS = 8
 
 
-def is_corpus(place: Path) -> bool:
+def is_corpus(folder: Folder) -> bool:
     """Whether a folder is a corpus of ours."""
-    return (place / MANIFEST).is_file()
+    return folder.size(MANIFEST) is not None
 
 
-def tars_in(place: Path) -> list[Path]:
-    """The tars directly in a folder, sorted by name."""
-    tars = [path for path in place.iterdir() if path.suffix == ".tar" and not path.name.startswith(".")]
-    return sorted(tars, key=lambda path: os.fsencode(path.name))
+def tars_in(folder: Folder) -> list[str]:
+    """Names of the tars directly in a folder, sorted by their bytes."""
+    return sorted((n for n in folder.names() if n.endswith(".tar") and not n.startswith(".")), key=os.fsencode)
 
 
-def holds_samples(tar: Path) -> bool:
+def holds_samples(folder: Folder, tar: str) -> bool:
     """Whether a tar begins as a WebDataset shard does: an image with a label of the same key."""
-    return _label_extension(tar) is not None
+    return _label_extension(folder, tar) is not None
 
 
-def list_corpus(place: Path) -> Listing:
+def list_corpus(place: str) -> Listing:
     """List the images of a corpus, by where they once came from.
 
     Raises:
         CorpusError: it is unfinished or damaged.
     """
-    corpus = Corpus.open(str(place))
+    corpus = Corpus.open(place)
     count = corpus.num_samples
     origins = Strings.of([origin.encode() for origin in corpus.origins()])
     streams = tuple(Stream(shard["name"]) for shard in corpus.manifest["shards"])
@@ -59,24 +57,26 @@ def list_corpus(place: Path) -> Listing:
         table["class"], table["weight"] = classes, weights
         labels = Labels(table, np.concatenate([[0], np.cumsum(np.bincount(rows, minlength=count))]))
     listing = Listing(
-        "corpus", str(place), corpus.classes, origins, index["length"].astype(np.uint64), images, labels,
+        "corpus", place, corpus.classes, origins, index["length"].astype(np.uint64), images, labels,
         class_descriptions=corpus.class_descriptions,
     )  # fmt: skip
     order = np.array(sorted(range(count), key=lambda row: origins[row]), np.int64)
     return listing.take(order)
 
 
-def list_samples(tars: Sequence[Path], place: str) -> Listing:
-    """List the samples of WebDataset tars in one folder: an image and, of the same key, a `.cls` or `.json` label.
+def list_samples(folder: Folder, tars: Sequence[str], place: str) -> Listing:
+    """List the samples of WebDataset tars of a folder: an image and, of the same key, a `.cls` or `.json` label.
 
     Samples without a label are left out, with the reason. Classes are named by their numbers.
 
     Raises:
         SourceError: a tar is damaged, or no sample has a label.
     """
-    extension = _label_extension(tars[0])
+    extension = _label_extension(folder, tars[0])
     if extension is None:
-        raise SourceError(f"{tars[0]} is no WebDataset tar: it has neither .cls nor .json members beside its images")
+        raise SourceError(
+            f"{folder}/{tars[0]} is no WebDataset tar: it has neither .cls nor .json members beside its images"
+        )
     progress = Progress(len(tars), "tars", "listing")
     names: list[bytes] = []
     sizes: list[int] = []
@@ -86,13 +86,13 @@ def list_samples(tars: Sequence[Path], place: str) -> Listing:
     left_out: list[tuple[str, str]] = []
     with ThreadPoolExecutor(_THREADS) as pool:
         for number, (tar, listed) in enumerate(
-            zip(tars, pool.map(lambda tar: _list_tar(tar, extension), tars), strict=True)
+            zip(tars, pool.map(lambda tar: _list_tar(folder, tar, extension), tars), strict=True)
         ):
             for name, size, offset, labels, reason in listed:
                 if reason:
-                    left_out.append((f"{tar.name}/{os.fsdecode(name)}", reason))
+                    left_out.append((f"{tar}/{os.fsdecode(name)}", reason))
                     continue
-                names.append(os.fsencode(tar.name) + b"/" + name)
+                names.append(os.fsencode(tar) + b"/" + name)
                 sizes.append(size)
                 which.append(number)
                 offsets.append(offset)
@@ -108,7 +108,7 @@ def list_samples(tars: Sequence[Path], place: str) -> Listing:
         "WebDataset tars", place, [str(label) for label in range(largest + 1)], Strings.of(names),
         np.array(sizes, np.uint64),
         StreamImages(
-            LocalFolder(tars[0].parent), tuple(Stream(tar.name) for tar in tars),
+            folder, tuple(map(Stream, tars)),
             np.array(which, np.int32), np.array(offsets, np.uint64),
         ),
         np.array([labels[0][0] for labels in pairs], np.int32) if single else Labels.of(pairs), tuple(left_out),
@@ -133,39 +133,34 @@ def with_names(listing: Listing, classes: Sequence[str], descriptions: Sequence[
     )  # fmt: skip
 
 
-def _list_tar(tar: Path, extension: str) -> list[tuple[bytes, int, int, list[tuple[int, float]], str]]:
+def _list_tar(folder: Folder, tar: str, extension: str) -> list[tuple[bytes, int, int, list[tuple[int, float]], str]]:
     """(name, size, offset, labels, why it is left out or "") of each sample."""
     found: list[tuple[bytes, int, int, list[tuple[int, float]], str]] = []
-    descriptor = os.open(tar, os.O_RDONLY)
+    read_at, size = reader_of(folder, tar)
     try:
-        for sample in iterate_samples(iterate_members(descriptor, 0, os.fstat(descriptor).st_size, str(tar))):
+        for sample in iterate_samples(iterate_members(read_at, 0, size, f"{folder}/{tar}")):
             try:
                 image, label = sample.image(), sample.label(extension)
-                labels = parse_label(os.pread(descriptor, label.size, label.offset), extension)
+                labels = parse_label(read_at(label.size, label.offset), extension)
             except UnusableSample as reason:
                 found.append((sample.members[0][1].name, 0, 0, [], str(reason)))
                 continue
             found.append((image.name, image.size, image.offset, labels, ""))
     except TarError as error:
         raise SourceError(str(error)) from error
-    finally:
-        os.close(descriptor)
     return found
 
 
-def _label_extension(tar: Path) -> str | None:
+def _label_extension(folder: Folder, tar: str) -> str | None:
     """ "cls" or "json", by the first samples of a tar; None where it is no WebDataset tar."""
     try:
-        descriptor = os.open(tar, os.O_RDONLY)
-        try:
-            samples = iterate_samples(iterate_members(descriptor, 0, os.fstat(descriptor).st_size, str(tar)))
-            for _, sample in zip(range(100), samples, strict=False):
-                extensions = {extension for extension, _ in sample.members}
-                for extension in ("cls", "json"):
-                    if extension in extensions:
-                        return extension
-        finally:
-            os.close(descriptor)
+        read_at, size = reader_of(folder, tar)
+        samples = iterate_samples(iterate_members(read_at, 0, size, tar))
+        for _, sample in zip(range(100), samples, strict=False):
+            extensions = {extension for extension, _ in sample.members}
+            for extension in ("cls", "json"):
+                if extension in extensions:
+                    return extension
     except (TarError, OSError):
         return None
     return None

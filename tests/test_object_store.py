@@ -115,6 +115,28 @@ def test_parts_of_files(folder: Folder) -> None:
             folder.read_bytes("x", offset, length)
 
 
+def test_a_file_is_read_from_any_place(folder: Folder) -> None:
+    content = some_bytes(100_000)
+    folder.write_bytes("x", content)
+    with folder.open("x") as file:
+        assert file.read(10) == content[:10]
+        assert file.seek(-100, 2) == 99_900
+        assert file.read() == content[-100:]
+        file.seek(50_000)
+        assert file.read(40_000) == content[50_000:90_000]
+        assert file.read() == content[90_000:]
+        assert file.read() == b""
+        file.seek(3)
+        assert file.read(2) == content[3:5]
+    before = folder.stamp("x")
+    assert folder.stamp("x") == before
+    folder.write_bytes("x", content[::-1])
+    assert folder.stamp("x") != before
+    for ask in (folder.open, folder.stamp):
+        with pytest.raises(StorageError, match="none cannot be read"):
+            ask("none")
+
+
 def test_there_and_back(folder: Folder, tmp_path: Path) -> None:
     for size in (0, 1, 3_000_000):
         content = some_bytes(size)

@@ -2,10 +2,58 @@
 
 import tarfile
 
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
 from cluster.folders import folder_at
 from cluster.ray_runtime import ray_session
+from data_prep.copy_corpus import CopySettings, copy_corpus
+from data_prep.listing import SourceError
 from tests.corpora import image_folder
 from tests.test_sources import add, class_tar, contents, shard, tars_of
+
+
+def test_tables_shards_and_corpora_on_s3_are_sources_too(tmp_path, s3, monkeypatch, messages):
+    monkeypatch.setenv("VITFORGE_CACHE", str(tmp_path / "cache"))
+    folder = image_folder(tmp_path / "images", classes=3, images=12)
+    bucket = s3.bucket()
+    there = folder_at(bucket, "test")
+    for path in folder.rglob("*.JPEG"):
+        there.put(path, f"pictures/{path.relative_to(folder)}")
+    rows = [(str(p.relative_to(folder)), p.parent.name, p.read_bytes()) for p in sorted(folder.rglob("*.JPEG"))]
+    lines = ["path,label", *(f"{path},{label}" for path, label, _ in rows)]
+    there.write_bytes("pictures/table.csv", "\n".join(lines).encode())
+    table = pa.table({"image": [row[2] for row in rows], "label": [row[1] for row in rows]})
+    for number in range(2):
+        buffer = pa.BufferOutputStream()
+        pq.write_table(table.slice(number * 18, 18), buffer)
+        there.write_bytes(f"parquet/part-{number}.parquet", buffer.getvalue().to_pybytes())
+    with ray_session():
+        expected = shard(folder, tmp_path / "expected")
+        for path in expected.path.glob("*.tar"):
+            there.put(path, f"tars/{path.name}")
+        copy_corpus(CopySettings(source=str(expected.path), destination=f"{bucket}/corpus"))
+        s3.faults.rates = {"slow_down": 0.1, "reset": 0.05, "short": 0.1}
+        images = {image for image, _ in contents(expected).values()}
+        count = len(expected.manifest["shards"])
+        for number, place in enumerate(
+            (
+                "pictures/table.csv", "parquet", "parquet/part-0.parquet", "corpus",
+                "tars", "tars/shard-00000[0-9].tar", f"tars/shard-{{000000..{count - 1:06d}}}.tar",
+            )
+        ):  # fmt: skip
+            corpus = shard(f"{bucket}/{place}", tmp_path / str(number))
+            found = {image for image, _ in contents(corpus).values()}
+            assert found < images if "part-0" in place else found == images, place
+        assert tars_of(shard(f"{bucket}/corpus", tmp_path / "again")) == tars_of(expected)
+        with pytest.raises(SourceError, match=r"no tar that matches shard-000777\.tar in s3://"):
+            shard(f"{bucket}/tars/shard-{{000000,000777}}.tar", tmp_path / "none")
+        shard(f"{bucket}/parquet", tmp_path / "1")
+        assert "is finished already" in messages()
+        with pytest.raises(SourceError, match=r"labels = s3://.*/nothing\.csv must be a \.csv"):
+            shard(f"{bucket}/pictures", tmp_path / "none", labels=f"{bucket}/nothing.csv")
+        assert s3.faults.injected.total() > 10
 
 
 def test_sources_on_s3_are_the_same_whatever_the_network_does(tmp_path, s3, monkeypatch):

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -27,6 +28,16 @@ class RayHead:
     """Environment of its users."""
     address: str
     """Of its job interface."""
+    metrics_port: int
+    """Where its node shows its metrics to Prometheus."""
+
+    def metrics(self) -> str:
+        """What Prometheus would read; nothing where the node does not answer yet."""
+        try:
+            with urllib.request.urlopen(f"http://127.0.0.1:{self.metrics_port}/metrics", timeout=10) as answer:
+                return str(answer.read().decode())
+        except OSError:
+            return ""
 
     def job(self, verb: str, *words: str, timeout: float = 900) -> "subprocess.CompletedProcess[str]":
         """`ray job VERB` in the repository; a busy machine's is asked again."""
@@ -59,12 +70,13 @@ def _head(home: Path, cpus: int) -> Iterator[RayHead]:
     variables["PATH"] = f"{Path(sys.executable).parent}:{variables['PATH']}"
     folder = Path("/tmp") / f"vf-{os.getpid()}-{secrets.token_hex(3)}"  # Ray's sockets need a short path
     ports = [str(free_port()), str(free_port())]
+    metrics_port = free_port()
     command = [
         RAY, "start", "--head", "--port", ports[0], "--dashboard-host", "127.0.0.1", "--dashboard-port", ports[1],
-        "--num-cpus", str(cpus), "--temp-dir", str(folder), "--block",
+        "--metrics-export-port", str(metrics_port), "--num-cpus", str(cpus), "--temp-dir", str(folder), "--block",
     ]  # fmt: skip
     process = subprocess.Popen(command, env=variables, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    head = RayHead(variables, f"http://127.0.0.1:{ports[1]}")
+    head = RayHead(variables, f"http://127.0.0.1:{ports[1]}", metrics_port)
     try:
         yield head
     finally:

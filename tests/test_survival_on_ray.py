@@ -62,6 +62,7 @@ def test_ray_job_stop_saves_and_the_same_command_goes_on(
     submitted = head.job("submit", *words, "first", *command)
     assert submitted.returncode == 0, submitted.stdout + submitted.stderr
     metrics = tmp_path / "home" / "runs" / "a" / "metrics.jsonl"
+    wait_for(lambda: "ray_vitforge_step{" in (text := head.metrics()) and 'run="a"' in text)
     wait_for(lambda: steps_of(metrics) >= 20)
     assert head.job("stop", "first").returncode == 0
     logs = head.job("logs", "first").stdout

@@ -69,11 +69,11 @@ def _head(home: Path, cpus: int) -> Iterator[RayHead]:
     variables["RAY_agent_register_timeout_ms"] = "300000"  # a busy machine takes long, and the node would give up
     variables["PATH"] = f"{Path(sys.executable).parent}:{variables['PATH']}"
     folder = Path("/tmp") / f"vf-{os.getpid()}-{secrets.token_hex(3)}"  # Ray's sockets need a short path
-    ports = [str(free_port()), str(free_port())]
-    metrics_port = free_port()
+    ports, metrics_port = [str(free_port()) for _ in range(3)], free_port()
     command = [
         RAY, "start", "--head", "--port", ports[0], "--dashboard-host", "127.0.0.1", "--dashboard-port", ports[1],
-        "--metrics-export-port", str(metrics_port), "--num-cpus", str(cpus), "--temp-dir", str(folder), "--block",
+        "--dashboard-agent-listen-port", ports[2], "--metrics-export-port", str(metrics_port),
+        "--num-cpus", str(cpus), "--temp-dir", str(folder), "--block",
     ]  # fmt: skip
     process = subprocess.Popen(command, env=variables, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     head = RayHead(variables, f"http://127.0.0.1:{ports[1]}", metrics_port)

@@ -87,7 +87,8 @@ def test_s3_that_refuses_and_resets_delays_a_run_and_one_that_stays_away_ends_it
     s3.faults.only = r"^(PUT|POST) .*/step-000000(30|40|50).*rank-"
     stopped = torchrun(1, tmp_path, *words)
     assert stopped.returncode != 0
-    assert "error: the checkpoint of step 30 could not be written" in stopped.stderr, stopped.stderr[-6000:]
+    # one that fails costs a warning, as the next may do better: two in a row end the run
+    assert "error: the checkpoint of step 40 could not be written" in stopped.stderr, stopped.stderr[-6000:]
     names = run.child("checkpoints").tree()
     assert sorted(name[:13] for name in names if name.endswith("manifest.json")) == ["step-00000010", "step-00000020"]
     s3.faults.only = ""

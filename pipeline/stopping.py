@@ -1,6 +1,7 @@
 """Wishes to stop: they come as signals to a process, and reach the ranks through whoever started them."""
 
 import logging
+import os
 import signal
 import sys
 import threading
@@ -54,17 +55,24 @@ class StopSignal:
 
 
 class SignalControl:
-    """The control of ranks that receive the signals themselves (torchrun)."""
+    """The control of ranks that receive the signals themselves (torchrun).
+
+    Made in the rank: a torchrun that is killed leaves its ranks behind, and they would go on with nobody to see to them,
+    and keep their GPUs and the run from the next one.
+    """
 
     attempt = 0
 
     def __init__(self, signals: StopSignal) -> None:
         self._signals = signals
+        self._parent = os.getppid()
 
     def begin(self) -> None:
         self._signals.begun.set()
 
     def stop_wanted(self) -> str | None:
+        if os.getppid() != self._parent:
+            return f"the process {self._parent} that started this rank is gone"
         return "told to stop" if self._signals.requested.is_set() else None
 
     def hung(self, message: str) -> None:

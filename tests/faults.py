@@ -268,8 +268,11 @@ def play(run: WatchedRun, fault: Fault, timeout: float = 900) -> Round:
         assert now < struck + timeout, f"{fault.name}: no step in {timeout:.0f} s: {run.output()[-4000:]}"
         time.sleep(POLL_S)
     if isinstance(run.place, ThisMachine):
-        left = [command_line(process) for process in run.place.orphans()]
-        assert not left, f"{fault.name}: of the killed driver there are still {left}"
+        deadline = time.monotonic() + 60  # Ray's agents look for their raylet every few seconds
+        while orphans := run.place.orphans():
+            left = [command_line(process).strip() for process in orphans]
+            assert time.monotonic() < deadline, f"{fault.name}: of the killed driver there are still {left}"
+            time.sleep(0.5)
     assert resumed[-1] == committed, f"{fault.name}: resumed from {resumed[-1]}, committed was {committed}"
     return Round(fault.name, highest, resumed[-1], when - struck, len(ranks(run)))
 

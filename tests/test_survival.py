@@ -67,6 +67,19 @@ def test_a_run_that_is_told_to_stop_saves_and_goes_on_with_identical_losses(plac
     assert mlflow.get_run(mlflow_run).info.status == "FINISHED"
 
 
+def test_ranks_whose_torchrun_is_killed_save_and_end(places):
+    process, workers = start(places, "orphans", 2, "training.duration=100k steps", "checkpoint.every=50k steps")
+    process.kill()
+    gone, alive = psutil.wait_procs(workers, timeout=120)
+    for worker in alive:
+        worker.kill()
+    assert not alive
+    folder = places[0] / "runs" / "orphans"
+    taken = max(losses(folder / "metrics.jsonl"))
+    assert len(list((folder / "checkpoints").glob(f"step-{taken:08d}-*/manifest.json"))) == 1
+    assert json.loads((folder / "heartbeat.json").read_text())["state"] == "stopped"
+
+
 def test_a_rank_that_hangs_is_named_and_all_are_ended(places):
     process, workers = start(
         places, "hung", 2, "training.duration=100k steps", "checkpoint.every=50k steps", "run.hang_timeout_s=20"

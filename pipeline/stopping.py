@@ -57,22 +57,21 @@ class StopSignal:
 class SignalControl:
     """The control of ranks that receive the signals themselves (torchrun).
 
-    Made in the rank: a torchrun that is killed leaves its ranks behind, and they would go on with nobody to see to them,
-    and keep their GPUs and the run from the next one.
+    A torchrun that is killed leaves its ranks behind: they would go on with nobody to see to them, and keep their GPUs
+    and the run from the next one. So they stop when the process that started them is gone.
     """
 
     attempt = 0
 
     def __init__(self, signals: StopSignal) -> None:
-        self._signals = signals
-        self._parent = os.getppid()
+        self._signals, self._parent = signals, os.getppid()
 
     def begin(self) -> None:
         self._signals.begun.set()
 
     def stop_wanted(self) -> str | None:
         if os.getppid() != self._parent:
-            return f"the process {self._parent} that started this rank is gone"
+            return f"torchrun (process {self._parent}) is gone"
         return "told to stop" if self._signals.requested.is_set() else None
 
     def hung(self, message: str) -> None:

@@ -70,7 +70,7 @@ def test_a_run_that_is_told_to_stop_saves_and_goes_on_with_identical_losses(plac
 def test_ranks_whose_torchrun_is_killed_save_and_end(places):
     process, workers = start(places, "orphans", 2, "training.duration=100k steps", "checkpoint.every=50k steps")
     process.kill()
-    gone, alive = psutil.wait_procs(workers, timeout=120)
+    _, alive = psutil.wait_procs(workers, timeout=120)
     for worker in alive:
         worker.kill()
     assert not alive

@@ -254,14 +254,15 @@ def play(run: WatchedRun, fault: Fault, timeout: float = 900) -> Round:
         run.start(*fault.overrides)
         resumes = 0
     seen: list[tuple[float, int]] = []
+    said = struck
     while True:
         now, step = time.monotonic(), run.last_step()
         if not seen or seen[-1][1] != step:
             seen.append((now, step))
         resumed = run.resumed()[resumes:]
         if not resumed:
-            committed = max(committed, run.newest())
-        elif step > resumed[-1] and (found := _first_after(seen, resumed[-1])):
+            committed, said = max(committed, run.newest()), now
+        elif step > resumed[-1] and (found := _first_after(seen, resumed[-1], said)):
             highest, when = found
             break
         assert run.alive(), f"{fault.name}: the run ended: {run.output()[-4000:]}"
@@ -277,8 +278,14 @@ def play(run: WatchedRun, fault: Fault, timeout: float = 900) -> Round:
     return Round(fault.name, highest, resumed[-1], when - struck, len(ranks(run)))
 
 
-def _first_after(seen: list[tuple[float, int]], resumed: int) -> tuple[int, float] | None:
-    """The highest step before the resume, and when the first step after it was recorded."""
+def _first_after(seen: list[tuple[float, int]], resumed: int, said: float) -> tuple[int, float] | None:
+    """The highest step before the resume, and when the first step after it was recorded.
+
+    Args:
+        seen: (when, last step in the record), at each change.
+        resumed: step of the checkpoint.
+        said: until when the run had not said that it resumed. Ranks take steps for a moment after their driver died.
+    """
     highest, dropped = 0, False
     for when, step in seen:
         if dropped and step > resumed:
@@ -286,7 +293,7 @@ def _first_after(seen: list[tuple[float, int]], resumed: int) -> tuple[int, floa
         dropped = dropped or step < highest
         highest = highest if dropped else max(highest, step)
     # The record is not cut where nothing was lost.
-    after = [(when, step) for when, step in seen if step > resumed]
+    after = [(when, step) for when, step in seen if step > resumed and when > said]
     return (resumed, after[0][0]) if not dropped and seen[0][1] <= resumed and after else None
 
 

@@ -81,7 +81,10 @@ class Watch:
                 self._store = self._connect()
             self._store.set(f"sign/{worker.rank}", self._sign())
             dist.barrier()
-        self._thread = Every(1.0, self._look, "watch")
+        self._threads = [Every(1.0, self._look, "watch")]
+        if not worker.leads:
+            # Connecting anew to a process that is stopped may never return: judging it must not wait for that.
+            self._threads.append(Every(1.0, self._judge, "judge"))
 
     def at(self, phase: str, step: int) -> None:
         """Say what this rank does now. All ranks must go through the same phases in the same order."""
@@ -90,7 +93,8 @@ class Watch:
 
     def close(self) -> None:
         """Stop watching."""
-        self._thread.close()
+        for thread in self._threads:
+            thread.close()
 
     def _sign(self) -> str:
         self._beat += 1
@@ -117,7 +121,8 @@ class Watch:
                 if not self.worker.leads:
                     self._store = self._connect()
         self._note(signs)
-        self._judge()
+        if self.worker.leads:
+            self._judge()
 
     def _note(self, signs: dict[int, str]) -> None:
         now = time.monotonic()

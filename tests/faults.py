@@ -15,6 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -247,27 +248,31 @@ def play(run: WatchedRun, fault: Fault, timeout: float = 900) -> Round:
     fault.moment(run)
     resumes = len(run.resumed())
     committed = run.newest()
-    began = time.monotonic()
-    fault.strike(run)
-    struck = time.monotonic() if fault.strike in (driver, one_rank, every_rank) else began
-    if not run.alive():
-        run.start(*fault.overrides)
-        resumes = 0
-    seen: list[tuple[float, int]] = []
-    said = struck
-    while True:
-        now, step = time.monotonic(), run.last_step()
-        if not seen or seen[-1][1] != step:
-            seen.append((now, step))
-        resumed = run.resumed()[resumes:]
-        if not resumed:
-            committed, said = max(committed, run.newest()), now
-        elif step > resumed[-1] and (found := _first_after(seen, resumed[-1], said)):
-            highest, when = found
-            break
-        assert run.alive(), f"{fault.name}: the run ended: {run.output()[-4000:]}"
-        assert now < struck + timeout, f"{fault.name}: no step in {timeout:.0f} s: {run.output()[-4000:]}"
-        time.sleep(POLL_S)
+    struck = time.monotonic()
+    with ThreadPoolExecutor(1) as pool:  # hosts come and go slowly: the run may save and resume meanwhile
+        striking = pool.submit(fault.strike, run)
+        if fault.strike in (driver, one_rank, every_rank):
+            striking.result()
+            struck = time.monotonic()
+        if not run.alive():
+            run.start(*fault.overrides)
+            resumes = 0
+        seen: list[tuple[float, int]] = []
+        said = struck
+        while True:
+            now, step = time.monotonic(), run.last_step()
+            if not seen or seen[-1][1] != step:
+                seen.append((now, step))
+            resumed = run.resumed()[resumes:]
+            if not resumed:
+                committed, said = max(committed, run.newest()), now
+            elif step > resumed[-1] and (found := _first_after(seen, resumed[-1], said)):
+                highest, when = found
+                break
+            assert run.alive(), f"{fault.name}: the run ended: {run.output()[-4000:]}"
+            assert now < struck + timeout, f"{fault.name}: no step in {timeout:.0f} s: {run.output()[-4000:]}"
+            time.sleep(POLL_S)
+        striking.result()
     if isinstance(run.place, ThisMachine):
         deadline = time.monotonic() + 60  # Ray's agents look for their raylet every few seconds
         while orphans := run.place.orphans():

@@ -246,9 +246,9 @@ def play(run: WatchedRun, fault: Fault, timeout: float = 900) -> Round:
     if not run.alive():
         run.start(*fault.overrides)
     fault.moment(run)
-    resumes = len(run.resumed())
     committed = run.newest()
     struck = time.monotonic()
+    since = time.strftime("%H:%M:%S", time.localtime(time.time() + 1))  # no resume takes less than that
     with ThreadPoolExecutor(1) as pool:  # hosts come and go slowly: the run may save and resume meanwhile
         striking = pool.submit(fault.strike, run)
         if fault.strike in (driver, one_rank, every_rank):
@@ -256,14 +256,13 @@ def play(run: WatchedRun, fault: Fault, timeout: float = 900) -> Round:
             struck = time.monotonic()
         if not run.alive():
             run.start(*fault.overrides)
-            resumes = 0
         seen: list[tuple[float, int]] = []
         said = struck
         while True:
             now, step = time.monotonic(), run.last_step()
             if not seen or seen[-1][1] != step:
                 seen.append((now, step))
-            resumed = run.resumed()[resumes:]
+            resumed = run.resumed(since)
             if not resumed:
                 committed, said = max(committed, run.newest()), now
             elif step > resumed[-1] and (found := _first_after(seen, resumed[-1], said)):

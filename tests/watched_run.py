@@ -110,7 +110,7 @@ class WatchedRun:
     every_resumed: list[int] = field(default_factory=list)
     """Steps that lives of the run resumed from, of every life, as far as `resumed` was asked."""
     _read_to: int = field(default=0, repr=False)
-    _resumed: list[int] = field(default_factory=list, repr=False)
+    _resumed: list[tuple[str, int]] = field(default_factory=list, repr=False)
     _found: bool = field(default=False, repr=False)
 
     def start(self, *overrides: str) -> None:
@@ -141,17 +141,22 @@ class WatchedRun:
         """Step of the newest checkpoint that counts; 0 where there is none."""
         return max(self.committed(), default=0)
 
-    def resumed(self) -> list[int]:
-        """The steps that this life of the driver, and the attempts within it, say they resumed from."""
+    def resumed(self, since: str = "") -> list[int]:
+        """The steps that this life of the driver, and the attempts within it, say they resumed from, in that order.
+
+        Args:
+            since: time of the day, HH:MM:SS, from which on. Ray brings what another host says late, and in any order.
+        """
         with self.log.open("rb") as file:
             file.seek(self._read_to)
             whole, _, _ = file.read().rpartition(b"\n")
         if whole:
             self._read_to += len(whole) + 1
-            found = [int(step) for step in re.findall(rb"resumed from \S*step-(\d+)", whole)]
-            self._resumed += found
-            self.every_resumed += found
-        return self._resumed
+            lines = re.findall(r"(\d\d:\d\d:\d\d) resumed from \S*step-(\d+)", whole.decode(errors="replace"))
+            found = [(when, int(step)) for when, step in lines]
+            self._resumed = sorted([*self._resumed, *found], key=lambda said: said[0])
+            self.every_resumed += [step for _, step in found]
+        return [step for when, step in self._resumed if when >= since]
 
     def output(self) -> str:
         """What this life of the driver has said."""

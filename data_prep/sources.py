@@ -153,7 +153,7 @@ def _recognise(place: str, settings: SourceSettings) -> Kind:
         if table_files(folder):
             return "table"
         tars = tars_in(folder)
-        if folder.names():
+        if folder.local is not None or folder.names():
             return "webdataset" if tars and holds_samples(folder, tars[0]) else "folder"
     if _is_pattern(place):
         return "webdataset"

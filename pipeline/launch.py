@@ -11,6 +11,8 @@ import time
 from collections.abc import Callable
 from typing import Any, Literal
 
+import torch.distributed as dist
+
 from cluster.command import log
 from cluster.ray_runtime import ray_session
 from cluster.settings import SettingsError
@@ -58,7 +60,10 @@ def run_ranks(
             asked = _range(*terms.workers)
             raise SettingsError(f"torchrun started {world} ranks, the settings ask for {asked}: make them agree")
         check(world)
-        if not target(argument, SignalControl(signals)):
+        finished = target(argument, SignalControl(signals))
+        if dist.is_initialized():
+            dist.destroy_process_group()  # left to the interpreter's end, its threads may abort a finished process
+        if not finished:
             raise SystemExit(STOPPED)
         return
     if terms.workers is not None and terms.workers[0] == terms.workers[1]:

@@ -7,6 +7,7 @@ from tests.running import REPOSITORY, environment, torchrun_command
 
 RANKS = """
 import os
+import torch
 from pipeline import workers
 from pipeline.consensus import Consensus
 worker = workers.join(60)
@@ -18,6 +19,7 @@ last = consensus.settle()
 assert consensus.settle() is None
 assert heard[0] is None
 line = f"{[sums['stop'] for sums in heard[1:]]} {[sums['loss'] for sums in heard[1:]]} {last}\\n"
+torch.distributed.destroy_process_group()
 os.write(1, line.encode())  # in one piece: both ranks write to one pipe
 """
 

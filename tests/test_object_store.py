@@ -266,7 +266,7 @@ def test_whoever_is_interrupted_leaves_nothing(remote: Folder, small_parts: None
         s3.faults.latency = 0.3
         for attempt in (lambda: remote.put(tmp_path / "x", "x"), lambda: remote.get("there", tmp_path / "y")):
             remote.write_bytes("there", b"content")
-            signal.setitimer(signal.ITIMER_REAL, 0.8)
+            signal.setitimer(signal.ITIMER_REAL, 0.5)  # before the third request in a row, which completes an upload
             with pytest.raises(InterruptedError, match="enough"):
                 for_ever(attempt)
     finally:

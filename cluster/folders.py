@@ -5,7 +5,6 @@ of the two it is. A file appears under its name whole or not at all, in both.
 """
 
 import fcntl
-import io
 import json
 import os
 import shutil
@@ -19,8 +18,6 @@ from typing import Any, BinaryIO
 from cluster import storage
 from cluster.storage import Sink, StorageError
 
-_PIECE = 8 << 20
-"""Bytes that `Folder.open` fetches at a time from an object store: a request costs more than reading past a little."""
 _LOCK = ".swap-lock"
 """Suffix of the file beside one that is swapped, which processes of mounted file systems lock."""
 
@@ -230,8 +227,6 @@ class LocalFolder(Folder):
             with self.open(name) as file:
                 file.seek(offset)
                 content = file.read() if length is None else file.read(length)
-        except StorageError:
-            raise
         except OSError as error:
             raise StorageError(f"{path} cannot be read: {error.strerror}") from error
         if length is not None and len(content) != length:
@@ -335,41 +330,6 @@ def _is_open_under(path: Path, descriptor: int) -> bool:
 
 def _is_hidden(name: str) -> bool:
     return storage.is_unfinished(name) or (name.startswith(".") and name.endswith(_LOCK))
-
-
-class RangeReader(io.RawIOBase):
-    """A file of a folder that is not of a mounted file system: every read is a request.
-
-    Args:
-        folder, name: of the file.
-        size: of it, in bytes.
-    """
-
-    def __init__(self, folder: Folder, name: str, size: int) -> None:
-        self._folder, self._name, self._size, self._at = folder, name, size, 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        start = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._size}[whence]
-        self._at = start + offset
-        return self._at
-
-    def readinto(self, buffer: Any) -> int:
-        view = memoryview(buffer).cast("B")
-        count = max(0, min(len(view), self._size - self._at))
-        view[:count] = self._folder.read_bytes(self._name, self._at, count)
-        self._at += count
-        return count
-
-
-def buffered(folder: Folder, name: str, size: int) -> BinaryIO:
-    """`RangeReader`, with large requests."""
-    return io.BufferedReader(RangeReader(folder, name, size), min(_PIECE, max(size, 1)))
 
 
 @contextmanager

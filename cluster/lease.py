@@ -25,7 +25,8 @@ from cluster.storage import StorageError, json_bytes
 
 FILE = "lease.json"
 TTL_S = 180.0
-"""Seconds without a renewal after which a holder counts as dead."""
+"""Seconds without a renewal after which a holder counts as dead: longer than an outage of the storage that its work
+survives."""
 _GIVE_UP = 0.8
 """Share of the time to live after which a holder that cannot renew stops: before another may take over."""
 

@@ -1,5 +1,6 @@
 """A folder under a prefix of an S3 object store: `ObjectFolder`."""
 
+import io
 import os
 import posixpath
 from collections.abc import Coroutine, Iterator, Mapping
@@ -9,12 +10,15 @@ from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
 from cluster import s3_objects, storage
-from cluster.folders import Folder, Sink, buffered
+from cluster.folders import Folder, Sink
 from cluster.s3_connection import SECRETS, connection
 from cluster.s3_objects import Objects, Upload
 from cluster.storage import StorageError
 
 _T = TypeVar("_T")
+
+_PIECE = 8 << 20
+"""Bytes that `Folder.open` fetches at a time from an object store: a request costs more than reading past a little."""
 
 
 class ObjectFolder(Folder):
@@ -60,7 +64,8 @@ class ObjectFolder(Folder):
         return self._known(name)[1]
 
     def open(self, name: str) -> BinaryIO:
-        return buffered(self, name, self._known(name)[0])
+        size, _ = self._known(name)
+        return io.BufferedReader(_RangeReader(self, name, size), min(_PIECE, max(size, 1)))
 
     def _known(self, name: str) -> tuple[int, str]:
         known = _run(self._objects.size_and_etag(name))
@@ -172,6 +177,36 @@ class _ObjectSink:
             self._parts[-s3_objects.AT_ONCE].result()
         part = self._objects.send_part(self._name, self._upload, len(self._parts) + 1, content)
         self._parts.append(connection().start(part))
+
+
+class _RangeReader(io.RawIOBase):
+    """An object as a file: every read is a request.
+
+    Args:
+        folder, name: of the object.
+        size: of it, in bytes.
+    """
+
+    def __init__(self, folder: Folder, name: str, size: int) -> None:
+        self._folder, self._name, self._size, self._at = folder, name, size, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        start = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._size}[whence]
+        self._at = start + offset
+        return self._at
+
+    def readinto(self, buffer: Any) -> int:
+        view = memoryview(buffer).cast("B")
+        count = max(0, min(len(view), self._size - self._at))
+        view[:count] = self._folder.read_bytes(self._name, self._at, count)
+        self._at += count
+        return count
 
 
 def object_folder(url: str, key: str) -> ObjectFolder:

@@ -29,9 +29,6 @@ LAID_DOWN = "images"
 """Folder in the destination for images that are copied out of tables first; gone when the corpus is finished."""
 DUPLICATES = "duplicates"
 """Folder in the destination for what the search for duplicates has found so far; gone when the corpus is finished."""
-_TTL_S = 180.0
-"""Seconds without a renewal after which a job on another machine counts as dead: longer than an outage of the storage
-that its shards survive."""
 GO_ON = "The finished shards stay; run the same command again to go on"
 
 
@@ -70,7 +67,7 @@ def held(folder: Folder) -> Iterator[None]:
         stack.callback(_remove_empty, made)
         advice = "wait for it, stop it, or give another destination"
         try:
-            stack.enter_context(Lease(folder, ttl_s=_TTL_S, advice=advice, leaves_file=False))
+            stack.enter_context(Lease(folder, advice=advice, leaves_file=False))
         except OSError as error:
             if isinstance(error, StorageError):
                 raise

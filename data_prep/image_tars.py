@@ -162,11 +162,10 @@ def _walk(folder: Folder, name: str, where: str) -> list[_Part]:
     """The class tars of a tar, or the tar itself as one part without a class name."""
     try:
         read_at, size = reader_of(folder, name)
-        stamp = folder.stamp(name)
         refuse_compression(read_at(8, 0), where)
         if read_at(2, 0) != _GZIP:
-            return _walk_plain(read_at, size, folder, name, where, stamp)
-        key = f"{folder.url}/{name} {stamp}"
+            return _walk_plain(read_at, size, folder, name, where)
+        key = f"{folder.url}/{name} {folder.stamp(name)}"
         kept = _from_cache(key, name)
         if kept is not None:
             return kept
@@ -177,7 +176,7 @@ def _walk(folder: Folder, name: str, where: str) -> list[_Part]:
         raise SourceError(str(error)) from error
 
 
-def _walk_plain(read_at: ReadAt, size: int, folder: Folder, name: str, where: str, stamp: str) -> list[_Part]:
+def _walk_plain(read_at: ReadAt, size: int, folder: Folder, name: str, where: str) -> list[_Part]:
     members = [member for member in iterate_members(read_at, 0, size, where) if member.kind != b"5"]
     tars = [member for member in members if _is_class_tar(member)]
     whole = Stream(name)
@@ -194,7 +193,7 @@ def _walk_plain(read_at: ReadAt, size: int, folder: Folder, name: str, where: st
         return [_Part(class_of_tar(m.name), part, whole) for m, part in zip(tars, listed, strict=True)]
     if folder.local is None:
         raise SourceError(f"{where} holds gzip class tars: that is read from a mounted file system only; copy it there")
-    key = f"{place} {stamp}"
+    key = f"{place} {folder.stamp(name)}"
     kept = _from_cache(key, name)
     if kept is not None:
         return kept

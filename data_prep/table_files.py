@@ -79,10 +79,10 @@ def table_files(folder: Folder, name: str | None = None) -> list[TableFile]:
 
     Args:
         folder: of the file, or of several of Parquet.
-        name: of the file; None for the Parquet files directly in the folder, sorted.
+        name: of the file, which is there; None for the Parquet files directly in the folder, sorted.
     """
     if name is not None:
-        return [TableFile(folder, name)] if name.endswith(TABLE_SUFFIXES) and folder.size(name) is not None else []
+        return [TableFile(folder, name)] if name.endswith(TABLE_SUFFIXES) else []
     names = [name for name in folder.names() if name.endswith(".parquet") and not name.startswith(".")]
     return [TableFile(folder, name) for name in names]
 

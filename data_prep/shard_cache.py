@@ -117,7 +117,7 @@ class ShardCache:
         if not self._present(shard):
             with self._held(shard) as lock:
                 if not self._present(shard):
-                    while not self._reserve(lock, shard, due=_NOW):
+                    while not self._reserve(lock, shard, _NOW):
                         time.sleep(_LOOK_AGAIN_S)
                     self._fetch(shard, lock)
         return self._place(shard)
@@ -170,9 +170,12 @@ class ShardCache:
                 assert self._plan is not None
                 weakref.finalize(self, self._plan.release)
             self._plan.write(content)
+            # Under the same lock: what the plan no longer needs may be pushed out from here on, and a thread that still
+            # went by the order before would fetch it again.
+            with self._waiting:
+                self._order, self._full_until = list(order[:ahead]), 0.0
+                self._failed.clear()
         with self._waiting:
-            self._order, self._full_until = list(order[:ahead]), 0.0
-            self._failed.clear()
             while len(self._threads) < _THREADS and not self._closed:
                 # The threads must not keep alive what nobody reads from any more.
                 arguments = (weakref.ref(self), self._waiting)
@@ -258,8 +261,10 @@ class ShardCache:
                 with lock:
                     if self._present(shard):
                         continue
-                    if not self._reserve(lock, shard, due=place):
+                    if not self._reserve(lock, shard, place, order):
                         with self._waiting:
+                            if self._order is not order:
+                                return 0.0
                             self._full_until = time.monotonic() + _LOOK_AGAIN_S
                         return _LOOK_AGAIN_S
                     self._fetch(shard, lock)
@@ -275,9 +280,18 @@ class ShardCache:
         return pause
 
     # ---- room ------------------------------------------------------------------------------------------------------
-    def _reserve(self, lock: "_Held", shard: int, due: int) -> bool:
-        """Make room for a shard, held by the length of its lock file; False if others are needed sooner than it."""
+    def _reserve(self, lock: "_Held", shard: int, due: int, order: list[int] | None = None) -> bool:
+        """Make room for a shard, held by the length of its lock file.
+
+        Args:
+            due: its place in `order`, or _NOW.
+
+        Returns:
+            False if others are needed sooner than it, or its order is out of date.
+        """
         with self._room():
+            if order is not None and order is not self._order:
+                return False
             used, here = 0, []
             with os.scandir(self.cache_dir) as entries:
                 names = [entry.name for entry in entries]

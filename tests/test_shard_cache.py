@@ -76,7 +76,9 @@ def taken(folder: Path) -> int:
         return 0
     with (folder / "room.lock").open() as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        parts = [path for path in folder.rglob("*") if path.suffix == ".tar" or path.parent.suffix == ".fetching"]
+        # os.walk passes over folders that go in between; rglob raises
+        paths = [Path(parent, name) for parent, _, names in os.walk(folder) for name in names]
+        parts = [path for path in paths if path.suffix == ".tar" or path.parent.suffix == ".fetching"]
         return sum(storage.file_size(path) or 0 for path in parts if path.name != "half")
 
 

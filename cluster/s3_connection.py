@@ -87,6 +87,9 @@ class Connection:
                 "connect_timeout": min(3.0, self.patience),
                 "read_timeout": min(20.0, self.patience),
                 "max_pool_connections": 100,
+                # Ranges, in which all of an object's content is read, have no checksum of the store's at AWS; what is
+                # read has one of ours, or is decoded.
+                "response_checksum_validation": "when_required",
             },
         )
         self.answered = False

@@ -37,14 +37,14 @@ EXTENSIONS = "jpg;jpeg;png;webp"
 MEAN = STD = (0.5, 0.5, 0.5)
 
 
-def make_photographs(folder: Path) -> None:
+def make_photographs(folder: Path, count: int = IMAGES) -> None:
     """Parts of real photographs at their own resolution, about ImageNet's usual size: 500x400, 83 kB."""
     from PIL import Image
     from sklearn.datasets import load_sample_images
 
     pictures = [Image.fromarray(picture) for picture in load_sample_images().images]
     rng = np.random.default_rng(0)
-    for number in range(IMAGES):
+    for number in range(count):
         x, y = int(rng.integers(0, 140)), int(rng.integers(0, 27))
         target = folder / f"class{number % 10}" / f"{number:05d}.jpg"
         target.parent.mkdir(exist_ok=True)

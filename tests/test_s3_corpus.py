@@ -99,14 +99,11 @@ def test_the_same_corpus_is_made_on_s3_whatever_the_network_does(source: Path, l
 
 
 @pytest.mark.slow
-def test_a_store_that_stays_broken_is_one_error(
-    source: Path, s3: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv(PATIENCE, "0.5")
+def test_a_store_that_stays_broken_is_one_error(source: Path, s3: S3Server, tmp_path: Path) -> None:
     place = s3.bucket() + "/corpora/small"
     s3.faults.rates, s3.faults.only = {"slow_down": 1.0}, r"PUT .*shard-000001\.tar"
     command = ("data_prep/shard.py", str(source), place, "shard_mb=0.01")
-    done = script(tmp_path, *command)
+    done = script(tmp_path, *command, **{PATIENCE: "0.5"})
     assert done.returncode == 2, done.stderr
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1

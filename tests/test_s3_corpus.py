@@ -14,7 +14,6 @@ import torch
 
 from cluster.folders import Folder, LocalFolder, folder_at
 from cluster.ray_runtime import ray_session
-from cluster.s3_connection import PATIENCE
 from data_prep.corpus import Corpus
 from data_prep.corpus_format import CorpusError
 from data_prep.shard import ShardSettings, shard_corpus
@@ -103,7 +102,7 @@ def test_a_store_that_stays_broken_is_one_error(source: Path, s3: S3Server, tmp_
     place = s3.bucket() + "/corpora/small"
     s3.faults.rates, s3.faults.only = {"slow_down": 1.0}, r"PUT .*shard-000001\.tar"
     command = ("data_prep/shard.py", str(source), place, "shard_mb=0.01")
-    done = script(tmp_path, *command, **{PATIENCE: "0.5"})
+    done = script(tmp_path, *command, VITFORGE_S3_PATIENCE="0.5")
     assert done.returncode == 2, done.stderr
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1

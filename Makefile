@@ -8,20 +8,17 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-fast test-faults lint bench lock clean
+.PHONY: demo test test-fast lint bench lock clean
 
 demo: $(READY)
 	$(BIN)/python pipeline/demo.py
 
-test: $(READY) lint
-	$(BIN)/python -m pytest -m "not slow"
-	$(BIN)/python -m pytest -m "slow and not faults"
+test: $(READY) lint test-fast
+	$(BIN)/python -m pytest -m slow
 
+# Two at a time: most of them wait for processes that start.
 test-fast: $(READY)
-	$(BIN)/python -m pytest -m "not slow"
-
-test-faults: $(READY)
-	$(BIN)/python -m pytest -m faults
+	$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile
 
 lint: $(READY)
 	$(BIN)/ruff check

@@ -26,7 +26,6 @@ def named(known: list[Fault], *names: str) -> list[Fault]:
     return [by_name[name] for name in names]
 
 
-@pytest.mark.faults
 def test_killed_at_awkward_moments_a_run_loses_only_what_came_after_its_checkpoint(tmp_path):
     random.seed(0)
     with a_run(tmp_path) as run:
@@ -41,7 +40,6 @@ def test_killed_at_awkward_moments_a_run_loses_only_what_came_after_its_checkpoi
         check_record(run, results)
 
 
-@pytest.mark.faults
 @pytest.mark.skipif(why_not() is not None, reason=f"two hosts need network namespaces: {why_not()}")
 def test_a_run_outlives_a_host_and_grows_when_it_is_back(tmp_path):
     random.seed(0)

@@ -13,7 +13,7 @@ from cluster import s3_objects, storage
 from cluster.folders import Folder, Sink
 from cluster.s3_connection import SECRETS, connection
 from cluster.s3_objects import Objects, Upload
-from cluster.storage import StorageError
+from cluster.storage import MissingError, StorageError
 
 _T = TypeVar("_T")
 
@@ -70,7 +70,7 @@ class ObjectFolder(Folder):
     def _known(self, name: str) -> tuple[int, str]:
         known = _run(self._objects.size_and_etag(name))
         if known is None:
-            raise StorageError(f"{self._objects.place(name)} cannot be read: there is no such object")
+            raise MissingError(f"{self._objects.place(name)} cannot be read: there is no such object")
         return known
 
     def read_bytes(self, name: str, offset: int = 0, length: int | None = None) -> bytes:

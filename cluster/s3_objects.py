@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from cluster.command import log
 from cluster.s3_connection import Answer, ObjectStoreError, connection
-from cluster.storage import StorageError
+from cluster.storage import MissingError, StorageError
 
 RANGE = 8 << 20
 """Bytes of one GET of a large object."""
@@ -109,7 +109,7 @@ class Objects:
                 return await self._download_once(name, offset, length, take)
             except Answer as answer:
                 if answer.kind == "missing":
-                    raise StorageError(f"{self.place(name)} cannot be read: there is no such object") from None
+                    raise MissingError(f"{self.place(name)} cannot be read: there is no such object") from None
                 _expect(answer, "changed")  # between two ranges
         raise ObjectStoreError(f"{self.place(name)} cannot be read: it is being written over and over")
 

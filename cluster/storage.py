@@ -29,6 +29,10 @@ class StorageError(ValueError):
     """A path that cannot be used, or a file that is not what it should be; the message says what would do."""
 
 
+class MissingError(StorageError):
+    """There is no such object in the object store."""
+
+
 def local_path(path: str, key: str) -> Path:
     """`path` as a path of this file system.
 

@@ -19,30 +19,25 @@ from data_prep.convert import Conversion
 from data_prep.corpus import Corpus
 from data_prep.corpus_format import MANIFEST, PLAN, SHARDS_AT, CorpusError, file_of_version, manifest_of_version
 from data_prep.listing import Listing, SourceError
-from data_prep.remote_images import RemoteImages
-from data_prep.removed import REMOVED
+from data_prep.remote_images import NOT_FETCHED, RemoteImages
+from data_prep.removed import REMOVED, UNCOMPARED
 from data_prep.shard_plan import Appended, Plan
 from data_prep.shard_task import one_line, remove_shard
 
 NewClasses = Literal["append", "refuse"]
-_MAY_COME = "named in the table"
-"""How the reason begins for which an image was left out that was missing: it may be there now."""
+_MAY_COME = ("named in the table", NOT_FETCHED, UNCOMPARED)
+"""How the reasons begin for which an image was left out that was missing: it may be there now."""
 _SHARD_NAME = re.compile(r"shard-(\d{6,})\.tar")
 
 
-def plan_append(
-    listing: Listing, folder: Folder, shard_bytes: int, seed: int, conversion: Conversion, new_classes: NewClasses
-) -> tuple[Plan | None, Corpus]:
-    """Plan shards for the images of a listing that a corpus does not have yet.
+def what_is_new(listing: Listing, folder: Folder, conversion: Conversion) -> tuple[Listing, Corpus]:
+    """The images of a listing that a corpus does not have yet, and the version of the corpus that they add to.
 
     An image is told by its origin: its path relative to the source.
 
-    Returns:
-        The plan, or None where there is nothing new; and the version of the corpus that it adds to.
-
     Raises:
         CorpusError: there is no corpus, or it is damaged in a way that appending does not repair.
-        SourceError: labels of another kind, or new classes that are refused.
+        SourceError: labels of another kind.
     """
     before = _version_to_add_to(folder)
     if SHARDS_AT in before.manifest:
@@ -53,14 +48,29 @@ def plan_append(
             f"{listing.place} has {'many labels' if many else 'one label'} an image, the corpus {folder} has "
             f"{'one' if many else 'many'}: that cannot be appended"
         )
-    new = _not_there_yet(listing, before, conversion)
-    if not len(new):
-        return None, before
+    return _not_there_yet(listing, before, conversion), before
+
+
+def plan_append(
+    new: Listing,
+    before: Corpus,
+    folder: Folder,
+    shard_bytes: int,
+    seed: int,
+    conversion: Conversion,
+    new_classes: NewClasses,
+) -> Plan:
+    """Plan shards for new images, at least one, that go after those of a corpus in a folder.
+
+    Raises:
+        CorpusError: the folder has a damaged newest version of other images.
+        SourceError: new classes that are refused.
+    """
     classes = after(before.classes, [name for name in new.classes if name in _used(new)])
     found = classes[len(before.classes) :]
     if found and new_classes == "refuse":
         raise SourceError(
-            f"{listing.place} has {len(found)} classes that the corpus does not have ({', '.join(found[:5])}): give "
+            f"{new.place} has {len(found)} classes that the corpus does not have ({', '.join(found[:5])}): give "
             f"new_classes=append to add them at the end, or relabel=FILE"
         )
     if found:
@@ -76,7 +86,7 @@ def plan_append(
     appended = Appended(before.version + 1, before.corpus_hash, _first_shard(folder, before), planned)
     plan = Plan(new, descriptions, shard_bytes, seed, conversion, appended)
     _drop_other_plan(folder, plan)
-    return plan, before
+    return plan
 
 
 def _version_to_add_to(folder: Folder) -> Corpus:
@@ -151,7 +161,8 @@ def _origins(corpus: Corpus) -> Iterator[str]:
     for version in range(1, corpus.version + 1):
         name = file_of_version(REMOVED, version)
         if corpus.folder.size(name) is not None:
-            yield from (json.loads(line)["origin"] for line in corpus.folder.read_bytes(name).splitlines())
+            entries = map(json.loads, corpus.folder.read_bytes(name).splitlines())
+            yield from (entry["origin"] for entry in entries if entry["reason"] != UNCOMPARED)
 
 
 def _digest(origin: str) -> str:

@@ -252,7 +252,7 @@ def run_tasks(
                     continue
                 name = running.pop(done[0])
                 try:
-                    records[name] = _result(ray, done[0])
+                    records[name] = _result(ray, done[0], f"{name} in {folder}")
                 except OSError as error:
                     failures[name] += 1
                     if failures[name] == _ATTEMPTS:
@@ -280,7 +280,7 @@ def _cancelled_on_failure(ray: Any, running: Mapping[Any, str]) -> Iterator[None
         raise
 
 
-def _result(ray: Any, reference: Any) -> dict[str, Any]:
+def _result(ray: Any, reference: Any, what: str) -> dict[str, Any]:
     try:
         record: dict[str, Any] = ray.get(reference)
         return record
@@ -288,6 +288,11 @@ def _result(ray: Any, reference: Any) -> dict[str, Any]:
         if isinstance(error.cause, (SourceError, OSError, StorageError)):
             raise error.cause from error
         raise
+    except ray.exceptions.RayError as error:  # Ray has started it again several times
+        raise StorageError(
+            f"{what} cannot be made: its process ended {_ATTEMPTS} times ({str(error).splitlines()[0]}). Nodes end, "
+            f"memory is not enough (workers=N has fewer at a time), or an image makes a decoder crash. {GO_ON}"
+        ) from error
 
 
 def log_summary(corpus: Corpus, seconds: float) -> None:

@@ -6,7 +6,8 @@ once (perceptual_hash.py), pairs with near hashes are searched for (duplicate_se
 shapes agree too.
 
 An image is removed if it is a duplicate of an image of an excluded corpus, or (dedup) of one that comes earlier in the
-sorted order of the source. The earlier one may itself be removed, as a duplicate of a still earlier one.
+sorted order of the source, or is in the corpus that is appended to. The earlier one may itself be removed, as a
+duplicate of a still earlier one.
 """
 
 import hashlib
@@ -31,12 +32,13 @@ from cluster.ray_runtime import ray_session
 from cluster.storage import StorageError
 from data_prep.corpus import Corpus
 from data_prep.corpus_cache import cache_folder
+from data_prep.corpus_format import PLAN, file_of_version
 from data_prep.corpus_jobs import DUPLICATES, check_destination, run_tasks
 from data_prep.duplicate_search import HammingIndex, Pairs
 from data_prep.hash_task import HashTask, ImagesToDescribe, PartOfCorpus, PartOfListing, describe_part
-from data_prep.listing import Listing, SourceError
-from data_prep.perceptual_hash import DESCRIPTOR, MIRROR, SIMILAR, VERSION, similarity
-from data_prep.removed import Removed, removed_in_words
+from data_prep.listing import Listing
+from data_prep.perceptual_hash import DESCRIPTOR, MIRROR, SIMILAR, UNSEEN, VERSION, similarity
+from data_prep.removed import UNCOMPARED, Removed, removed_in_words
 from data_prep.shard_task import one_line
 
 DEFAULT_DISTANCE = 8
@@ -48,7 +50,7 @@ _THREADS = min(32, os.cpu_count() or 1)
 
 _DECISION = np.dtype(
     [
-        ("reason", "u1"),  # 0 kept, _EXACT or _NEAR
+        ("reason", "u1"),  # 0 kept, _EXACT, _NEAR or _UNSEEN
         ("distance", "u1"),
         ("mirrored", "?"),
         ("where", "<i2"),  # place of the excluded corpus, or -1 for the source itself
@@ -56,7 +58,7 @@ _DECISION = np.dtype(
         ("similarity", "<f4"),
     ]
 )
-_EXACT, _NEAR = 1, 2
+_EXACT, _NEAR, _UNSEEN = 1, 2, 3
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,13 @@ class DuplicateSearch:
     """Whether images are taken out that come earlier in the source."""
     distance: int
     """Bits by which hashes of near duplicates may differ."""
+    onto: Corpus | None = None
+    """What is appended to: its images count as earlier ones of the source."""
+
+    @property
+    def asked(self) -> bool:
+        """Whether there is anything to look for."""
+        return bool(self.exclude) or self.dedup
 
 
 def remove_duplicates(listing: Listing, search: DuplicateSearch, folder: Folder, workers: int) -> Listing:
@@ -84,15 +93,19 @@ def remove_duplicates(listing: Listing, search: DuplicateSearch, folder: Folder,
         workers: tasks at a time; 0 for what the cluster has CPUs for.
 
     Returns:
-        The listing without them; what was removed is in its `removed`.
+        The listing without them, perhaps empty; what was removed is in its `removed`. Images that could not be had,
+        and so not be compared, are in its `left_out`.
 
     Raises:
         CorpusError: an excluded corpus cannot be read.
-        SourceError: the source cannot be read, or nothing of it is left.
+        SourceError: the source cannot be read.
     """
-    if not search.exclude and not search.dedup:
+    if not search.asked or not len(listing):
         return listing
     corpora = [Corpus.open(absolute_path(place, "exclude")) for place in search.exclude]
+    if search.onto is not None:
+        _warn_of_uncompared(search.onto, corpora)
+        corpora += [search.onto] if search.dedup else []
     settings = {
         "dedup": search.dedup,
         "distance": search.distance,
@@ -117,9 +130,19 @@ def remove_duplicates(listing: Listing, search: DuplicateSearch, folder: Folder,
     log.info("%s", removed_in_words(removed.counts))
     keep = np.ones(len(listing), bool)
     keep[removed.rows] = False
-    if not keep.any():
-        raise SourceError(f"every image of source {listing.place} is a duplicate: nothing is left of it")
-    return replace(listing.take(np.flatnonzero(keep)), removed=removed)
+    return replace(listing.take(np.flatnonzero(keep), removed.unseen), removed=removed)
+
+
+def _warn_of_uncompared(onto: Corpus, corpora: Sequence[Corpus]) -> None:
+    """Say which corpora an append excludes that what is there already was not compared with."""
+    for version in range(1, onto.version + 1):
+        plan = onto.folder.read_json(file_of_version(PLAN, version))
+        known = plan.get("settings", {}).get("duplicates", {}).get("exclude", [])
+        if missing := [corpus.url for corpus in corpora if corpus.corpus_hash not in known]:
+            log.warning(
+                "only the new images are compared with %s: those of version %d of %s stay, whether they are in it or "
+                "not. To compare them too, shard all into another folder", ", ".join(missing), version, onto,
+            )  # fmt: skip
 
 
 def _file_of_decisions(settings: dict[str, Any]) -> str:
@@ -257,6 +280,8 @@ def decide(
     """
     decisions = np.zeros(len(source), _DECISION)
     contents, hashes = source["content"].copy(), source["hash"].copy()
+    unseen = (contents == UNSEEN).all(1)
+    decisions["reason"][unseen], contents[unseen] = _UNSEEN, 0
     for where, descriptors in enumerate(excluded):
         _settle_exact(decisions, where, _find(contents, descriptors["content"]))
     if dedup:
@@ -390,18 +415,19 @@ def _as_lines(listing: Listing, decisions: NDArray[np.void], corpora: Sequence[C
     """See Removed.lines."""
     rows = np.flatnonzero(decisions["reason"])
     origins: dict[tuple[int, int], str] = {}
-    for where, of in sorted({(int(d["where"]), int(d["of"])) for d in decisions[rows]}):  # a shard's origins at a time
+    found = rows[decisions["reason"][rows] != _UNSEEN]
+    for where, of in sorted({(int(d["where"]), int(d["of"])) for d in decisions[found]}):  # a shard's origins at a time
         origins[where, of] = corpora[where].origin(of) if where >= 0 else one_line(listing.names[of])
     lines = []
     for row, decision in zip(rows.tolist(), decisions[rows], strict=True):
         where, of = int(decision["where"]), int(decision["of"])
-        entry: dict[str, Any] = {
-            "row": row,
-            "origin": one_line(listing.names[row]),
-            "reason": "exact" if decision["reason"] == _EXACT else "near",
-            "corpus": corpora[where].corpus_hash if where >= 0 else None,
-            "of": origins[where, of],
-        }
+        entry: dict[str, Any] = {"row": row, "origin": one_line(listing.names[row])}
+        if decision["reason"] == _UNSEEN:
+            entry["reason"] = UNCOMPARED
+        else:
+            entry["reason"] = "exact" if decision["reason"] == _EXACT else "near"
+            entry["corpus"] = corpora[where].corpus_hash if where >= 0 else None
+            entry["of"] = origins[where, of]
         if decision["reason"] == _NEAR:
             entry["distance"] = int(decision["distance"])
             entry["similarity"] = round(float(decision["similarity"]), 3)

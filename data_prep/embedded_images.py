@@ -154,9 +154,13 @@ def list_laid_down(
         "table with images", place, classes, images, sizes,
         StreamImages(folder, tuple(Stream(f"{part}.bytes") for part in parts), which, offsets), column,
     )  # fmt: skip
-    # by name and content: blocks of a dataset come in any order
-    keep = np.flatnonzero(sizes > 0).tolist()
-    return listing.take(np.array(sorted(keep, key=lambda row: (images[row], int(checks[row]))), np.int64), left_out)
+
+    def all_it_says(row: int) -> tuple[bytes, int, bytes]:
+        return images[row], int(checks[row]), column[row].tobytes()
+
+    # by all that a row says: blocks of a dataset come in any order
+    keep = sorted(np.flatnonzero(sizes > 0).tolist(), key=all_it_says)
+    return listing.take(np.array(keep, np.int64), left_out)
 
 
 def _lay_down_file(task: _FileTask) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """Stops a job of which too much fails: a source that is broken is better found after minutes than at the end."""
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from data_prep.convert import BY_CHOICE
@@ -17,12 +17,22 @@ class FailureShare:
 
     Args:
         most: the share of all images that may fail.
+        left_out: name and reason of those that are not even tried.
+        planned: how many are.
+
+    Raises:
+        SourceError: more are left out than may fail.
     """
 
-    def __init__(self, most: float) -> None:
+    def __init__(self, most: float, left_out: Sequence[tuple[str, str]], planned: int) -> None:
         self._most = most
-        self._seen = 0
-        self._reasons: Counter[str] = Counter()
+        self._left_out = Counter(reason for _, reason in left_out if not reason.startswith(BY_CHOICE))
+        self._seen, self._reasons = self._left_out.total() + planned, self._left_out.copy()
+        self._check()
+        self._restart()
+
+    def _restart(self) -> None:
+        self._seen, self._reasons = self._left_out.total(), self._left_out.copy()
 
     def count(self, record: dict[str, Any]) -> None:
         """Count a finished shard.
@@ -43,7 +53,7 @@ class FailureShare:
         Raises:
             SourceError: more fail than may.
         """
-        self._seen, self._reasons = 0, Counter()
+        self._restart()
         for record in records:
             self.count(record)
         self._check()

@@ -11,7 +11,7 @@ from cluster.folders import Folder
 from data_prep.columns import Strings
 from data_prep.corpus import Corpus
 from data_prep.image_check import UnusableImage
-from data_prep.perceptual_hash import DESCRIPTOR, describe_images
+from data_prep.perceptual_hash import DESCRIPTOR, UNSEEN, describe_images
 from data_prep.source_reader import Images
 
 _BATCH = 64
@@ -65,7 +65,8 @@ class HashTask:
 def describe_part(task: HashTask) -> dict[str, Any]:
     """Read and describe images and write their descriptors; returns how many bytes of images were read.
 
-    Images that cannot be had, or do not decode, are like no other: sharding quarantines them.
+    Images that do not decode are like no other: sharding quarantines them. Those that could not be had are marked:
+    sharding might have them, and nothing would be known of what they look like.
 
     Raises:
         SourceError: the source is not there, or has changed.
@@ -77,6 +78,7 @@ def describe_part(task: HashTask) -> dict[str, Any]:
         size += sum(map(len, had))
         descriptors = np.zeros(len(images), DESCRIPTOR)  # a content of zeros: no image, and no duplicate of another
         descriptors[[not isinstance(image, UnusableImage) for image in images]] = describe_images(had)
+        descriptors["content"][[isinstance(image, UnusableImage) and image.may_pass for image in images]] = UNSEEN
         described.append(descriptors)
     task.folder.write_bytes(task.name, np.concatenate(described).tobytes())
     return {"sizes": {"images": size}}

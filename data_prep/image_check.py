@@ -50,7 +50,15 @@ _RARE_LAYOUTS: dict[tuple[str, Any], str] = {
 
 
 class UnusableImage(ValueError):  # noqa: N818 - it says what the image is
-    """An image that training could not decode; the message is the reason, for the quarantine list."""
+    """An image that training could not decode; the message is the reason, for the quarantine list.
+
+    Attributes:
+        may_pass: whether it could be had another time: it was not there to be looked at.
+    """
+
+    def __init__(self, reason: str, *, may_pass: bool = False) -> None:
+        super().__init__(reason)
+        self.may_pass = may_pass
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,7 +17,7 @@ from cluster.folders import Folder, LocalFolder
 from data_prep.class_names import numbers_as_names
 from data_prep.columns import LABEL_DTYPE, Labels, Strings
 from data_prep.listing import Listing, SourceError
-from data_prep.remote_images import FetchPolicy, RemoteImages
+from data_prep.remote_images import FetchPolicy, RemoteImages, without_credentials
 from data_prep.source_reader import FileImages, Images
 from data_prep.table_files import Columns, TableFile, TableRows, class_names_of, read_rows_of
 
@@ -205,13 +205,13 @@ def _locate(
         path if is_far or is_absolute else f"{root.url}/{path}"
         for path, is_far, is_absolute in zip(paths, far, absolute, strict=True)
     ]
-    images = RemoteImages(Strings.of([os.fsencode(address) for address in addresses]), options.policy)
+    images = RemoteImages.at(addresses, options.policy)
     assumed = np.full(len(paths), options.assumed_bytes, np.uint64)
     log.info(
         "%s of %s images are fetched where the table says; shards are cut as if each had %s bytes (image_kb)",
         f"{int(far.sum()):,}", f"{len(paths):,}", f"{options.assumed_bytes:,}",
     )  # fmt: skip
-    return paths, assumed, images, np.zeros(len(paths), np.bool_)
+    return [without_credentials(path) for path in paths], assumed, images, np.zeros(len(paths), np.bool_)
 
 
 def _sizes(root: Folder, paths: Sequence[str]) -> NDArray[np.int64]:

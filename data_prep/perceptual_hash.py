@@ -41,13 +41,15 @@ SIMILAR = 0.7
 
 DESCRIPTOR = np.dtype(
     [
-        ("content", "<u8", (2,)),  # xxh3_128 of the encoded image
+        ("content", "<u8", (2,)),  # xxh3_128 of the encoded image; zeros: there is none, UNSEEN: it could not be had
         ("hash", "<u8"),
         ("pictured", "?"),  # False: flat, or not decoded; such an image has only exact duplicates
         ("shape", "i1", (_FREQUENCIES**2 - 1,)),  # whitened coefficients, scaled to a norm of 127
     ]
 )
 """What is known of an image, 280 bytes."""
+UNSEEN = np.iinfo(np.uint64).max
+"""In place of both halves of the checksum of an image that could not be had, and may be had another time."""
 
 
 def _zigzag() -> NDArray[np.int64]:

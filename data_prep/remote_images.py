@@ -6,8 +6,9 @@ what cannot be had (no such object, no permission, a server that stays broken) i
 
 import os
 import random
+import re
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
@@ -16,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cluster.folders import Folder, folder_at
-from cluster.storage import StorageError
+from cluster.storage import MissingError, StorageError
 from data_prep.columns import Strings
 from data_prep.image_check import UnusableImage
 from data_prep.source_reader import Images
@@ -26,6 +27,13 @@ _GROUP = 32
 _TRIED_AGAIN = {408, 425, 429, 500, 502, 503, 504}
 """HTTP statuses that pass."""
 _LONGEST_PAUSE = 30.0
+_SIGNING = re.compile(
+    "x-(amz|goog)-.*|awsaccesskeyid|googleaccessid|signature|expires|policy|key-pair-id|sig|(access_?|auth_?)?token",
+    re.IGNORECASE,
+)
+"""Parameters of signed addresses: of Amazon, Google, Azure, content networks. They open what they name."""
+NOT_FETCHED = "could not be fetched"
+"""How the reason begins for which an image is left out that another day may give."""
 MAX_BYTES = 1 << 30
 """Of one image: an answer that is longer is something else."""
 
@@ -46,12 +54,22 @@ class RemoteImages(Images):
 
     addresses: Strings
     policy: FetchPolicy
+    buckets: tuple[Folder, ...]
+    """That the addresses name: what opens them travels with them."""
+
+    @classmethod
+    def at(cls, addresses: Iterable[str], policy: FetchPolicy) -> "RemoteImages":
+        """The images under these addresses."""
+        known = list(addresses)
+        buckets = sorted({bucket for bucket, _ in map(_bucket_and_name, known) if bucket})
+        folders = tuple(folder_at(f"s3://{bucket}", "the table's address") for bucket in buckets)
+        return cls(Strings.of([os.fsencode(address) for address in known]), policy, folders)
 
     def take(self, rows: NDArray[np.int64]) -> "RemoteImages":
         return replace(self, addresses=self.addresses.take(rows))
 
     def groups(self, names: Strings, sizes: NDArray[np.uint64]) -> Iterator[list[memoryview | UnusableImage]]:
-        fetcher = _Fetcher(self.policy)
+        fetcher = _Fetcher(self.policy, self.buckets)
         running: list[Future[memoryview | UnusableImage]] = []
         waiting = iter(range(len(self.addresses)))
         pool = ThreadPoolExecutor(_THREADS)
@@ -72,18 +90,21 @@ class RemoteImages(Images):
 class _Fetcher:
     """Fetches from several threads; connections are kept."""
 
-    def __init__(self, policy: FetchPolicy) -> None:
+    def __init__(self, policy: FetchPolicy, buckets: Iterable[Folder]) -> None:
         self._policy = policy
         self._session: Any = None
-        self._buckets: dict[str, Folder] = {}
+        self._buckets = {folder.url: folder for folder in buckets}
 
     def fetch(self, address: str) -> memoryview | UnusableImage:
+        scheme, far, _ = address.partition("://")
         try:
-            if address.startswith(("http://", "https://")):
+            if not far:
+                return memoryview(self._from_file(address))
+            if scheme.lower() in ("http", "https"):
                 return memoryview(self._over_http(address))
-            if "://" in address:
+            if scheme.lower() == "s3":
                 return memoryview(self._from_bucket(address))
-            return memoryview(self._from_file(address))
+            raise UnusableImage(f"{scheme}:// is no address that images are fetched from: http, https and s3 are")
         except UnusableImage as reason:
             return reason
 
@@ -113,37 +134,57 @@ class _Fetcher:
                     wish = answer.headers.get("Retry-After", "")
                     if wish.isdigit():
                         pause = min(float(wish), 2 * _LONGEST_PAUSE)
-            except (requests.exceptions.InvalidURL, requests.exceptions.TooManyRedirects) as error:
+            except UnusableImage:
+                raise
+            except (ValueError, requests.exceptions.TooManyRedirects) as error:  # of the address, at any depth
                 raise UnusableImage(f"cannot be fetched: {type(error).__name__}") from error
             except requests.exceptions.RequestException as error:
                 problem = type(error).__name__
             if attempt + 1 < self._policy.attempts:
                 time.sleep(pause)
-        raise UnusableImage(f"cannot be fetched: {problem} in {self._policy.attempts} attempts")
+        raise UnusableImage(f"{NOT_FETCHED}: {problem} in {self._policy.attempts} attempts", may_pass=True)
 
     def _from_bucket(self, address: str) -> bytes:
-        scheme, _, rest = address.partition("://")
-        bucket, _, name = rest.partition("/")
-        if not name:
+        bucket, name = _bucket_and_name(address)
+        if not bucket or not name:
             raise UnusableImage("the address names no object")
-        folder = self._buckets.get(bucket)
-        if folder is None:
-            folder = self._buckets[bucket] = folder_at(f"{scheme}://{bucket}", "the table's address")
         try:
-            return folder.read_bytes(name)  # tries again by itself
+            return self._buckets[f"s3://{bucket}"].read_bytes(name)  # tries again by itself
         except StorageError as error:
             if isinstance(error, OSError):
                 raise  # the store went on failing: worth another try later
-            if folder.size(name) is None:
+            if isinstance(error, MissingError):
                 raise UnusableImage("there is no such object") from error
-            raise UnusableImage(f"cannot be fetched: {error}") from error
+            reason = str(error).removeprefix(f"s3://{bucket}/{name}").lstrip(": ")
+            raise UnusableImage(f"cannot be fetched: {reason}") from error
 
     def _from_file(self, path: str) -> bytes:
         try:
             with open(path, "rb") as file:  # noqa: PTH123 - a path of any bytes
                 return file.read()
         except OSError as error:
-            raise UnusableImage(f"cannot be read: {error.strerror}") from error
+            passing = not isinstance(error, FileNotFoundError)
+            raise UnusableImage(f"cannot be read: {error.strerror}", may_pass=passing) from error
+
+
+def without_credentials(address: str) -> str:
+    """An address as it may be written down: without user, password, and what a signed one is signed with."""
+    start, far, rest = address.partition("://")
+    if not far:
+        return address
+    host, slash, path = rest.partition("/")
+    path, question, query = path.partition("?")
+    kept = [part for part in query.split("&") if part and not _SIGNING.fullmatch(part.partition("=")[0])]
+    if len(kept) < len(query.split("&")):
+        question, query = "?" if kept else "", "&".join(kept)
+    return f"{start}://{host.rpartition('@')[2]}{slash}{path}{question}{query}"
+
+
+def _bucket_and_name(address: str) -> tuple[str, str]:
+    """What s3://BUCKET/NAME names; two empty strings for other addresses."""
+    scheme, _, rest = address.partition("://")
+    bucket, _, name = rest.partition("/")
+    return (bucket, name) if scheme.lower() == "s3" else ("", "")
 
 
 def _body(answer: Any) -> bytes:

@@ -17,7 +17,7 @@ from pydantic import Field
 from cluster.command import Progress, absolute_path, log, run_command
 from cluster.folders import Folder, folder_at
 from cluster.settings import SettingsError, parse_command
-from data_prep.append import NewClasses, plan_append
+from data_prep.append import NewClasses, plan_append, what_is_new
 from data_prep.convert import Conversion
 from data_prep.corpus import Corpus
 from data_prep.corpus_assembly import assemble
@@ -39,6 +39,7 @@ from data_prep.corpus_jobs import (
 from data_prep.duplicates import DEFAULT_DISTANCE, MAX_DISTANCE, DuplicateSearch, remove_duplicates
 from data_prep.failure_share import FailureShare
 from data_prep.listing import Listing, SourceError
+from data_prep.removed import UNCOMPARED
 from data_prep.shard_plan import Plan
 from data_prep.shard_task import finished_records, write_shard
 from data_prep.sources import SourceSettings, embedded_stamp, list_source, source_folder
@@ -167,17 +168,23 @@ def shard_listing(listed: Callable[[], Listing], folder: Folder, settings: Shard
     started = time.monotonic()
     if settings.append and folder.size(MANIFEST) is None:
         raise CorpusError(f"append = true: there is no finished corpus at {folder} to append to")
-    search = DuplicateSearch(settings.exclude, settings.dedup, settings.duplicate_distance)
-    listing = remove_duplicates(listed(), search, folder, settings.workers)
+    listing = listed()
     shard_bytes = round(settings.shard_mb * 1e6)
     conversion = _conversion(settings)
     before: Corpus | None = None
     if settings.append:
-        plan, before = plan_append(listing, folder, shard_bytes, settings.seed, conversion, settings.new_classes)
-        if plan is None:
-            log.info("%s has all of them: nothing to do", folder)
-            remove_working_folders(folder)
-            return before
+        listing, before = what_is_new(listing, folder, conversion)
+    search = DuplicateSearch(settings.exclude, settings.dedup, settings.duplicate_distance, before)
+    listing = remove_duplicates(listing, search, folder, settings.workers)
+    if before is not None and not len(listing):
+        log.info("%s has all of them: nothing to do", folder)
+        remove_working_folders(folder)
+        return before
+    if not len(listing):
+        also = f", or {UNCOMPARED}" if any(reason == UNCOMPARED for _, reason in listing.left_out) else ""
+        raise SourceError(f"every image of source {listing.place} is a duplicate{also}: nothing is left of it")
+    if before is not None:
+        plan = plan_append(listing, before, folder, shard_bytes, settings.seed, conversion, settings.new_classes)
     else:
         plan = Plan(listing, listing.class_descriptions, shard_bytes, settings.seed, conversion)
         finished = finished_before(folder, plan)
@@ -195,7 +202,8 @@ def shard_listing(listed: Callable[[], Listing], folder: Folder, settings: Shard
     check_room(folder, (plan.total_bytes + _INDEX_BYTES * len(plan.listing)) * missing)
     with written(folder):
         corpus = _make_corpus(folder, plan, settings, before)
-    log_summary(corpus, time.monotonic() - started)
+    if corpus is not before:
+        log_summary(corpus, time.monotonic() - started)
     return corpus
 
 
@@ -229,6 +237,9 @@ def _make_corpus(folder: Folder, plan: Plan, settings: ShardSettings, before: Co
     if not any(record["samples"] for record in records):
         reasons = Counter(entry["reason"] for record in records for entry in record["quarantined"])
         remove_unfinished_corpus(folder, [record["name"] for record in records], plan.version)
+        if before is not None:
+            log.warning("none of the %d new images can be used: %s", len(plan.listing), reasons_in_words(reasons))
+            return before
         raise SourceError(f"no image of source {plan.root} can be used: {reasons_in_words(reasons)}")
     folder.remove_unfinished()
     assemble(folder, plan, records, before)
@@ -240,7 +251,7 @@ def _write_shards(folder: Folder, plan: Plan, settings: ShardSettings) -> list[d
     """Write the shards that are not finished yet; returns the records of all, in their order."""
     shards = {plan.name(shard): shard for shard in range(len(plan))}
     records = begin(folder, plan, list(shards))
-    failures = FailureShare(settings.max_failures)
+    failures = FailureShare(settings.max_failures, plan.left_out, len(plan.listing))
     for record in records.values():
         failures.count(record)
     missing = {name: shard for name, shard in shards.items() if name not in records}

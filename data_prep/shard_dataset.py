@@ -9,7 +9,7 @@ from data_prep.corpus import Corpus
 from data_prep.corpus_format import MANIFEST, CorpusError
 from data_prep.corpus_jobs import LAID_DOWN, held
 from data_prep.embedded_images import lay_down_dataset, list_laid_down
-from data_prep.listing import Listing
+from data_prep.listing import Listing, SourceError
 from data_prep.shard import ShardSettings, check_settings, shard_listing
 from data_prep.table_files import Columns
 
@@ -28,7 +28,8 @@ def shard_dataset(
     """Shard a Ray Dataset into a corpus, or finish doing so; returns it opened.
 
     The images are copied to DESTINATION/images first, as a dataset cannot be read at random places. Called again after
-    an interruption, it goes on from there: it does not look whether the dataset is still the same one.
+    an interruption, it goes on from there: it does not look whether the dataset is still the same one. What a
+    SourceError has refused is copied again.
 
     Args:
         dataset: a ray.data.Dataset.
@@ -69,4 +70,8 @@ def shard_dataset(
             log.info("%s is finished already (%s images): nothing to do", folder, f"{corpus.num_samples:,}")
             return corpus
         with ray_session():
-            return shard_listing(listed, folder, chosen)
+            try:
+                return shard_listing(listed, folder, chosen)
+            except SourceError:  # what comes next may be another dataset, in which that is repaired
+                laid_down.remove_tree()
+                raise

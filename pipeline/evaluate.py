@@ -21,6 +21,7 @@ import time
 import torch
 
 from cluster.command import absolute_path, leads, log, run_command, set_up_logging
+from cluster.folders import Folder
 from cluster.settings import SettingsError, parse_command
 from cluster.storage import read_json, write_json
 from data_prep.corpus import Corpus
@@ -44,6 +45,8 @@ class Job:
     settings: EvaluateSettings
     model: str
     """The model with its alias resolved."""
+    corpora: tuple[Folder, ...]
+    """Where the images are. With a folder travels what opens an object store."""
     result: str
     """File that rank 0 writes the scores to."""
     tracking_home: str
@@ -115,7 +118,7 @@ def main() -> None:
     scratch_root = home / "tmp"  # every node sees it
     scratch_root.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=scratch_root, prefix="evaluate-") as scratch:
-        job = Job(settings, package.uri, str(Path(scratch) / "scores.json"), str(home), uri)
+        job = Job(settings, package.uri, (corpus.folder,), str(Path(scratch) / "scores.json"), str(home), uri)
         run_ranks(
             evaluate,
             job,

@@ -202,6 +202,41 @@ def test_what_was_removed_as_a_duplicate_does_not_come_back_with_an_append(tmp_p
     assert copy.name not in {Path(origin).name for origin in second.origins()}
 
 
+def test_an_append_leaves_out_copies_of_what_is_there_and_of_each_other(tmp_path, messages):
+    root = image_folder(tmp_path / "images")
+    first = shard(root, tmp_path / "corpus")
+    there = sorted((root / "c0").iterdir())[0]
+    (root / "c0" / "000-copy-that-sorts-first.jpg").write_bytes(there.read_bytes())
+    grow(root, 1000, count=3)
+    (root / "c2" / "zz-copy.jpg").write_bytes((root / "c2" / "new-1000.jpg").read_bytes())
+    (root / "c1" / "seen-in-the-test.jpg").write_bytes(encoded(77, (90, 70)))
+    held_out = image_folder(tmp_path / "heldout", classes=1, images=2)
+    (held_out / "c0" / "000.JPEG").write_bytes(encoded(77, (90, 70)))
+    (held_out / "c0" / "001.JPEG").write_bytes(there.read_bytes())
+    test_set = shard(held_out, tmp_path / "test")
+
+    second = shard(root, tmp_path / "corpus", append=True, dedup=True, exclude=(str(tmp_path / "test"),))
+    assert second.num_samples == first.num_samples + 3
+    assert f"only the new images are compared with {test_set.url}: those of version 1" in messages()
+    lines = [json.loads(line) for line in (tmp_path / "corpus" / "removed-000002.jsonl").read_text().splitlines()]
+    relative = str(there.relative_to(root))
+    assert {(line["origin"], line["of"], line["corpus"]) for line in lines} == {
+        ("c0/000-copy-that-sorts-first.jpg", "c0/001.JPEG", test_set.corpus_hash),
+        ("c2/zz-copy.jpg", "c2/new-1000.jpg", None),
+        ("c1/seen-in-the-test.jpg", "c0/000.JPEG", test_set.corpus_hash),
+    }
+    assert relative in set(second.origins())
+    (root / "c2" / "another-copy.jpg").write_bytes(there.read_bytes())
+    grow(root, 2000, count=2)
+    third = shard(root, tmp_path / "corpus", append=True, dedup=True)
+    assert third.num_samples == second.num_samples + 2
+    (line,) = (tmp_path / "corpus" / "removed-000003.jsonl").read_text().splitlines()
+    assert (json.loads(line)["of"], json.loads(line)["corpus"]) == (relative, second.corpus_hash)
+    again = shard(root, tmp_path / "corpus", append=True, dedup=True)
+    assert again.corpus_hash == third.corpus_hash
+    assert "nothing to do" in messages()
+
+
 def test_ranks_train_on_the_version_that_the_driver_opened(tmp_path):
     root = image_folder(tmp_path / "images")
     first = shard(root, tmp_path / "corpus")

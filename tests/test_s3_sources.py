@@ -1,5 +1,9 @@
 """Sources on a real S3 server."""
 
+import os
+import pickle
+import subprocess
+import sys
 import tarfile
 
 import pyarrow as pa
@@ -8,9 +12,12 @@ import pytest
 
 from cluster.folders import folder_at
 from cluster.ray_runtime import ray_session
+from cluster.s3_connection import SECRETS
 from data_prep.copy_corpus import CopySettings, copy_corpus
 from data_prep.listing import SourceError
+from data_prep.remote_images import FetchPolicy, RemoteImages
 from tests.corpora import image_folder
+from tests.running import REPOSITORY
 from tests.test_sources import add, class_tar, contents, shard, tars_of
 
 
@@ -54,6 +61,27 @@ def test_tables_shards_and_corpora_on_s3_are_sources_too(tmp_path, s3, monkeypat
         with pytest.raises(SourceError, match=r"labels = s3://.*/nothing\.csv must be a \.csv"):
             shard(f"{bucket}/pictures", tmp_path / "none", labels=f"{bucket}/nothing.csv")
         assert s3.faults.injected.total() > 10
+
+
+def test_what_opens_the_buckets_of_a_table_travels_with_its_images(tmp_path, s3):
+    """To a process that has the settings of the endpoint and no credentials: a worker of a running cluster."""
+    bucket = s3.bucket()
+    folder_at(bucket, "test").write_bytes("a.jpg", b"an image")
+    images = RemoteImages.at([f"{bucket}/a.jpg", "/etc/hostname"], FetchPolicy())
+    (tmp_path / "images.pickle").write_bytes(pickle.dumps(images))
+    code = f"""
+import pickle
+from data_prep.columns import Strings
+images = pickle.load(open({str(tmp_path / "images.pickle")!r}, "rb"))
+[group] = images.groups(Strings.of([b"a", b"b"]), [0, 0])
+print(bytes(group[0]))
+"""
+    environment = {name: value for name, value in os.environ.items() if name not in SECRETS}
+    environment |= {"HOME": str(tmp_path), "AWS_EC2_METADATA_DISABLED": "true"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, cwd=REPOSITORY, capture_output=True, text=True, timeout=120
+    )
+    assert done.stdout.strip() == "b'an image'", done.stderr
 
 
 def test_sources_on_s3_are_the_same_whatever_the_network_does(tmp_path, s3, monkeypatch):

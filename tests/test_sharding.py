@@ -12,12 +12,17 @@ import sys
 import tarfile
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from cluster.command import Progress
+from cluster.folders import LocalFolder
 from cluster.ray_runtime import ray_session
 from cluster.settings import SettingsError, parse_command
+from cluster.storage import StorageError
 from data_prep.corpus import Corpus
+from data_prep.corpus_jobs import run_tasks
 from data_prep.shard import ShardSettings, shard_corpus
 from data_prep.sources import SourceSettings, list_source
 from data_prep.verify import verify
@@ -375,3 +380,16 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(ray, tmp_path):
     assert 2 <= len(finished) < len(fresh.shard_sizes)
     assert content(resumed.path) == content(fresh.path)
     assert {name: (destination / name).stat().st_ino for name in finished} == finished
+
+
+def end_at_once(task: int) -> dict[str, Any]:
+    """As an image would on which a decoder crashes."""
+    os.kill(os.getpid(), signal.SIGKILL)
+    raise AssertionError
+
+
+def test_a_shard_on_which_every_worker_dies_is_one_error_that_names_it(ray, tmp_path):
+    tasks = {"shard-000007.tar": lambda: 7}
+    folder = LocalFolder(tmp_path)
+    with pytest.raises(StorageError, match=r"shard-000007\.tar in .* cannot be made: its process ended 4 times"):
+        run_tasks(end_at_once, tasks, folder, 1, Progress(1, "images", "sharding"), lambda name: 1)

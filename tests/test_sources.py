@@ -292,9 +292,67 @@ def test_a_server_that_stays_broken_stops_the_job_with_the_reasons(folder, tmp_p
         ValueError, match=r"20 of the first 32 images cannot be used, more than max_failures = 0.25"
     ) as no:
         shard(tmp_path / "table.csv", tmp_path / "corpus", fetch_attempts=2)
-    assert "20 x cannot be fetched: ConnectionError in 2 attempts" in str(no.value)
+    assert "20 x could not be fetched: ConnectionError in 2 attempts" in str(no.value)
     corpus = shard(tmp_path / "table.csv", tmp_path / "corpus", fetch_attempts=2, max_failures=0.9)
     assert corpus.num_samples == 12
+
+
+def test_an_address_that_is_none_is_quarantined_and_does_not_stop_the_job(folder, server, tmp_path):
+    good = [f"{server.address.replace('http', 'HTTP')}/{path.relative_to(folder)}" for path in folder.rglob("*.JPEG")]
+    bad = {
+        "gs://bucket/a.jpg": "gs:// is no address that images are fetched from: http, https and s3 are",
+        "http://\u00e9..com/a.jpg": "cannot be fetched: LocationParseError",
+        f"http://{'a' * 70}.com/a.jpg": "cannot be fetched: LocationParseError",
+        "s3://only-a-bucket": "the address names no object",
+    }
+    (tmp_path / "table.csv").write_text("".join(["path,label\n", *(f"{line},c0\n" for line in [*good, *bad])]))
+    corpus = shard(tmp_path / "table.csv", tmp_path / "corpus", image_kb=1)
+    assert {entry["origin"]: entry["reason"] for entry in corpus.quarantined()} == bad
+    assert corpus.num_samples == len(good)
+
+
+def test_what_opens_an_address_is_not_written_down(folder, server, tmp_path, messages):
+    host = server.address.removeprefix("http://")
+    lines = ["url,label"]
+    for number, path in enumerate(sorted(folder.rglob("*.JPEG"))):
+        signed = f"?version={number}&X-Amz-Credential=hush1&X-Amz-Signature=hush2" if number % 2 else "?sig=hush3"
+        lines.append(f"http://me:hush4@{host}/{path.relative_to(folder)}{signed},{path.parent.name}")
+    lines.append(f"http://me:hush4@{host}/missing.jpg?sig=hush3,c0")
+    (tmp_path / "table.csv").write_text("\n".join(lines) + "\n")
+    corpus = shard(tmp_path / "table.csv", tmp_path / "corpus", image_kb=1)
+    assert corpus.num_samples == 36
+    assert {path.partition("?")[2] for path in corpus.origins()} == {"", *(f"version={n}" for n in range(1, 36, 2))}
+    assert any("hush2" in path for path in server.asked)
+    written = [path.read_bytes() for path in (tmp_path / "corpus").iterdir()]
+    assert not any(b"hush" in each for each in [*written, messages().encode()])
+
+
+def test_what_could_not_be_compared_is_left_out_until_an_append(folder, server, tmp_path):
+    lines = ["url,label"]
+    for number, path in enumerate(sorted(folder.rglob("*.JPEG"))):
+        ask = "?throttled" if number == 4 else ""
+        lines.append(f"{server.address}/{path.relative_to(folder)}{ask},{path.parent.name}")
+    (tmp_path / "table.csv").write_text("\n".join(lines) + "\n")
+    options: dict[str, Any] = {"image_kb": 1, "fetch_attempts": 2, "dedup": True}
+    first = shard(tmp_path / "table.csv", tmp_path / "corpus", **options)
+    (left,) = first.quarantined()
+    assert left["reason"] == "could not be had when duplicates were looked for"
+    assert left["origin"].endswith("?throttled")
+    assert first.num_samples == 35
+    assert first.manifest["removed"]["images"] == 0
+    second = shard(tmp_path / "table.csv", tmp_path / "corpus", append=True, **options)
+    assert second.num_samples == 36
+    assert left["origin"] in set(second.origins())
+
+
+def test_too_many_that_are_not_even_there_stop_the_job(folder, tmp_path):
+    rows = "".join(f"images/c0/away-{number}.jpg,c0\n" for number in range(36))
+    rows += "".join(f"images/{path.relative_to(folder)},c1\n" for path in folder.rglob("*.JPEG"))
+    (tmp_path / "table.csv").write_text(f"path,label\n{rows}")
+    with pytest.raises(ValueError, match=r"36 of the first 72 images .* max_failures = 0.25 .*36 x named in the table"):
+        shard(tmp_path / "table.csv", tmp_path / "corpus")
+    assert not list((tmp_path / "corpus").glob("*.tar"))
+    assert shard(tmp_path / "table.csv", tmp_path / "corpus", max_failures=0.5).num_samples == 36
 
 
 def test_tables_of_all_forms_are_the_same(folder, tmp_path):
@@ -431,6 +489,23 @@ def test_a_ray_dataset_is_sharded(folder, tmp_path):
     assert by_label == {(row["jpeg"], row["what"]) for row in rows}
     with pytest.raises(ValueError, match="label = 'label': the dataset has no such column, it has jpeg, what"):
         shard_dataset(ray.data.from_items(rows), str(tmp_path / "3"), image="jpeg")
+
+
+def test_a_ray_dataset_with_one_image_under_several_labels_has_one_order(folder, tmp_path):
+    import ray
+
+    from data_prep.shard_dataset import shard_dataset
+
+    rows = [
+        {"jpeg": path.read_bytes(), "what": label} for path in sorted(folder.rglob("*.JPEG")) for label in ("a", "b")
+    ]
+    corpora = [
+        shard_dataset(
+            ray.data.from_items(some).repartition(9), str(tmp_path / str(n)), image="jpeg", label="what", shard_mb=0.01
+        )
+        for n, some in enumerate((rows, rows[::-1]))
+    ]
+    assert tars_of(corpora[0]) == tars_of(corpora[1])
 
 
 # --------------------------------------------------------------------------- corpora and WebDataset tars, anew

@@ -124,6 +124,7 @@ class HammingIndex:
         found: Callable[[Pairs], None],
         still_open: NDArray[np.bool_] | None = None,
         threads: int = 1,
+        looked: Callable[[int], None] = lambda count: None,
     ) -> None:
         """Find every (query, hash) within the distance, each once.
 
@@ -133,6 +134,7 @@ class HammingIndex:
                 in an order that is always the same.
             still_open: [Q]; `found` may clear its queries: they are looked for no further.
             threads: to work with.
+            looked: called as it goes, with how many more lookups of the `lookups(Q)` are done.
         """
         with ThreadPoolExecutor(threads) as pool:
             for number, band in enumerate(self._bands):
@@ -145,8 +147,12 @@ class HammingIndex:
                     for pairs in self._near(number, _Asked(rows, queries[rows], keys[rows]), still_open):
                         found(pairs)
 
-                for _ in pool.map(look_up, chunks):
-                    pass
+                for chunk, _ in zip(chunks, pool.map(look_up, chunks), strict=True):
+                    looked(len(chunk))
+
+    def lookups(self, queries: int) -> int:
+        """How many a search of that many queries takes."""
+        return queries * len(self._bands)
 
     def _pairs(self, queries: NDArray[np.uint64], still_open: NDArray[np.bool_] | None) -> Iterator[Pairs]:
         for number, band in enumerate(self._bands):

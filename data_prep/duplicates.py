@@ -344,7 +344,7 @@ def _settle_near_excluded(
             with lock:
                 found.append(matches)
 
-        index.search(hashes ^ MIRROR if mirrored else hashes, confirm, threads=_THREADS)
+        _search(index, hashes, mirrored, f"comparing with {len(asked):,} excluded images", confirm)
     _take_best(decisions, np.concatenate([np.zeros(0, _MATCH), *found]), where)
 
 
@@ -359,7 +359,6 @@ def _settle_near_inside(
     still_open = ~excluded
     shapes = source["shape"]
     for mirrored in (False, True):
-        log.info("comparing %s images with each other%s", f"{len(rows):,}", ", mirrored" if mirrored else "")
 
         def confirm(pairs: Pairs, mirrored: bool = mirrored) -> None:
             queries, places, distances = pairs
@@ -371,7 +370,19 @@ def _settle_near_inside(
                 _take_best(decisions, matches, -1)
                 still_open[queries] = decisions["reason"][rows[queries]] == 0
 
-        index.search(hashes ^ MIRROR if mirrored else hashes, confirm, still_open, _THREADS)
+        _search(index, hashes, mirrored, f"comparing {len(rows):,} images with each other", confirm, still_open)
+
+
+def _search(
+    index: HammingIndex,
+    hashes: NDArray[np.uint64],
+    mirrored: bool,
+    what: str,
+    found: Callable[[Pairs], None],
+    still_open: NDArray[np.bool_] | None = None,
+) -> None:
+    progress = Progress(index.lookups(len(hashes)), "lookups", f"{what}, mirrored:" if mirrored else f"{what}:")
+    index.search(hashes ^ MIRROR if mirrored else hashes, found, still_open, _THREADS, progress.update)
 
 
 _MATCH = np.dtype([("row", "<i8"), ("of", "<i8"), ("distance", "u1"), ("mirrored", "?"), ("similarity", "<f4")])

@@ -185,11 +185,13 @@ def _walk_plain(read_at: ReadAt, size: int, folder: Folder, name: str, where: st
         return [_Part(b"", _listed(members, b"", where), whole)]
     place = f"{folder.url}/{name}"
     if not any(read_at(2, member.offset) == _GZIP for member in tars):
-        jobs = [partial(_list_plain_class_tar, read_at, member, place) for member in tars]
-        if folder.local is None:  # one reader, that goes forward
-            listed = [job() for job in jobs]
-        else:
-            listed = collect([os.fsdecode(class_of_tar(member.name)) for member in tars], jobs)
+
+        def list_plain(member: Member) -> ClassListing:
+            own = read_at if folder.local is not None else reader_of(folder, name)[0]  # one thread's, on a store
+            return _list_plain_class_tar(own, member, place)
+
+        classes = [os.fsdecode(class_of_tar(member.name)) for member in tars]
+        listed = collect(classes, [partial(list_plain, member) for member in tars])
         return [_Part(class_of_tar(m.name), part, whole) for m, part in zip(tars, listed, strict=True)]
     if folder.local is None:
         raise SourceError(f"{where} holds gzip class tars: that is read from a mounted file system only; copy it there")

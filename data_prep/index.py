@@ -7,6 +7,7 @@ import os
 import sys
 import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -39,11 +40,16 @@ from data_prep.corpus_jobs import (
     written,
 )
 from data_prep.image_tars import refuse_compression
-from data_prep.index_task import IndexTask, index_tar
+from data_prep.index_task import IndexTask, Tar, index_tar
 from data_prep.listing import SourceError
 from data_prep.shard_task import finished_records, read_rows
+from data_prep.source_reader import reader_of
+from data_prep.sources import matching_tars, source_folder
 from data_prep.tar_headers import TarError, iterate_members
 from data_prep.webdataset_tars import iterate_samples
+
+_THREADS = 16
+"""That look at the tars' beginnings."""
 
 DESCRIPTION = """
 Make a corpus of WebDataset tars written by others, without writing them again: the shards of the corpus are those
@@ -54,7 +60,8 @@ Every image is decoded once; samples without a label or with a damaged image sta
 and are listed with the reason in DESTINATION/quarantine.jsonl. A run that was interrupted goes on where it was when
 the same command is given again.
 
-  SOURCE       a folder of .tar files, one .tar file, or a pattern in quotes such as '/data/in1k/train-*.tar'
+  SOURCE       a folder of .tar files, one .tar file, or a pattern in quotes such as '/data/in1k/train-*.tar'; with
+               tars=copy it may be on S3
   DESTINATION  a new folder; for hard links on the same file system as the tars; with tars=copy it may be on S3
 
 example:
@@ -97,11 +104,9 @@ def main() -> None:
 class IndexPlan:
     """Which tars are indexed, and how their labels are read."""
 
-    root: Path
+    root: str
     """The source as it was given."""
-    tars: tuple[Path, ...]
-    sizes: tuple[int, ...]
-    """Of the tars, bytes."""
+    tars: tuple[Tar, ...]
     label_extension: str
     """"cls" or "json"."""
     named_classes: tuple[list[str], list[str] | None] | None
@@ -136,7 +141,7 @@ class IndexPlan:
     @property
     def plan_hash(self) -> str:
         """Of the tars' names and sizes, the classes and the settings."""
-        tars = [(tar.name, size) for tar, size in zip(self.tars, self.sizes, strict=True)]
+        tars = [(tar.name, tar.size) for tar in self.tars]
         content = [FORMAT_VERSION, tars, self.label_extension, self.named_classes]
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:32]
 
@@ -147,7 +152,7 @@ class IndexPlan:
             "plan_hash": self.plan_hash,
             "settings": {"labels": self.label_extension},
             "shards": len(self.tars),
-            "source": {"kind": "WebDataset tars", "tars": len(self.tars), "bytes": sum(self.sizes)},
+            "source": {"kind": "WebDataset tars", "tars": len(self.tars), "bytes": sum(tar.size for tar in self.tars)},
         }
 
 
@@ -159,14 +164,14 @@ def index_corpus(settings: IndexSettings) -> Corpus:
         CorpusError: the destination holds something else, or has too little room.
         LeaseError: another job works in the destination.
     """
-    source = storage.local_path(absolute_path(settings.source, "source"), "source")
+    source = absolute_path(settings.source, "source")
     folder = folder_at(absolute_path(settings.destination, "destination"), "destination")
-    check_places(LocalFolder(source), folder)
+    check_places(source_folder(source), folder)
     with held(folder):
         return _index_into(folder, source, settings)
 
 
-def _index_into(folder: Folder, source: Path, settings: IndexSettings) -> Corpus:
+def _index_into(folder: Folder, source: str, settings: IndexSettings) -> Corpus:
     started = time.monotonic()
     plan = _make_plan(settings, source)
     finished = finished_before(folder, plan)
@@ -175,7 +180,7 @@ def _index_into(folder: Folder, source: Path, settings: IndexSettings) -> Corpus
         return finished
     if settings.tars == "copy":
         there = finished_records(folder, [tar.name for tar in plan.tars], plan.plan_hash)
-        check_room(folder, sum(size for tar, size in zip(plan.tars, plan.sizes, strict=True) if tar.name not in there))
+        check_room(folder, sum(tar.size for tar in plan.tars if tar.name not in there))
     else:
         _check_links(folder, plan.tars)
     with written(folder):
@@ -184,11 +189,12 @@ def _index_into(folder: Folder, source: Path, settings: IndexSettings) -> Corpus
     return corpus
 
 
-def _check_links(folder: Folder, tars: tuple[Path, ...]) -> None:
-    if folder.local is None:
-        raise SourceError(f"tars cannot be hard-linked into {folder}: give tars=copy")
+def _check_links(folder: Folder, tars: tuple[Tar, ...]) -> None:
+    if folder.local is None or tars[0].folder.local is None:
+        raise SourceError(f"{tars[0]} cannot be hard-linked into {folder}: give tars=copy")
     place = next(place for place in (folder.local, *folder.local.parents) if place.is_dir())
-    elsewhere = next((tar for tar in tars if tar.stat().st_dev != place.stat().st_dev), None)
+    paths = [tar.folder.local / tar.name for tar in tars if tar.folder.local is not None]
+    elsewhere = next((path for path in paths if path.stat().st_dev != place.stat().st_dev), None)
     if elsewhere is not None:
         raise SourceError(
             f"{elsewhere} cannot be hard-linked into {folder}: that is another file system. Give tars=copy, or a "
@@ -201,10 +207,10 @@ def _make_corpus(folder: Folder, plan: IndexPlan, settings: IndexSettings) -> Co
     records = begin(folder, plan, names)
     tasks = {
         tar.name: partial(
-            IndexTask, folder, tar, size, plan.plan_hash, plan.label_extension,
+            IndexTask, folder, tar, plan.plan_hash, plan.label_extension,
             None if plan.named_classes is None else len(plan.named_classes[0]), settings.tars == "copy",
         )
-        for tar, size in zip(plan.tars, plan.sizes, strict=True)
+        for tar in plan.tars
         if tar.name not in records
     }  # fmt: skip
     progress = Progress(len(names), "tars", "indexing")
@@ -235,25 +241,29 @@ def _largest(folder: Folder, name: str) -> int:
     return int(numbers.max()) if len(numbers) else -1
 
 
-def _make_plan(settings: IndexSettings, source: Path) -> IndexPlan:
+def _make_plan(settings: IndexSettings, source: str) -> IndexPlan:
     tars = _list_tars(source)
     named = None
     if settings.classes is not None:
         named = read_classes(storage.local_path(absolute_path(settings.classes, "classes"), "classes"))
-    try:
-        for tar in tars:
-            with tar.open("rb") as file:
-                refuse_compression(file.read(8), str(tar), gzip=False)
-        extension = settings.labels if settings.labels != "auto" else _label_extension(tars[0])
-        sizes = tuple(tar.stat().st_size for tar in tars)
-    except OSError as error:
-        raise SourceError(f"source {source} cannot be read: {error.strerror} ({error.filename})") from error
-    plan = IndexPlan(source, tuple(tars), sizes, extension, named, named[0] if named else [])
-    log.info("%d tars in %s, %s, labels in .%s", len(tars), source, in_megabytes(sum(sizes)), extension)
+    with ThreadPoolExecutor(_THREADS) as pool:
+        beginnings = pool.map(lambda tar: tar.folder.read_bytes(tar.name, 0, min(tar.size, 8)), tars)
+        for tar, beginning in zip(tars, beginnings, strict=True):
+            refuse_compression(beginning, str(tar), gzip=False)
+    extension = settings.labels if settings.labels != "auto" else _label_extension(tars[0])
+    plan = IndexPlan(source, tars, extension, named, named[0] if named else [])
+    size = sum(tar.size for tar in tars)
+    log.info("%d tars in %s, %s, labels in .%s", len(tars), source, in_megabytes(size), extension)
     return plan
 
 
-def _list_tars(source: Path) -> list[Path]:
+def _list_tars(place: str) -> tuple[Tar, ...]:
+    """Sorted by their names."""
+    if "://" in place:
+        folder, names = matching_tars(place)
+        sizes = folder.tree()
+        return tuple(Tar(folder, name, sizes[name]) for name in names)
+    source = storage.local_path(place, "source")
     if source.is_dir():
         found = [path for path in source.iterdir() if path.suffix == ".tar" and not path.name.startswith(".")]
         if not found:
@@ -272,22 +282,21 @@ def _list_tars(source: Path) -> list[Path]:
     twice = [name for name, count in Counter(path.name for path in found).items() if count > 1]
     if twice:
         raise SourceError(f"source {source} has two tars of the name {twice[0]}: rename one, the corpus is one folder")
-    return sorted(found, key=lambda path: os.fsencode(path.name))
+    in_order = sorted(found, key=lambda path: os.fsencode(path.name))
+    return tuple(Tar(LocalFolder(path.parent), path.name, path.stat().st_size) for path in in_order)
 
 
-def _label_extension(tar: Path) -> str:
+def _label_extension(tar: Tar) -> str:
     """ "cls" or "json", by the first sample of a tar that has one of them."""
-    descriptor = os.open(tar, os.O_RDONLY)
     try:
-        for sample in iterate_samples(iterate_members(descriptor, 0, os.fstat(descriptor).st_size, str(tar))):
+        read_at, size = reader_of(tar.folder, tar.name)
+        for sample in iterate_samples(iterate_members(read_at, 0, size, str(tar))):
             extensions = {extension for extension, _ in sample.members}
             for extension in ("cls", "json"):
                 if extension in extensions:
                     return extension
     except TarError as error:
         raise SourceError(str(error)) from error
-    finally:
-        os.close(descriptor)
     raise SourceError(f"{tar} has no label: neither .cls nor .json members")
 
 

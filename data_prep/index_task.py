@@ -1,6 +1,8 @@
 """Indexes one WebDataset tar written by others: the work of one Ray task. Done twice, it gives the same bytes."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -8,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from cluster import storage
-from cluster.folders import Folder
+from cluster.folders import Folder, at_hand
 from data_prep.columns import Labels
 from data_prep.corpus_format import SAMPLE_DTYPE, image_check
 from data_prep.image_check import UnusableImage, check_image
@@ -26,15 +28,26 @@ from data_prep.webdataset_tars import (
 
 
 @dataclass(frozen=True)
+class Tar:
+    """A tar of somebody else."""
+
+    folder: Folder
+    name: str
+    size: int
+    """When it was listed, bytes."""
+
+    def __str__(self) -> str:
+        return f"{self.folder}/{self.name}"
+
+
+@dataclass(frozen=True)
 class IndexTask:
     """All that is needed to index one tar."""
 
     folder: Folder
     """Of the corpus."""
-    source: Path
-    """The tar; its name is that of the shard."""
-    size: int
-    """Of the tar when it was listed, bytes."""
+    source: Tar
+    """Its name is that of the shard."""
     plan_hash: str
     label_extension: str
     """"cls" or "json"."""
@@ -53,7 +66,11 @@ def index_tar(task: IndexTask) -> dict[str, Any]:
         SourceError: the tar is gone, damaged, has changed since it was listed, or cannot be linked.
         OSError: the file system fails; worth another try.
     """
-    path = _place(task)
+    with _placed(task) as path:
+        return _index(task, path)
+
+
+def _index(task: IndexTask, path: Path) -> dict[str, Any]:
     columns: list[tuple[int, int, int, int, int, int, int]] = []
     labels: list[list[tuple[int, float]]] = []
     origins: list[str] = []
@@ -62,8 +79,10 @@ def index_tar(task: IndexTask) -> dict[str, Any]:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         size = os.fstat(descriptor).st_size
-        if size != task.size:
-            raise SourceError(f"{task.source} changed while it was indexed: it had {task.size} bytes, now {size}")
+        if size != task.source.size:
+            raise SourceError(
+                f"{task.source} changed while it was indexed: it had {task.source.size} bytes, now {size}"
+            )
         for sample in iterate_samples(iterate_members(descriptor, 0, size, str(task.source))):
             try:
                 row, pairs, line = _read_sample(descriptor, sample, task)
@@ -109,23 +128,34 @@ def _read(descriptor: int, offset: int, size: int) -> bytes:
     return b"".join(parts)
 
 
-def _place(task: IndexTask) -> Path:
-    """Bring the tar into the corpus under its own name; returns where it can be read on this node."""
+@contextmanager
+def _placed(task: IndexTask) -> Iterator[Path]:
+    """Bring the tar into the corpus under its own name; gives where it can be read on this node."""
+    name, local = task.source.name, task.folder.local
+    if task.source.folder.local is None:
+        with at_hand(task.source.folder, name) as path:
+            task.folder.put(path, name)
+            yield path
+        return
     try:
-        source = task.source.resolve(strict=True)
+        source = (task.source.folder.local / name).resolve(strict=True)
     except FileNotFoundError:
         raise SourceError(
             f"{task.source} is not there on node {os.uname().nodename}: it must be mounted at the same path on every "
             f"node of the cluster"
         ) from None
-    name, local = task.source.name, task.folder.local
     if task.copy:
         task.folder.put(source, name)
-        return source if local is None else local / name
+        yield source if local is None else local / name
+        return
     assert local is not None
     path = local / name
-    if path.exists() and path.samefile(source):
-        return path
+    if not (path.exists() and path.samefile(source)):
+        _link(task, source, path)
+    yield path
+
+
+def _link(task: IndexTask, source: Path, path: Path) -> None:
     temporary = storage.temporary_path(path)
     try:
         os.link(source, temporary)
@@ -136,5 +166,4 @@ def _place(task: IndexTask) -> Path:
             f"{task.source} cannot be hard-linked into {task.folder} ({error.strerror}): give tars=copy, or a "
             f"destination on the same file system"
         ) from error
-    storage.sync_folder(local)
-    return path
+    storage.sync_folder(path.parent)

@@ -181,7 +181,7 @@ def _list(kind: str, place: str, settings: SourceSettings, workers: int, destina
     if kind == "corpus":
         return list_corpus(place)
     if kind == "webdataset":
-        return list_samples(*_matching_tars(place), place)
+        return list_samples(*matching_tars(place), place)
     if kind == "tar":
         folder, name = _split(place)
         if settings.truth is None:
@@ -211,7 +211,12 @@ def _file(path: str | None, key: str) -> Path | None:
     return None if path is None else storage.local_path(absolute_path(path, key), key)
 
 
-def _matching_tars(place: str) -> tuple[Folder, list[str]]:
+def matching_tars(place: str) -> tuple[Folder, list[str]]:
+    """The tars of a folder, one tar, or those that match a pattern with * and braces: where they are, and their names.
+
+    Raises:
+        SourceError: there is none.
+    """
     if _is_file(place):
         folder, name = _split(place)
         return folder, [name]

@@ -14,9 +14,11 @@ from cluster.folders import folder_at
 from cluster.ray_runtime import ray_session
 from cluster.s3_connection import SECRETS
 from data_prep.copy_corpus import CopySettings, copy_corpus
+from data_prep.index import IndexSettings, index_corpus
 from data_prep.listing import SourceError
 from data_prep.remote_images import FetchPolicy, RemoteImages
-from tests.corpora import image_folder
+from data_prep.verify import verify
+from tests.corpora import image_folder, make_corpus
 from tests.running import REPOSITORY
 from tests.test_sources import add, class_tar, contents, shard, tars_of
 
@@ -61,6 +63,27 @@ def test_tables_shards_and_corpora_on_s3_are_sources_too(tmp_path, s3, monkeypat
         with pytest.raises(SourceError, match=r"labels = s3://.*/nothing\.csv must be a \.csv"):
             shard(f"{bucket}/pictures", tmp_path / "none", labels=f"{bucket}/nothing.csv")
         assert s3.faults.injected.total() > 10
+
+
+def test_tars_of_others_on_s3_become_a_corpus_as_they_are(tmp_path, s3, monkeypatch):
+    monkeypatch.setenv("VITFORGE_CACHE", str(tmp_path / "cache"))
+    expected = make_corpus(image_folder(tmp_path / "images", classes=3, images=12), tmp_path / "expected")
+    bucket = s3.bucket()
+    for path in expected.path.glob("*.tar"):
+        folder_at(bucket, "test").put(path, f"tars/{path.name}")
+    source = f"{bucket}/tars/shard-0000*.tar"
+    with ray_session():
+        s3.faults.rates = {"slow_down": 0.1, "short": 0.1}
+        for number, destination in enumerate((str(tmp_path / "there"), f"{bucket}/corpus")):
+            corpus = index_corpus(IndexSettings(source=source, destination=destination, tars="copy"))
+            assert not list(verify(corpus)), number
+            assert {image for image, _ in contents(corpus).values()} == {
+                image for image, _ in contents(expected).values()
+            }
+        with pytest.raises(SourceError, match=r"cannot be hard-linked into .* give tars=copy"):
+            index_corpus(IndexSettings(source=source, destination=str(tmp_path / "linked")))
+        with pytest.raises(SourceError, match="there is no tar that matches nothing"):
+            index_corpus(IndexSettings(source=f"{bucket}/tars/nothing-*.tar", destination=str(tmp_path / "none")))
 
 
 def test_what_opens_the_buckets_of_a_table_travels_with_its_images(tmp_path, s3):

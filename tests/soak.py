@@ -34,6 +34,8 @@ WORDS = [
     "training.global_batch=64", "training.zero_stage=2", "log.every=10", "checkpoint.every=100 steps",
     "evaluation.batch=64", "registry.name=null", "run.workers=2", "run.cpus_per_worker=1", "run.max_failures=1000",
 ]  # fmt: skip
+GROWTH, MORE_FILES = 1.15, 8
+"""How much more memory, and how many more files, a process may have at its end than when it was settled."""
 SETTLED_S = 30.0
 """Seconds of stepping after which a process has all that it needs."""
 
@@ -119,6 +121,21 @@ def summary(lives: dict[int, list[Sample]]) -> list[str]:
                 f"{firsts[-1].files} files"
             )
     return lines
+
+
+def growth(lives: dict[int, list[Sample]]) -> list[str]:
+    """What grew too much in one life, or from the first settled life of a role to its last."""
+    settled = [[sample for sample in samples if sample.seconds >= SETTLED_S] for samples in lives.values()]
+    spans = [(samples[0], samples[-1]) for samples in settled if len(samples) >= 5]
+    roles: dict[str, list[Sample]] = {}
+    for first, _ in spans:
+        roles.setdefault(first.role, []).append(first)
+    spans += [(firsts[0], firsts[-1]) for firsts in roles.values()]
+    return [
+        f"{first.role}: from {first.memory_mb:.0f} MB and {first.files} files to {last.memory_mb:.0f} and {last.files}"
+        for first, last in spans
+        if last.memory_mb > GROWTH * first.memory_mb or last.files > first.files + MORE_FILES
+    ]
 
 
 def under_kills(run: WatchedRun, pause: float, rng: random.Random) -> list[str]:
@@ -236,6 +253,8 @@ def main() -> None:
     )
     if differing or sorted(rows["killed"]) != sorted(rows["straight"]):
         sys.exit("the run under kills is not the run without")
+    if grown := [*growth(sampler.lives), *growth(straight.lives)]:
+        sys.exit("\n".join(["memory or files grow:", *grown]))
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from pipeline import tracking
 from tests.corpora import image_folder, make_corpus
 from tests.running import losses, newest_state, same_state, torchrun, torchrun_killed
 from tests.sample_record import ids_by_step
+from tests.watched_run import committed
 
 
 def ranks(count, scenario, root, **options):
@@ -147,7 +148,8 @@ def test_a_killed_run_has_the_same_weights_bit_by_bit_after_a_hundred_steps(plac
     name = f"killed-{stage}"
     unbroken = straight if stage == 2 else finish(places, f"straight-{stage}", 2, stage)
     metrics = places[0] / "runs" / name / "metrics.jsonl"
-    torchrun_killed(2, places[0], metrics, 12, *words(places, name, stage))
+    torchrun_killed(2, places[0], metrics, 16, *words(places, name, stage))
+    assert committed(places[0] / "runs" / name / "checkpoints"), "there must be something to resume from"
     for step, loss in unbroken.items():
         assert loss == pytest.approx(straight[step], rel=1e-4), step
     assert finish(places, name, 2, stage) == unbroken

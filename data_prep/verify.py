@@ -57,8 +57,8 @@ def main() -> None:
             log.error("%s", problem)
     if problems:
         raise CorpusError(
-            f"{corpus}: {problems} problems found. To write a damaged shard again, remove its .record.json and "
-            f"run the same shard command"
+            f"{corpus}: {problems} problems found. To write a damaged shard again, remove its .tar and run the "
+            f"command that made the corpus (shard, index or copy) again"
         )
     log.info(
         "%s is whole: %s samples in %d shards, %s bytes, corpus hash %s",

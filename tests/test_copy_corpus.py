@@ -21,6 +21,7 @@ from data_prep.corpus_jobs import held
 from data_prep.index import IndexSettings, index_corpus
 from data_prep.shard import ShardSettings, shard_corpus
 from data_prep.subset import SubsetSettings, make_parts
+from data_prep.verify import verify
 from tests.corpora import image_folder, make_corpus
 from tests.running import REPOSITORY, environment
 from tests.s3_server import S3Server
@@ -168,3 +169,16 @@ def test_a_killed_copy_goes_on(corpus: Corpus, s3: S3Server, tmp_path: Path) -> 
         process.communicate()
     assert killed >= 2
     assert content(copy(corpus, place).folder) == content(corpus.folder)
+
+
+def test_a_shard_damaged_later_is_copied_again_once_it_is_removed(corpus: Corpus, tmp_path: Path) -> None:
+    there = copy(corpus, tmp_path / "there")
+    tar = there.path / "shard-000001.tar"
+    damaged = bytearray(tar.read_bytes())
+    damaged[700] ^= 1
+    tar.write_bytes(damaged)
+    assert any("shard-000001.tar" in problem for problem in verify(Corpus.open(there.url)))
+    tar.unlink()
+    again = copy(corpus, tmp_path / "there")
+    assert not list(verify(again))
+    assert content(again.folder) == content(corpus.folder)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.corpora import image_folder, make_corpus
-from tests.running import losses, tiny, torchrun
+from tests.running import losses, script, tiny, torchrun
 from tests.test_manifests import MANIFESTS, pods
 from tests.two_hosts import ADDRESSES, end_processes, two_hosts, why_not
 
@@ -101,6 +101,26 @@ def test_bare_machines_train_together_and_only_the_token_opens_them(corpus, one_
         while (now := dict(pair.nodes())).get(ADDRESSES[1]) in (None, before[ADDRESSES[1]]):
             assert time.monotonic() < deadline, (before, now, log.read_text()[-2000:])
             time.sleep(0.5)
+
+
+def test_sharding_uses_both_hosts_and_outlives_one(tmp_path):
+    source = image_folder(tmp_path / "images", classes=3, images=400)
+    words = ("data_prep/shard.py", str(source))
+    alone = script(tmp_path, *words, str(tmp_path / "alone"), "shard_mb=0.01")
+    assert alone.returncode == 0, alone.stderr[-3000:]
+    log, destination = tmp_path / "shard.log", tmp_path / "corpus"
+    with two_hosts(tmp_path / "pair") as pair:
+        run = pair.start(*words, str(destination), "shard_mb=0.01", log=log)
+        seen: set[int] = set()
+        while seen != {0, 1} or len(list(destination.glob("*.record.json"))) < 5:
+            assert run.poll() is None, log.read_text()[-3000:]
+            seen |= {number for number in range(2) if pair.hosts[number].find("ray::write_shard")}
+            time.sleep(0.01)
+        pair.kill_raylet(1)
+        assert run.wait(300) == 0, log.read_text()[-3000:]
+    tars = {path.name: path.read_bytes() for path in (tmp_path / "alone").glob("*.tar")}
+    assert len(tars) > 100
+    assert {path.name: path.read_bytes() for path in destination.glob("*.tar")} == tars
 
 
 STUB = """#!/usr/bin/env bash

@@ -9,12 +9,14 @@ import platform
 import shutil
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import TypeVar
 
 from cluster.command import log
 from cluster.folders import Folder
 from cluster.ray_runtime import REPOSITORY
+from pipeline.corpora import some
 from pipeline.workers import Worker, from_all, node
 
 _LIBRARIES = ("torch", "deepspeed", "numpy", "nvidia-dali-cuda130", "ray")
@@ -26,9 +28,15 @@ _CURES = {
     "the data": "the nodes see different corpora under the same path: mount the same one on all",
 }
 
+_T = TypeVar("_T")
+
 
 class DisagreementError(ValueError):
     """The ranks do not have the same."""
+
+
+class PassingDisagreementError(DisagreementError, OSError):
+    """Some ranks failed at what may pass by itself: worth another try later."""
 
 
 def check_folder(folder: Folder, worker: Worker) -> None:
@@ -51,6 +59,32 @@ def check_folder(folder: Folder, worker: Worker) -> None:
             f"the run's folder {folder} is not shared: {', '.join(blind)} does not see what rank 0 wrote there. Set "
             "run.home (or VITFORGE_HOME) to a folder that every node mounts, or to s3://"
         )
+
+
+def on_all_ranks(attempt: Callable[[], _T]) -> _T:
+    """What an attempt gives on this rank, if it succeeds on every rank; all must call it.
+
+    Raises:
+        ValueError: or OSError, as the attempt raised it, where it failed on all ranks alike.
+        DisagreementError: it failed on some, or not alike; naming their nodes.
+    """
+    error: ValueError | OSError | None = None
+    try:
+        result = attempt()
+    except (ValueError, OSError) as caught:
+        error = caught
+    outcomes = from_all((node(), None if error is None else str(error), isinstance(error, OSError)))
+    failures: dict[str, set[str]] = {}
+    for where, text, _ in outcomes:
+        if text is not None:
+            failures.setdefault(text, set()).add(where)
+    if not failures:
+        return result
+    if error is not None and all(text == str(error) for _, text, _ in outcomes):
+        raise error
+    named = "; ".join(f"on {some(sorted(nodes), 8)}: {text}" for text, nodes in failures.items())
+    kind = PassingDisagreementError if any(passing for _, _, passing in outcomes) else DisagreementError
+    raise kind(f"not all ranks can begin: {named}") from error
 
 
 def check_ranks(data: Mapping[str, str], worker: Worker) -> None:

@@ -10,6 +10,7 @@ What a restart needs beside these files is a function of the step: the data posi
 rate, the average's decay and the seed of dropout.
 """
 
+import json
 import re
 from dataclasses import dataclass
 from typing import Any
@@ -28,6 +29,10 @@ from pipeline.parts import DamagedCheckpointError, Parts
 FORMAT = 2
 MANIFEST = "manifest.json"
 _NAME = re.compile(r"step-(\d{8,})-([0-9a-f]{8})-\d{4,}")
+
+
+class UnreadableError(StorageError, OSError):
+    """The storage does not give a checkpoint that is there; worth another try later."""
 
 
 @dataclass(frozen=True)
@@ -80,6 +85,7 @@ def newest(folder: Folder, *, before: Checkpoint | None = None, verify_from: int
 
     Raises:
         SettingsError: some were committed and none is whole, or one is of another format.
+        UnreadableError: the storage fails.
     """
     damaged = [str(before)] if before else []
     for name in _committed(folder)[::-1]:
@@ -93,6 +99,11 @@ def newest(folder: Folder, *, before: Checkpoint | None = None, verify_from: int
         except DamagedCheckpointError as error:
             damaged.append(str(error))
             log.warning("%s; falling back to the checkpoint before it", error)
+        except (OSError, StorageError) as error:
+            raise UnreadableError(
+                f"checkpoint {folder}/{name} cannot be read now ({error}): the storage fails. Put that right, then run "
+                "the same command again: the run goes on from this checkpoint"
+            ) from error
     if damaged:
         raise SettingsError(
             f"none of the {len(damaged)} checkpoint(s) in {folder} is whole ({damaged[0]}): bring the files back, or "
@@ -136,15 +147,20 @@ def _open(folder: Folder) -> Checkpoint:
     Raises:
         DamagedCheckpointError: they are not.
         SettingsError: it is of another format.
+        StorageError: or OSError, the storage fails.
     """
     try:
-        manifest = folder.read_json(MANIFEST)
+        content = folder.read_bytes(MANIFEST)
+    except StorageError as error:
+        if folder.size(MANIFEST) is not None:
+            raise  # it is there: the storage fails, which says nothing of what lies there
+        raise DamagedCheckpointError(f"checkpoint {folder} is damaged: its {MANIFEST} is missing") from error
+    try:
+        manifest = json.loads(content)
         found, parts = manifest["format"], manifest["parts"]
         whole = manifest.get("digest") == _digest(manifest)
-    except (StorageError, KeyError, TypeError, AttributeError) as error:
-        if isinstance(error, OSError):
-            raise  # the object store fails, which says nothing of what lies there
-        raise DamagedCheckpointError(f"checkpoint {folder} is damaged: its {MANIFEST} cannot be read") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DamagedCheckpointError(f"checkpoint {folder} is damaged: its {MANIFEST} is no manifest") from error
     if found != FORMAT:
         raise SettingsError(f"checkpoint {folder} has format {found}, this version of Vitforge reads format {FORMAT}")
     if not whole:
@@ -152,8 +168,10 @@ def _open(folder: Folder) -> Checkpoint:
     sizes = folder.tree()
     for part in parts:
         for name, size in part["files"].items():
-            if sizes.get(name) != size:
-                what = f"has {sizes[name]:,} bytes instead of {size:,}" if name in sizes else "is missing"
+            # What a failing storage leaves out of a list is asked for by name, which then is an error.
+            there = sizes[name] if name in sizes else folder.size(name)
+            if there != size:
+                what = "is missing" if there is None else f"has {there:,} bytes instead of {size:,}"
                 raise DamagedCheckpointError(f"checkpoint {folder} is damaged: {name} {what}")
     return Checkpoint(folder, manifest)
 

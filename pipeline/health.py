@@ -9,7 +9,7 @@ import math
 import statistics
 import tempfile
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -29,7 +29,7 @@ NAMES = ("nonfinite", "loss", "known")
 _HISTORY, _LEAST_HISTORY = 200, 20
 """Steps that a spike is measured against."""
 _STORED_IMAGES = 64
-"""Images a rank that a report keeps."""
+"""Images that a report keeps at most, of all ranks."""
 
 
 class NonFiniteError(ValueError):
@@ -77,17 +77,26 @@ class Trouble:
 
 
 class Health:
-    """Watches the steps of one rank; all ranks make the same calls."""
+    """Watches the steps of one rank; all ranks make the same calls.
 
-    def __init__(self, settings: HealthSettings, worker: Worker) -> None:
+    Args:
+        usual: losses that a checkpoint has of the steps before it, as `usual` gave them then.
+    """
+
+    def __init__(self, settings: HealthSettings, worker: Worker, usual: Iterable[float] = ()) -> None:
         self.settings, self.worker = settings, worker
-        self._losses: deque[float] = deque(maxlen=_HISTORY)
-        self.forget()
+        self.begin_again(usual)
 
-    def forget(self) -> None:
+    def begin_again(self, usual: Iterable[float]) -> None:
         """The steps since the last checkpoint were taken back: what they did is no longer looked at."""
+        self._losses: deque[float] = deque(usual, maxlen=_HISTORY)
         self._waiting: deque[Taken] = deque()
         self._told: deque[list[Taken]] = deque()
+
+    @property
+    def usual(self) -> list[float]:
+        """The losses that a spike is measured against, oldest first: a restart needs them to see the same spikes."""
+        return list(self._losses)
 
     def took(self, step: int, window: int, ids: NDArray[np.int64], loss: torch.Tensor, bad: torch.Tensor) -> None:
         """Note a step.
@@ -187,13 +196,14 @@ def _is_finite(taken: Taken) -> bool:
 
 
 def _report(trouble: Trouble, folder: Folder, corpus: Mixture) -> None:
-    """REPORTS/step-N.json, and beside it the encoded images of the batch and a contact sheet of them."""
+    """REPORTS/step-N.json, and beside it the first of the encoded images and a contact sheet of them."""
     name = f"step-{trouble.step:08d}"
-    samples = [sample for share in trouble.shares for sample in share.ids]
+    samples = list(dict.fromkeys(sample for share in trouble.shares for sample in share.ids))
     stored = samples[:_STORED_IMAGES]
     report = {
         **asdict(trouble),
-        "origins": {sample: corpus.origin(sample) for sample in sorted(set(samples))},
+        "origins": {sample: corpus.origin(sample) for sample in sorted(samples)},
+        "images_stored": f"{len(stored)} of {len(samples)}",
         "images": {},
     }
     for sample, content in zip(stored, corpus.read(np.array(stored)), strict=True):
@@ -203,5 +213,6 @@ def _report(trouble: Trouble, folder: Folder, corpus: Mixture) -> None:
     folder.write_json(f"{name}.json", report)
     with tempfile.TemporaryDirectory() as scratch:
         sheet = Path(scratch) / "sheet.png"
-        draw_contact_sheet(corpus, stored, f"step {trouble.step}: {trouble.what}", sheet)
+        title = f"step {trouble.step}, {report['images_stored']} images: {trouble.what}"
+        draw_contact_sheet(corpus, stored, title, sheet)
         folder.put(sheet, f"{name}/sheet.png")

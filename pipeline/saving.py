@@ -18,6 +18,7 @@ from cluster.command import duration, log
 from cluster.folders import Folder
 from cluster.storage import StorageError
 from pipeline import elastic, workers
+from pipeline.agreement import on_all_ranks
 from pipeline.checkpoints import Checkpoint, commit, newest, remove_uncommitted, retain
 from pipeline.config import CheckpointSettings
 from pipeline.engine import nonfinite_flag
@@ -64,7 +65,6 @@ class Checkpoints:
         keep_every: checkpoints at multiples of this many steps stay.
 
     Attributes:
-        stall_seconds: how long training has waited for checkpoints since this was made.
         scratch: where this rank's parts are written first.
         committed: on rank 0, step and time (Unix) of the checkpoint that was committed last; None before one was.
     """
@@ -73,9 +73,8 @@ class Checkpoints:
         self, folder: Folder, settings: CheckpointSettings, worker: Worker, keep_every: int | None = None
     ) -> None:
         self.folder, self.settings, self.worker, self.keep_every = folder, settings, worker, keep_every
-        self.stall_seconds = 0.0
         self.committed: tuple[int, float] | None = None
-        self._scratch = Scratch(settings.scratch, f"checkpoints-{worker.rank}")
+        self._scratch = on_all_ranks(lambda: Scratch(settings.scratch, f"checkpoints-{worker.rank}"))
         self.scratch = self._scratch.path
         self._session = workers.from_all(secrets.token_hex(4))[0]
         self._saves = 0
@@ -111,7 +110,6 @@ class Checkpoints:
         Raises:
             CheckpointError: this one could not be written, or neither of the two before it.
         """
-        began = time.perf_counter()
         try:
             self._settle()
             self._failed = False
@@ -139,7 +137,6 @@ class Checkpoints:
         save.thread.start()
         if not self.settings.background:
             self._settle()
-        self.stall_seconds += time.perf_counter() - began
 
     def wait(self) -> None:
         """Until the checkpoint on its way is committed. All ranks call it.

@@ -97,20 +97,24 @@ class Meter:
         yield
         self._idle += time.perf_counter() - begin
 
-    def measure(self, done: int, stalled: float) -> dict[str, float]:
-        """Rates since the last call, `done` steps after the loop began.
+    @contextmanager
+    def stalled(self) -> Iterator[None]:
+        """Time in this block is spent waiting for a checkpoint; it is left out of the training rate too."""
+        before = self._idle
+        with self.paused():
+            yield
+        self._stalled += self._idle - before
 
-        Args:
-            stalled: seconds, since the start, that training waited for checkpoints.
-        """
+    def measure(self, done: int) -> dict[str, float]:
+        """Rates since the last call, `done` steps after the loop began."""
         now = time.perf_counter()
         seconds = max(now - self._since - self._idle, 1e-9)
         rate = (done - self._at) * self.global_batch / seconds
         values = {"images_per_second": rate, "data_wait": self._waited / seconds}
-        values["checkpoint_stall"] = (stalled - self._stalled) / (now - self._since)
+        values["checkpoint_stall"] = self._stalled / (now - self._since)
         if self.peak:
             values["mfu"] = rate * self.flops / (self.peak * self.ranks)
-        self._since, self._at, self._waited, self._idle, self._stalled = now, done, 0.0, 0.0, stalled
+        self._since, self._at, self._waited, self._idle, self._stalled = now, done, 0.0, 0.0, 0.0
         if self._first_done is None:
             self._first_done = (done, now)
         return values

@@ -16,14 +16,18 @@ from pathlib import Path
 from typing import Any
 
 from cluster.command import log
-from cluster.folders import Folder
-from cluster.storage import write_bytes
+from cluster.folders import Folder, LocalFolder
+from cluster.storage import StorageError, write_bytes
 from pipeline.run_files import METRICS
 
 EXPERIMENT = "vitforge"
 FLUSH_SECONDS = 5.0
 MAX_BATCH = 1000
 """Metric points that MLflow takes in one call."""
+
+
+class TrackingError(ValueError, ConnectionError):
+    """MLflow does not answer, or not as it should; worth another try later."""
 
 
 def connect(home: Path, uri: str | None = None) -> str:
@@ -34,7 +38,8 @@ def connect(home: Path, uri: str | None = None) -> str:
         uri: what a process before this one connected to; None takes MLFLOW_TRACKING_URI, else the file.
 
     Raises:
-        ValueError: the server does not answer, or the file cannot be used.
+        TrackingError: the server does not answer.
+        ValueError: the folder cannot be used.
     """
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
@@ -48,24 +53,26 @@ def connect(home: Path, uri: str | None = None) -> str:
     uri = uri or named or f"sqlite:///{home / 'mlflow.db'}"
     try:
         home.mkdir(parents=True, exist_ok=True)
-        mlflow.set_tracking_uri(uri)
-        if named is None:
-            # MLflow writes it there itself; what the user said must stay apart from what we chose.
-            os.environ.pop("MLFLOW_TRACKING_URI", None)
+        lock = (home / ".mlflow.lock").open("w")
         # Two processes that make the tables of one new file at once leave it broken.
-        with (home / ".mlflow.lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        fcntl.flock(lock, fcntl.LOCK_EX)
+    except OSError as error:
+        raise ValueError(
+            f"{home} cannot be used ({error.strerror}): set run.home or VITFORGE_HOME to another"
+        ) from error
+    try:
+        with lock:
+            mlflow.set_tracking_uri(uri)
+            if named is None:
+                # MLflow writes it there itself; what the user said must stay apart from what we chose.
+                os.environ.pop("MLFLOW_TRACKING_URI", None)
             client = mlflow.MlflowClient()
             if client.get_experiment_by_name(EXPERIMENT) is None:
                 place = (home / "mlartifacts").as_uri() if uri.startswith("sqlite") else None
                 client.create_experiment(EXPERIMENT, artifact_location=place)
             mlflow.set_experiment(EXPERIMENT)
-    except OSError as error:
-        raise ValueError(
-            f"{home} cannot be used ({error.strerror}): set run.home or VITFORGE_HOME to another"
-        ) from error
     except Exception as error:  # MLflow lets those of SQLAlchemy, alembic and requests through
-        raise ValueError(
+        raise TrackingError(
             f"MLflow at {uri} does not answer as it should ({_first_line(error)}): check MLFLOW_TRACKING_URI"
         ) from error
     return uri
@@ -86,6 +93,10 @@ class Run:
         settings: logged as parameters by dotted name (of a new run).
         tags: set on the run.
         parent: run id of the stage before this one.
+
+    Raises:
+        TrackingError: MLflow does not answer.
+        ValueError: it has no run `run_id`.
     """
 
     def __init__(
@@ -115,10 +126,16 @@ class Run:
         else:
             try:
                 self.client.update_run(run_id, status="RUNNING")
-            except mlflow.MlflowException as error:
+            except Exception as error:  # as in `connect`
+                where = f"MLflow at {mlflow.get_tracking_uri()}"
+                if getattr(error, "error_code", None) != "RESOURCE_DOES_NOT_EXIST":
+                    raise TrackingError(
+                        f"{where} does not go on with run {run_id} ({_first_line(error)}): put it right, then run the "
+                        "same command again"
+                    ) from error
                 raise ValueError(
-                    f"MLflow at {mlflow.get_tracking_uri()} has no run {run_id}, with which this run was begun: set "
-                    "MLFLOW_TRACKING_URI to what it was then, or use another run.name"
+                    f"{where} has no run {run_id}, with which this run was begun: set MLFLOW_TRACKING_URI to what it "
+                    "was then, or use another run.name"
                 ) from error
         self.run_id: str = run_id
         self._waiting: list[Any] = []
@@ -191,6 +208,13 @@ class Run:
         except Exception as error:
             log.warning("MLflow did not take that the run is %s (%s)", status, _first_line(error))
 
+    def delete(self) -> None:
+        """Take the run out of MLflow's pages."""
+        try:
+            self.client.delete_run(self.run_id)
+        except Exception as error:
+            log.warning("MLflow did not delete the run (%s)", _first_line(error))
+
 
 @contextmanager
 def closing(run: Run, drop: Callable[[], bool]) -> Iterator[Run]:
@@ -204,7 +228,7 @@ def closing(run: Run, drop: Callable[[], bool]) -> Iterator[Run]:
     except Exception as error:
         run.finish("FAILED")
         if isinstance(error, ValueError) and drop():
-            run.client.delete_run(run.run_id)
+            run.delete()
         raise
     except BaseException:
         run.finish("KILLED")
@@ -227,22 +251,39 @@ class MetricsFile:
         self._folder = folder
         self._scratch = None if folder.local else tempfile.TemporaryDirectory(prefix="vitforge-")
         self._path = Path(self._scratch.name if self._scratch else str(folder.local)) / METRICS
-        kept = [row for row in metrics_of(folder) if row["step"] <= step]
-        content = "".join(json.dumps(row) + "\n" for row in kept).encode()
-        write_bytes(self._path, content)
-        if self._scratch:
-            folder.write_bytes(METRICS, content)
+        self._begin(metrics_of(folder), step)
+        self.publish(must=True)  # a folder without the record is that of a run that did nothing
+
+    def _begin(self, rows: Sequence[Mapping[str, Any]], step: int) -> None:
+        content = "".join(json.dumps(row) + "\n" for row in rows if row["step"] <= step)
+        write_bytes(self._path, content.encode())
         self._file = self._path.open("a")
+
+    def go_back(self, step: int) -> None:
+        """Drop what was recorded after a step: those that follow it are taken again."""
+        self._file.close()
+        self._begin(metrics_of(LocalFolder(self._path.parent)), step)
+        self.publish()
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
         """Add the values of a step."""
         self._file.write(json.dumps({"step": step, **values}) + "\n")
         self._file.flush()
 
-    def publish(self) -> None:
-        """Bring what was written to the run's folder, if it is not there already."""
-        if self._scratch:
+    def publish(self, must: bool = False) -> None:
+        """Bring what was written to the run's folder, if it is not there already.
+
+        Args:
+            must: storage that fails is an error. Otherwise it costs a warning: a later call brings all of it.
+        """
+        if self._scratch is None:
+            return
+        try:
             self._folder.put(self._path, METRICS)
+        except (OSError, StorageError) as error:
+            if must:
+                raise
+            log.warning("the record of the metrics was not stored (%s); the next checkpoint tries again", error)
 
     def close(self) -> None:
         """Write no more."""

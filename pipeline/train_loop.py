@@ -113,7 +113,7 @@ def _train(job: Job, worker: workers.Worker, oversight: Oversight) -> bool:
 
     # ---- data ------------------------------------------------------------------------------------------------
     # The driver checked the content of the index; here the sizes do.
-    corpus, heldout = open_corpora(data, check="sizes")
+    corpus, heldout = agreement.on_all_ranks(lambda: open_corpora(data, check="sizes"))
     hashes = {"the training data": corpus.corpus_hash} | ({"data.heldout": heldout.corpus_hash} if heldout else {})
     agreement.check_ranks(hashes, worker)
     verdict = decoding.Verdict.for_all(workers.from_all(decoding.choose_backend(data, worker.gpu)))
@@ -157,6 +157,7 @@ def _train(job: Job, worker: workers.Worker, oversight: Oversight) -> bool:
     rate_of = Schedule(settings.optimizer, total, training.global_batch, corpus.num_samples)
     checkpoint_every = steps(settings.checkpoint.every)
     evaluate_every = steps(settings.evaluation.every) if settings.evaluation.every else None
+    keeps_best = settings.checkpoint.keep_best is not None  # what is scored is saved then
 
     # ---- what is written -------------------------------------------------------------------------------------
     run, metrics_file = None, None
@@ -184,7 +185,7 @@ def _train(job: Job, worker: workers.Worker, oversight: Oversight) -> bool:
 
     # ---- what the ranks hear of each other -------------------------------------------------------------------
     consensus = Consensus(("stop", *NAMES), worker, settings.run.collective_timeout_s)
-    health = Health(settings.health, worker)
+    health = Health(settings.health, worker, resume.state.get("usual_losses", []) if resume else [])
     stop = False
 
     def listen(everything: bool = False) -> Trouble | None:
@@ -219,6 +220,7 @@ def _train(job: Job, worker: workers.Worker, oversight: Oversight) -> bool:
             "samples_consumed": step * training.global_batch,
             "skipped": skipped,
             "unscored": unscored,
+            "usual_losses": health.usual,
             "mlflow_run": job.mlflow_run,
             "memory": machine.memory,
             "versions": agreement.versions(),
@@ -290,6 +292,9 @@ def _train(job: Job, worker: workers.Worker, oversight: Oversight) -> bool:
     listen(everything=True)
     if unscored and not stop:
         evaluate()
+        if keeps_best and not unscored:
+            save()  # in place of the one without scores
+    trouble: Trouble | None = None
     while step < total and not stop:
         trouble = listen()
         if stop:
@@ -298,9 +303,9 @@ def _train(job: Job, worker: workers.Worker, oversight: Oversight) -> bool:
             # The first step after a start shows that it goes; the record has the same steps with and without restarts.
             recorded = (step + 1) % settings.log.every == 0 or step + 1 in (1, total)
             logged = recorded or step == began
-            saves = (step + 1) % checkpoint_every == 0 or step + 1 == total
             due = evaluate_every is not None and (step + 1) % evaluate_every == 0
             scores = heldout is not None and (due or step + 1 == total)
+            saves = (step + 1) % checkpoint_every == 0 or step + 1 == total or (scores and keeps_best)
             step_ids: list[NDArray[np.int64]] = []
             _seed_dropout(training.seed, step, worker.rank)
             window = window_of(step, skipped)
@@ -347,11 +352,10 @@ def _train(job: Job, worker: workers.Worker, oversight: Oversight) -> bool:
             engine, resume = engine_at(saved.newest())
             began = step = saved_step = resume.step if resume else 0
             consensus.settle()
-            health.forget()
+            health.begin_again(resume.state.get("usual_losses", []) if resume else [])
             losses.clear()
             if metrics_file:
-                metrics_file.close()
-                metrics_file = tracking.MetricsFile(folder, step)
+                metrics_file.go_back(step)
             loader, batches, meter = set_out()
             continue
         oversight.update(step=step)
@@ -361,7 +365,7 @@ def _train(job: Job, worker: workers.Worker, oversight: Oversight) -> bool:
                 "loss": _mean_over_ranks(losses),
                 "learning_rate": rate_of(step - 1),
                 "gradient_norm": norm,
-                **meter.measure(step - began, saved.stall_seconds),
+                **meter.measure(step - began),
             }
             if bad := check_bad(loader, (step - began) * training.global_batch, data.max_bad_share):
                 values["bad_samples"] = bad
@@ -377,13 +381,14 @@ def _train(job: Job, worker: workers.Worker, oversight: Oversight) -> bool:
             with meter.paused():
                 evaluate()
         if saves:
-            with meter.paused():
+            with meter.stalled():
                 save()
             losses.clear()  # so that a restart from here averages over the same steps
 
     # ---- the end ---------------------------------------------------------------------------------------------
     if step > saved_step:
-        trouble = listen(everything=True)
+        rest = listen(everything=True)
+        trouble = trouble or rest  # it may have come with the wish to stop
         if trouble is None:
             save()
         else:
@@ -396,7 +401,7 @@ def _train(job: Job, worker: workers.Worker, oversight: Oversight) -> bool:
     saved.close()
     if run and metrics_file:
         run.flush()
-        metrics_file.publish()
+        metrics_file.publish(must=True)
         metrics_file.close()
     batches.close()
     destroy(engine)

@@ -5,14 +5,16 @@ import os
 import signal
 import subprocess
 import sys
+import textwrap
 import time
 
 import mlflow
 import psutil
 import pytest
 
-from cluster.folders import folder_at
+from cluster.folders import LocalFolder, folder_at
 from pipeline import tracking
+from pipeline.checkpoints import newest, newest_step
 from tests.corpora import image_folder, make_corpus
 from tests.running import REPOSITORY, environment, losses, tiny, torchrun, torchrun_command
 
@@ -49,7 +51,8 @@ def start(places, name, ranks, *overrides):
 
 
 def test_a_run_that_is_told_to_stop_saves_and_goes_on_with_identical_losses(places):
-    process, workers = start(places, "stopped", 2)
+    looks_for_spikes = "health.spike_factor=1000"
+    process, workers = start(places, "stopped", 2, looks_for_spikes)
     workers[1].send_signal(signal.SIGTERM)  # one rank knows, all must stop at the same step
     output, _ = process.communicate(timeout=120)
     assert "the same command goes on from there" in output
@@ -59,9 +62,14 @@ def test_a_run_that_is_told_to_stop_saves_and_goes_on_with_identical_losses(plac
     assert len(list((folder / "checkpoints").glob(f"step-{taken:08d}-*/manifest.json"))) == 1
     assert json.loads((folder / "heartbeat.json").read_text())["state"] == "stopped"
     for name in ("stopped", "straight"):
-        done = torchrun(2, places[0], *words(places, name))
+        done = torchrun(2, places[0], *words(places, name, looks_for_spikes))
         assert done.returncode == 0, done.stderr[-4000:]
-    assert losses(folder / "metrics.jsonl") == losses(places[0] / "runs" / "straight" / "metrics.jsonl")
+    straight = places[0] / "runs" / "straight"
+    assert losses(folder / "metrics.jsonl") == losses(straight / "metrics.jsonl")
+    ends = [newest(LocalFolder(run / "checkpoints")) for run in (folder, straight)]
+    usual = [end.state["usual_losses"] for end in ends if end]
+    assert [len(some) for some in usual] == [STEPS, STEPS]
+    assert usual[0] == usual[1]
     mlflow_run = json.loads((folder / "run.json").read_text())["mlflow_run"]
     tracking.connect(places[0])
     assert mlflow.get_run(mlflow_run).info.status == "FINISHED"
@@ -116,28 +124,126 @@ def test_a_run_in_a_bucket_is_complete_there_and_a_rerun_does_nothing_again(plac
     assert "training is finished already" in again.stderr
 
 
-@pytest.mark.parametrize("other", ["code", "data"])
-def test_ranks_that_do_not_have_the_same_are_named(tmp_path, other):
-    """Two ranks that run from two copies of the code, or see two corpora: as on two machines that differ."""
-    code = (
-        "import os, sys\n"
-        "from pathlib import Path\n"
-        "from pipeline import agreement, workers\n"
-        "worker = workers.join(60)\n"
-        "if sys.argv[1] == 'code' and worker.rank == 1:\n"
-        "    agreement.REPOSITORY = Path(sys.argv[2])\n"
-        "agreement.check_ranks({'data.corpus': sys.argv[1] + str(worker.rank) * (sys.argv[1] == 'data')}, worker)\n"
-    )
+def two_ranks(tmp_path, code, *arguments):
+    """What two ranks of a script of their own say, which must fail."""
     script = tmp_path / "ranks.py"
-    script.write_text(code)
+    script.write_text("from pipeline import agreement, workers\nworker = workers.join(60)\n" + code)
     done = subprocess.run(
-        torchrun_command(2, (str(script), other, str(tmp_path))),
+        torchrun_command(2, (str(script), *map(str, arguments))),
         cwd=REPOSITORY, env=environment(tmp_path, PYTHONPATH=str(REPOSITORY)), capture_output=True, text=True,
         timeout=120,
     )  # fmt: skip
     assert done.returncode != 0
+    return done.stderr
+
+
+@pytest.mark.parametrize("other", ["code", "data"])
+def test_ranks_that_do_not_have_the_same_are_named(tmp_path, other):
+    """Two ranks that run from two copies of the code, or see two corpora: as on two machines that differ."""
+    code = (
+        "import sys\n"
+        "from pathlib import Path\n"
+        "if sys.argv[1] == 'code' and worker.rank == 1:\n"
+        "    agreement.REPOSITORY = Path(sys.argv[2])\n"
+        "agreement.check_ranks({'data.corpus': sys.argv[1] + str(worker.rank) * (sys.argv[1] == 'data')}, worker)\n"
+    )
     what = "the code of Vitforge" if other == "code" else "the data (data.corpus)"
-    assert f"{what} is not the same on all nodes: {os.uname().nodename} has" in done.stderr
+    said = two_ranks(tmp_path, code, other, tmp_path)
+    assert f"{what} is not the same on all nodes: {os.uname().nodename} has" in said
+
+
+def test_the_node_of_a_rank_that_cannot_use_its_scratch_is_named(tmp_path):
+    """Every rank's scratch has another path here, as if each were on a node of its own."""
+    code = (
+        "import sys\n"
+        "from pathlib import Path\n"
+        "from cluster.folders import LocalFolder\n"
+        "from pipeline.config import CheckpointSettings\n"
+        "from pipeline.saving import Checkpoints\n"
+        "root = Path(sys.argv[1])\n"
+        "(root / 'scratch-1').touch()\n"
+        "settings = CheckpointSettings(scratch=str(root / f'scratch-{worker.rank}'))\n"
+        "Checkpoints(LocalFolder(root / 'checkpoints'), settings, worker)\n"
+    )
+    said = two_ranks(tmp_path, code, tmp_path)
+    assert f"not all ranks can begin: on {os.uname().nodename}: {tmp_path}/scratch-1 cannot be used" in said
+    assert "set checkpoint.scratch to a folder on this node's own disk" in said
+
+
+def test_what_no_rank_can_open_is_said_as_it_is(tmp_path):
+    code = (
+        "from pipeline.corpora import open_corpora\n"
+        "from pipeline.data_config import DataSettings\n"
+        "agreement.on_all_ranks(lambda: open_corpora(DataSettings(corpus='/nowhere', image_size=16)))\n"
+    )
+    said = two_ranks(tmp_path, code)
+    assert "CorpusError: no corpus at /nowhere" in said
+    assert "DisagreementError" not in said
+
+
+STOPPED = """
+    import sys
+    from cluster.command import run_command
+    from pipeline import pretrain
+    from pipeline.oversight import Oversight
+
+    moment, wishes, at = sys.argv.pop(1), [], Oversight.at
+
+    def watched(self, phase, step):
+        at(self, phase, step)
+        if f"{phase} of step {step}" == moment:
+            wishes.append(moment)
+
+    Oversight.at = watched
+    Oversight.wants_stop = property(lambda self: bool(wishes))
+    run_command(pretrain.main)
+"""
+
+
+def stopped_at(places, tmp_path, moment, name, *overrides):
+    """A run on one rank that is told to stop at a moment: "PHASE of step STEP"."""
+    script = tmp_path / "stopped.py"
+    script.write_text(textwrap.dedent(STOPPED))
+    command = torchrun_command(1, (str(script), moment, *words(places, name, *overrides)[1:]))
+    variables = environment(places[0], PYTHONPATH=str(REPOSITORY))
+    return subprocess.run(command, cwd=REPOSITORY, env=variables, capture_output=True, text=True, timeout=300)
+
+
+def test_a_spike_that_comes_with_the_wish_to_stop_is_not_saved(places, tmp_path):
+    overrides = ("health.spike_factor=1.0000001", "health.spike=stop", "log.every=1000", "checkpoint.every=500 steps")
+    first = torchrun(1, places[0], *words(places, "spike", *overrides))
+    assert "the loss jumped" in first.stderr
+    reports = (places[0] / "runs" / "spike" / "reports").glob("step-*.json")
+    step = json.loads(next(reports).read_text())["step"]
+    assert step < STEPS
+    stopped = stopped_at(places, tmp_path, f"computing of step {step}", "spike-and-stop", *overrides)
+    assert f"at step {step}, samples [" in stopped.stderr, stopped.stderr[-4000:]
+    assert newest_step(LocalFolder(places[0] / "runs" / "spike-and-stop" / "checkpoints")) == -1
+
+
+def test_the_best_of_all_that_were_scored_stays(places, tmp_path):
+    """Also where the score came late: the run is told to stop while it is scored."""
+    held = image_folder(tmp_path / "held", classes=3, images=5)
+    (held / "c0").rename(held / "c3")  # the classes are mixed up: what is learned makes the score worse
+    for number in range(3):
+        (held / f"c{number + 1}").rename(held / f"c{number}")
+    heldout = make_corpus(held, tmp_path / "heldout")
+    overrides = (
+        f"data.heldout={heldout.path}", "evaluation.every=7 steps", "evaluation.batch=4", "checkpoint.keep=1",
+        "checkpoint.keep_best=heldout/loss", "training.duration=60 steps",
+    )  # fmt: skip
+    stopped = stopped_at(places, tmp_path, "evaluation, batch 1 of step 7", "best", *overrides)
+    assert "step 7: not scored" in stopped.stderr
+    done = torchrun(1, places[0], *words(places, "best", *overrides))
+    assert done.returncode == 0, done.stderr[-4000:]
+    folder = LocalFolder(places[0] / "runs" / "best")
+    scores = {row["step"]: row["heldout/loss"] for row in tracking.metrics_of(folder) if "heldout/loss" in row}
+    assert sorted(scores) == [*range(7, 60, 7), 60]
+    best = min(scores, key=lambda step: scores[step])
+    assert best == 7
+    kept = folder.child("checkpoints")
+    assert [int(name.split("-")[1]) for name in kept.folders()] == [best, 60]
+    assert kept.child(kept.folders()[0]).read_json("manifest.json")["state"]["scores"]["heldout/loss"] == scores[best]
 
 
 def test_a_batch_that_makes_the_loss_jump_is_left_out_and_reported(places):
@@ -153,6 +259,7 @@ def test_a_batch_that_makes_the_loss_jump_is_left_out_and_reported(places):
     assert sorted(share["rank"] for share in report["shares"]) == [0, 1]
     samples = [sample for share in report["shares"] for sample in share["ids"]]
     assert len(samples) == 12
+    assert report["images_stored"] == "12 of 12"
     assert all(str(sample) in report["origins"] for sample in samples)
     assert all((reports / name).stat().st_size > 100 for name in report["images"].values())
     assert (reports / f"step-{report['step']:08d}" / "sheet.png").stat().st_size > 1000

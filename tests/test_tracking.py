@@ -1,11 +1,14 @@
 """What MLflow has of a run after restarts: every point once, none lost."""
 
+import threading
 from functools import partial
+from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import mlflow
 import pytest
 
-from cluster.folders import LocalFolder
+from cluster.folders import LocalFolder, folder_at
+from cluster.storage import StorageError
 from pipeline import tracking
 
 
@@ -69,6 +72,63 @@ def test_a_line_that_a_crash_cut_short_is_left_out(home):
 def test_a_run_that_the_store_does_not_have_is_named(home):
     with pytest.raises(ValueError, match="has no run 0123456789abcdef0123456789abcdef"):
         tracking.Run("", "0123456789abcdef0123456789abcdef")
+
+
+class Unwell(BaseHTTPRequestHandler):
+    """A server that is there and cannot answer, as one that is being restarted."""
+
+    def do_POST(self):
+        self.send_error(503)
+
+    do_GET = do_POST  # noqa: N815
+
+    def log_message(self, *arguments):
+        pass
+
+
+@pytest.fixture(params=["dead", "unwell"])
+def failing_server(request, monkeypatch):
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    server = HTTPServer(("127.0.0.1", 0), Unwell)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    if request.param == "dead":
+        server.shutdown()
+        server.server_close()
+    yield f"http://127.0.0.1:{server.server_port}"
+    if request.param == "unwell":
+        server.shutdown()
+        server.server_close()
+
+
+def test_a_server_that_does_not_answer_is_a_failure_that_is_tried_again(home, failing_server):
+    """The ranks are started again after an OSError, and it is one message to whoever starts the command."""
+    run = tracking.Run("run", None)
+    mlflow.set_tracking_uri(failing_server)
+    with pytest.raises(OSError, match=f"MLflow at {failing_server} does not go on with run {run.run_id}") as caught:
+        tracking.Run("", run.run_id)
+    assert isinstance(caught.value, ValueError)
+    with pytest.raises(OSError, match=f"MLflow at {failing_server} does not answer as it should") as caught:
+        tracking.connect(home, failing_server)
+    assert isinstance(caught.value, ValueError)
+
+
+def test_storage_that_fails_at_a_save_costs_a_warning_and_no_row(s3, messages):
+    folder = folder_at(s3.bucket() + "/run", "run.home")
+    record = tracking.MetricsFile(folder, 0)
+    s3.faults.rates, s3.faults.only = {"denied": 1.0}, "PUT .*metrics"
+    for step in range(1, 5):
+        record.write(step, {"loss": float(step)})
+    record.publish()
+    assert "the record of the metrics was not stored" in messages()
+    record.go_back(3)
+    record.write(4, {"loss": 0.5})
+    with pytest.raises(StorageError, match="access denied"):
+        record.publish(must=True)
+    assert tracking.metrics_of(folder) == []
+    s3.faults.clear()
+    record.publish()
+    assert [(row["step"], row["loss"]) for row in tracking.metrics_of(folder)] == [(1, 1), (2, 2), (3, 3), (4, 0.5)]
 
 
 def test_a_block_that_ends_badly_closes_its_run(home):

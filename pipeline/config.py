@@ -197,7 +197,7 @@ class CheckpointSettings(Settings):
     keep_every: Length | None = None
     """Those at multiples of this stay too."""
     keep_best: Literal["heldout/top1", "heldout/top5", "heldout/loss"] | None = None
-    """The one that scored best by this stays too (highest share, lowest loss)."""
+    """The one that scored best by this stays too (highest share, lowest loss): every step that is scored is saved."""
     scratch: str = ""
     """Folder on each node's own disk for checkpoints on their way. Empty: one in the system's temporary folder."""
     background: bool = True

@@ -1,7 +1,8 @@
 """How many ranks a start takes: the most that the terms allow and the cluster has room for now."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -14,6 +15,9 @@ if TYPE_CHECKING:
 _SAY_EVERY_S = 60.0
 _SETTLE_S = 8.0
 """Seconds for a cluster to take back what ranks had that have just ended."""
+_ASK_EVERY_S = 5.0
+_ASK_LESS_S = 60.0
+"""Seconds after which an autoscaler is asked for less: it grants a request as a whole or not at all."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +63,8 @@ class Recruiter:
     def __init__(self, terms: Terms, check: Callable[[int], None], pause: Callable[[float], None]) -> None:
         self.terms, self.check, self._pause = terms, check, pause
         self._gpu: bool | None = None
+        self._asked: float | None = None
+        """When the autoscaler was asked last."""
         self._hoped = 0
         """Ranks that there should be room for: as many as before, or as there was seen to be room for."""
 
@@ -69,18 +75,22 @@ class Recruiter:
             first: it is the first start.
 
         Raises:
-            SettingsError: the cluster is too small for the smallest crew, or was for as long as we may wait.
+            ValueError: the cluster is too small for the smallest crew, or was for as long as we may wait; from
+                `check`, where there is room for no number of ranks that it takes.
         """
         from cluster import capacity
 
         began = time.monotonic()
         say = began + 5
+        grows = _grows()
         while True:
             total = capacity.total_nodes()
             fewest, most, gpu = self._bounds(total, first)
             # The list of nodes lags behind what happened to them; before the first start nothing has yet.
             free = capacity.free_nodes()
-            crew = self._largest(free if first else capacity.answering(free), fewest, most, gpu)
+            if not first:
+                free = capacity.answering(free)
+            crew = self._largest(free, fewest, most, gpu)
             waited = time.monotonic() - began
             if crew is not None:
                 # What the ranks before had is given back one by one.
@@ -90,15 +100,25 @@ class Recruiter:
                     continue
                 if crew.ranks < most:
                     log.info("room for %d rank(s) of at most %d", crew.ranks, most)
-                self._hoped = crew.ranks
+                self._hoped, self._gpu = crew.ranks, gpu
                 return crew
-            if (first and self._largest(total, fewest, most, gpu) is None) or waited > self.terms.wait_s:
+            hopeless = first and not grows and self._largest(total, fewest, most, gpu) is None
+            if hopeless or waited > self.terms.wait_s:
+                for fitting in self._fitting(total if hopeless else free, fewest, most, gpu):
+                    self.check(fitting.ranks)
                 raise SettingsError(self._no_room(total, free, fewest, gpu, waited))
+            # What ranks before have not given back yet looks like others' use, and would be asked for twice.
+            if grows and (first or waited > _SETTLE_S):
+                wishes = [(most, gpu), (fewest, gpu)]
+                if self._gpu is None and not any(node.cpus or node.gpus for node in total):
+                    wishes = [(most, True), (fewest, True), (fewest, False)]  # no node shows yet what they have
+                self._ask(*wishes[min(int(waited / _ASK_LESS_S), len(wishes) - 1)], total, free)
             if time.monotonic() > say:
                 say = time.monotonic() + _SAY_EVERY_S
+                fits = next(self._fitting(free, fewest, most, gpu), None)
                 log.info(
-                    "waiting for room for %d rank(s): %d node(s) with %d CPUs and %d GPUs free; %s more at most",
-                    fewest,
+                    "waiting for room for %s: %d node(s) with %d CPUs and %d GPUs free; %s more at most",
+                    f"more than {fits.ranks} rank(s), which do not split the batch" if fits else f"{fewest} rank(s)",
                     len(free),
                     sum(node.cpus for node in free),
                     sum(node.gpus for node in free),
@@ -114,7 +134,8 @@ class Recruiter:
         """
         from cluster import capacity
 
-        _, most, gpu = self._bounds(capacity.total_nodes())
+        total = capacity.total_nodes()
+        _, most, gpu = self._bounds(total)
         least = crew.ranks
         if most <= least or len(places) < least:
             return None
@@ -129,6 +150,8 @@ class Recruiter:
         ]
         found = self._largest(whole, least, most, gpu)
         if found is None or found.ranks <= least:
+            if _grows():
+                self._ask(most, gpu, total, whole)
             return None
         found = self._largest(capacity.answering(whole), least, most, gpu)
         if found is None or found.ranks <= least:
@@ -140,42 +163,61 @@ class Recruiter:
         """Fewest and most ranks, and whether each has a GPU."""
         gpus = int(sum(node.gpus for node in total))
         # What began on GPUs does not go on without them.
-        if self._gpu is None:
-            self._gpu = gpus > 0
+        gpu = gpus > 0 if self._gpu is None else self._gpu
         if self.terms.workers is not None:
-            return *self.terms.workers, self._gpu
+            return *self.terms.workers, gpu
         every = max(gpus, 1)
-        return (every if first else 1), every, self._gpu
+        return (every if first else 1), every, gpu
 
     def _largest(self, nodes: "list[Node]", fewest: int, most: int, gpu: bool) -> Crew | None:
-        """The largest crew that fits on some nodes and splits the batch."""
-        refusal: ValueError | None = None
-        fits = False
+        """The largest crew that fits on some nodes and that `check` takes."""
+        for crew in self._fitting(nodes, fewest, most, gpu):
+            with suppress(ValueError):
+                self.check(crew.ranks)
+                return crew
+        return None
+
+    def _fitting(self, nodes: "list[Node]", fewest: int, most: int, gpu: bool) -> Iterator[Crew]:
+        """The crews that fit on some nodes, from the largest."""
         for ranks in range(most, fewest - 1, -1):
             cpus = self.terms.cpus_per_worker or max(1, int(sum(node.cpus for node in nodes)) // ranks)
             while self.terms.cpus_per_worker is None and cpus > 1 and _places(nodes, cpus, gpu) < ranks:
                 cpus -= 1  # nodes of different sizes: an even share of the whole need not fit on each
-            if _places(nodes, cpus, gpu) < ranks:
-                continue
-            fits = True
-            try:
-                self.check(ranks)
-                return Crew(ranks, cpus, gpu)
-            except ValueError as error:
-                refusal = refusal or error
-        if fits and refusal is not None:
-            raise refusal
-        return None
+            if _places(nodes, cpus, gpu) >= ranks:
+                yield Crew(ranks, cpus, gpu)
+
+    def _ask(self, ranks: int, gpu: bool, total: "list[Node]", free: "list[Node]") -> None:
+        """Ask the autoscaler for room for so many ranks beside what others use.
+
+        Ray Train asks for the ranks that it starts: one request takes the place of the other.
+        """
+        if self._asked is not None and time.monotonic() - self._asked < _ASK_EVERY_S:
+            return
+        self._asked = time.monotonic()
+        each: dict[str, float] = {"CPU": self.terms.cpus_per_worker or 1, **({"GPU": 1} if gpu else {})}
+        left = {node.id: node for node in free}
+        used = [
+            {"CPU": node.cpus - left[node.id].cpus, "GPU": node.gpus - left[node.id].gpus}
+            for node in total
+            if node.id in left
+        ]
+        _request([each] * ranks + [bundle for bundle in used if any(bundle.values())])
+
+    def close(self) -> None:
+        """Take back what the autoscaler was asked for, if it was: it would keep nodes for it for ever."""
+        if self._asked is not None:
+            _request([])
 
     def _no_room(self, total: "list[Node]", free: "list[Node]", fewest: int, gpu: bool, waited: float) -> str:
         cpus = self.terms.cpus_per_worker or 1
         each = f"{cpus} CPU(s){' and a GPU' if gpu else ''} each"
         cores, gpus = int(sum(node.cpus for node in total)), int(sum(node.gpus for node in total))
         if _places(total, cpus, gpu) < fewest:
+            still = f", which did not grow enough in {duration(waited)}" if waited > 1 else ""
             return (
                 f"run.workers = {fewest} with {each} do not fit on the cluster ({len(total)} node(s), {cores} CPUs, "
-                f"{gpus} GPUs): use fewer workers, a smaller run.cpus_per_worker, or a range such as run.workers=1-"
-                f"{fewest}"
+                f"{gpus} GPUs){still}: use fewer workers, a smaller run.cpus_per_worker, or a range such as "
+                f"run.workers=1-{fewest}"
             )
         return (
             f"there was no room for {fewest} rank(s) with {each} for {duration(waited)} ({len(free)} node(s), "
@@ -186,3 +228,21 @@ class Recruiter:
 
 def _places(nodes: "list[Node]", cpus: int, gpu: bool) -> int:
     return sum(node.room(cpus, gpu) for node in nodes)
+
+
+def _grows() -> bool:
+    """Whether nodes may still come: the nodes of Ray's cluster launcher and of KubeRay, the head too, have a group."""
+    import ray
+
+    return any(node["Alive"] and "ray.io/node-group" in node["Labels"] for node in ray.nodes())
+
+
+def _request(bundles: list[dict[str, float]]) -> None:
+    """Leave word with the autoscaler what the cluster should have in all."""
+    import ray
+    from ray.autoscaler.sdk import request_resources
+
+    try:
+        request_resources(bundles=bundles)
+    except ray.exceptions.RayError as error:
+        log.warning("the autoscaler could not be asked for nodes: %s", error)

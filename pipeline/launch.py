@@ -9,6 +9,7 @@ import os
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import closing
 from typing import Any, Literal
 
 import torch.distributed as dist
@@ -70,7 +71,9 @@ def run_ranks(
         check(terms.workers[0])
     with ray_session(min_cpus=(terms.workers or (1, 1))[0] * (terms.cpus_per_worker or 1)):
         signals.install()  # Ray has put its own in its place
-        _Launcher(target, argument, name, terms, check, progress, signals).run()
+        launcher = _Launcher(target, argument, name, terms, check, progress, signals)
+        with closing(launcher.recruiter):
+            launcher.run()
 
 
 class _Launcher:
@@ -90,17 +93,9 @@ class _Launcher:
         self.terms, self.progress, self.signals = terms, progress, signals
         self.attempt = 0
         self.recruiter = Recruiter(terms, check, self._sleep)
-        self._mailbox: Any = None
 
     def run(self) -> None:
         """Start the ranks until they come to their end."""
-        import ray
-
-        from pipeline.mailbox import Mailbox
-
-        # On the driver's node: it must outlive every other.
-        here = {"ray.io/node-id": ray.get_runtime_context().get_node_id()}
-        self._mailbox = ray.remote(num_cpus=0, label_selector=here)(Mailbox).remote()
         failures, saved = 0, self.progress()
         while True:
             crew = self.recruiter.recruit(first=self.attempt == 0)
@@ -156,12 +151,15 @@ class _Launcher:
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # we watch the nodes ourselves
         import ray
         from ray.train import FailureConfig, RunConfig, ScalingConfig
-        from ray.train.v2.api.exceptions import TrainingFailedError, WorkerGroupError
+        from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
+        from ray.train.v2.api.exceptions import ControllerError, TrainingFailedError, WorkerGroupError
 
+        from pipeline.mailbox import Mailbox
         from pipeline.ray_ranks import RanksConfig, RanksTrainer, on_rank
 
-        mailbox = self._mailbox
-        ray.get(mailbox.clear.remote())
+        # On the driver's node: it must outlive every other. One that dies is there again at once, with nothing in it.
+        here = {"ray.io/node-id": ray.get_runtime_context().get_node_id()}
+        mailbox = ray.remote(num_cpus=0, label_selector=here, max_restarts=-1, max_task_retries=-1)(Mailbox).remote()
         trainer = RanksTrainer(
             on_rank,
             train_loop_config={
@@ -181,7 +179,8 @@ class _Launcher:
             run_config=RunConfig(
                 name=f"{self.name}-{os.getpid()}-{self.attempt}",
                 storage_path=records,
-                failure_config=FailureConfig(max_failures=0),
+                # Every other start is ours to make, with as many ranks as there is room for then.
+                failure_config=FailureConfig(max_failures=0, controller_failure_limit=0, max_preemption_failures=0),
             ),
         )
         self.signals.begun.clear()
@@ -189,15 +188,22 @@ class _Launcher:
         watching = Every(1.0, overseer.look, "overseer")
         try:
             trainer.fit()
-            finished = ray.get(mailbox.ended.remote())
-            assert finished is not None, "the ranks returned without saying how they ended"
+            finished = _left(mailbox.ended)
+            if finished is None:  # the mailbox died since: ranks that nobody asked to stop came to their end
+                finished = not overseer.asked
             return ("finished", "") if finished else ("stopped", overseer.asked or "told to stop")
+        except ray.exceptions.RayActorError as error:
+            _give_back_room()
+            return "crashed", f"Ray Train's controller died: {_last_line(error)}"
         except TrainingFailedError as error:
             failures = error.worker_failures if isinstance(error, WorkerGroupError) else {}
             for failure in failures.values():
                 if isinstance(failure, ValueError) and not isinstance(failure, OSError):
                     raise failure from None
-            hung = ray.get(mailbox.verdict.remote())
+            cause = error.controller_failure if isinstance(error, ControllerError) else None
+            if isinstance(cause, WorkerGroupStartupTimeoutError):
+                return "crashed", f"the room for {crew.ranks} rank(s) was taken before they started"
+            hung = _left(mailbox.verdict)
             what = "; ".join(f"rank {rank}: {_last_line(failure)}" for rank, failure in sorted(failures.items()))
             if overseer.asked and not hung:
                 # A node that went before the ranks had saved, as was announced: no failure of theirs.
@@ -214,6 +220,7 @@ class _Overseer:
     def __init__(self, launcher: _Launcher, mailbox: Any, crew: Crew) -> None:
         self.launcher, self.mailbox, self.crew = launcher, mailbox, crew
         self.asked: str | None = None
+        self._places: dict[int, str] = {}
         self._checked = time.monotonic()
 
     def look(self) -> None:
@@ -223,12 +230,14 @@ class _Overseer:
         begun = self.launcher.signals.begun
         if not begun.is_set() and ray.get(self.mailbox.begun.remote(), timeout=30):
             begun.set()
+        if len(self._places) < self.crew.ranks:
+            self._places = ray.get(self.mailbox.places.remote(), timeout=30)
         if self.asked is None:
-            reason = self._reason()
-            if reason:
-                ray.get(self.mailbox.ask.remote(reason), timeout=30)
-                self.asked = reason
-                log.info("telling the ranks to save and stop: %s", reason)
+            self.asked = self._reason()
+            if self.asked:
+                log.info("telling the ranks to save and stop: %s", self.asked)
+        if self.asked:  # every time: a mailbox that was started again has forgotten it
+            ray.get(self.mailbox.ask.remote(self.asked), timeout=30)
 
     def _reason(self) -> str | None:
         import ray
@@ -237,18 +246,15 @@ class _Overseer:
 
         if self.launcher.signals.requested.is_set():
             return "the command was told to stop"
-        nodes: dict[int, str] = {}
         leaving = capacity.draining()
         due = time.monotonic() - self._checked > self.launcher.terms.resize_check_s
-        if leaving or due:
-            nodes = ray.get(self.mailbox.places.remote(), timeout=30)
-        lost = sorted({node for node in nodes.values() if node in leaving})
+        lost = sorted({node for node in self._places.values() if node in leaving})
         if lost:
             hosts = {node["NodeID"]: node["NodeManagerHostname"] for node in ray.nodes()}
             return f"node {', '.join(hosts.get(node, node) for node in lost)} is being taken away"
         if due:
             self._checked = time.monotonic()
-            larger = self.launcher.recruiter.larger(self.crew, list(nodes.values()))
+            larger = self.launcher.recruiter.larger(self.crew, list(self._places.values()))
             if larger:
                 return f"there is room for {larger} ranks instead of {self.crew.ranks}"
         return None
@@ -256,6 +262,27 @@ class _Overseer:
 
 def _range(fewest: int, most: int) -> str:
     return str(fewest) if fewest == most else f"{fewest}-{most}"
+
+
+def _give_back_room() -> None:
+    """Give back the room of a controller that was killed, which Ray keeps to the end of the job; its ranks end too."""
+    import ray
+    from ray.util.placement_group import PlacementGroup, placement_group_table, remove_placement_group
+
+    job = ray.get_runtime_context().get_job_id()
+    for group, about in placement_group_table().items():
+        if group.endswith(job) and about["state"] != "REMOVED":
+            remove_placement_group(PlacementGroup(ray.PlacementGroupID.from_hex(group)))
+
+
+def _left(word: Any) -> Any:
+    """What was left in a mailbox, asked for by one of its methods; None where it does not answer."""
+    import ray
+
+    try:
+        return ray.get(word.remote(), timeout=30)
+    except ray.exceptions.RayError:
+        return None
 
 
 def _last_line(error: BaseException) -> str:

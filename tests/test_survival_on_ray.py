@@ -1,4 +1,4 @@
-"""What runs on Ray survive: `ray job stop`, and a driver that is killed. (Hosts that come and go: test_faults.py.)"""
+"""What runs on Ray survive: `ray job stop`, a driver or a helper that is killed. (Hosts and ranks: test_faults.py.)"""
 
 import re
 import subprocess
@@ -10,9 +10,11 @@ from pathlib import Path
 import psutil
 import pytest
 
+from pipeline.stopping import STOPPED
 from tests.corpora import image_folder, make_corpus
 from tests.ray_head import RayHead, ray_head
 from tests.running import REPOSITORY, environment, losses, tiny, torchrun
+from tests.watched_run import ThisMachine, WatchedRun, command_line
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(2400)]
 STEPS = 600
@@ -96,3 +98,43 @@ def test_a_killed_driver_leaves_no_rank_behind_and_a_rerun_goes_on(
     assert not any(rank.is_running() for rank in ranks)
     assert "is dead; going on in its place" in again.stdout
     assert losses(metrics) == straight
+
+
+def test_ray_trains_controller_and_the_mailbox_may_be_killed(
+    corpus: str, straight: dict[int, float], tmp_path: Path
+) -> None:
+    words = [*TINY, f"data.corpus={corpus}", "run.name=a", "run.workers=2"]
+    place = ThisMachine(tmp_path)
+    run = WatchedRun(place, tmp_path / "runs" / "a", words, tmp_path / "log")
+
+    def kill(name: str) -> None:
+        found = [process for process in place.family() if command_line(process).startswith(f"ray::{name}")]
+        assert len(found) == 1
+        found[0].kill()
+
+    try:
+        # Nobody notices a mailbox that dies, and a wish to stop still reaches the ranks.
+        run.start()
+        run.wait_for_steps(100)
+        kill("Mailbox")
+        run.wait_for_steps(20)
+        assert run.driver is not None
+        run.driver.terminate()
+        assert run.driver.wait(120) == STOPPED, run.output()[-4000:]
+        stopped = run.last_step()
+        assert f"stopped at step {stopped} of 600, which is saved" in run.output()
+        # Without the controller there are no ranks: they are started again, in the room that it had.
+        run.start()
+        run.wait_for_steps(20)
+        kill("TrainController")
+        run.wait("the second resume", lambda: len(run.resumed()) == 2)
+        # A run whose mailbox died before its end ends all the same.
+        kill("Mailbox")
+        assert run.driver.wait(600) == 0, run.output()[-4000:]
+    finally:
+        place.end()
+    said = run.output()
+    assert "crash 1 of at most 3 without a new checkpoint: Ray Train's controller died: " in said
+    assert "crash 2" not in said
+    assert "Traceback" not in said
+    assert losses(run.folder / "metrics.jsonl") == straight

@@ -7,6 +7,7 @@ import fcntl
 import json
 import logging
 import os
+import platform
 import sys
 import tempfile
 import time
@@ -39,7 +40,7 @@ def connect(home: Path, uri: str | None = None) -> str:
 
     Raises:
         TrackingError: the server does not answer.
-        ValueError: the folder cannot be used.
+        ValueError: the folder cannot be used, or the file of the process before is not on this machine.
     """
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
@@ -49,6 +50,13 @@ def connect(home: Path, uri: str | None = None) -> str:
     # The store makes its tables on first use, and says so at length.
     for chatty in ("alembic", "mlflow"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
+    if uri is not None and uri.startswith("sqlite:///"):
+        file = uri.removeprefix("sqlite:///").partition("?")[0]
+        if not Path(file).exists():
+            raise ValueError(
+                f"MLflow's database {file} is not on node {platform.node()}, where it is written to: name a server by "
+                "MLFLOW_TRACKING_URI, or put VITFORGE_HOME where all nodes see it"
+            )
     named = os.environ.get("MLFLOW_TRACKING_URI") or None
     uri = uri or named or f"sqlite:///{home / 'mlflow.db'}"
     try:

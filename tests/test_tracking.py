@@ -143,3 +143,9 @@ def test_a_block_that_ends_badly_closes_its_run(home):
             raise error
         info = mlflow.get_run(run.run_id).info
         assert (info.status, info.lifecycle_stage) == (status, stage)
+
+
+def test_a_database_of_another_machine_is_not_made_anew(home):
+    with pytest.raises(ValueError, match=r"database /elsewhere/mlflow.db is not on node .* MLFLOW_TRACKING_URI"):
+        tracking.connect(home, "sqlite:////elsewhere/mlflow.db")
+    assert tracking.connect(home, f"sqlite:///{home / 'mlflow.db'}")

@@ -245,6 +245,7 @@ def play(run: WatchedRun, fault: Fault, timeout: float = 900) -> Round:
     """
     if not run.alive():
         run.start(*fault.overrides)
+    run.wait("the first checkpoint", run.newest)  # without one there is nothing to resume from
     fault.moment(run)
     committed = run.newest()
     struck = time.monotonic()

@@ -53,6 +53,21 @@ def draining() -> set[str]:
     return set(ray._private.state.state.get_draining_nodes())
 
 
+def grows() -> bool:
+    """Whether nodes may still come: the nodes of Ray's cluster launcher and of KubeRay, the head too, have a group."""
+    return any(node["Alive"] and "ray.io/node-group" in node["Labels"] for node in ray.nodes())
+
+
+def request(bundles: list[dict[str, float]]) -> None:
+    """Leave word with the autoscaler what the cluster should have in all."""
+    from ray.autoscaler.sdk import request_resources
+
+    try:
+        request_resources(bundles=bundles)
+    except ray.exceptions.RayError as error:
+        log.warning("the autoscaler could not be asked for nodes: %s", error)
+
+
 def answering(nodes: list[Node], timeout_s: float = 8.0) -> list[Node]:
     """Those of some nodes that start a process now. The cluster's own list is up to half a minute behind."""
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy

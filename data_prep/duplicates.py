@@ -104,7 +104,8 @@ def remove_duplicates(listing: Listing, search: DuplicateSearch, folder: Folder,
         return listing
     corpora = [Corpus.open(absolute_path(place, "exclude")) for place in search.exclude]
     if search.onto is not None:
-        _warn_of_uncompared(search.onto, corpora)
+        if corpora:
+            _warn_of_uncompared(search.onto, corpora)
         corpora += [search.onto] if search.dedup else []
     settings = {
         "dedup": search.dedup,

@@ -27,9 +27,8 @@ class FailureShare:
     def __init__(self, most: float, left_out: Sequence[tuple[str, str]], planned: int) -> None:
         self._most = most
         self._left_out = Counter(reason for _, reason in left_out if not reason.startswith(BY_CHOICE))
-        self._seen, self._reasons = self._left_out.total() + planned, self._left_out.copy()
-        self._check()
         self._restart()
+        self._check(self._seen + planned)
 
     def _restart(self) -> None:
         self._seen, self._reasons = self._left_out.total(), self._left_out.copy()
@@ -45,7 +44,7 @@ class FailureShare:
             entry["reason"] for entry in record["quarantined"] if not entry["reason"].startswith(BY_CHOICE)
         )
         if self._seen >= _SEEN_AT_LEAST:
-            self._check()
+            self._check(self._seen)
 
     def check_all(self, records: Iterable[dict[str, Any]]) -> None:
         """Look at all shards of a plan, at the end.
@@ -56,13 +55,13 @@ class FailureShare:
         self._restart()
         for record in records:
             self.count(record)
-        self._check()
+        self._check(self._seen)
 
-    def _check(self) -> None:
+    def _check(self, seen: int) -> None:
         failed = self._reasons.total()
-        if failed > self._most * self._seen:
+        if failed > self._most * seen:
             raise SourceError(
-                f"{failed:,} of the first {self._seen:,} images cannot be used, more than max_failures = "
+                f"{failed:,} of the first {seen:,} images cannot be used, more than max_failures = "
                 f"{self._most:g} allows: {reasons_in_words(self._reasons)}. Is the source whole? "
                 f"The finished shards stay; with a larger max_failures the same command goes on"
             )

@@ -43,10 +43,9 @@ from data_prep.image_tars import refuse_compression
 from data_prep.index_task import IndexTask, Tar, index_tar
 from data_prep.listing import SourceError
 from data_prep.shard_task import finished_records, read_rows
-from data_prep.source_reader import reader_of
 from data_prep.sources import matching_tars, source_folder
-from data_prep.tar_headers import TarError, iterate_members
-from data_prep.webdataset_tars import iterate_samples
+from data_prep.tar_headers import TarError
+from data_prep.tar_sample_source import label_extension
 
 _THREADS = 16
 """That look at the tars' beginnings."""
@@ -289,15 +288,12 @@ def _list_tars(place: str) -> tuple[Tar, ...]:
 def _label_extension(tar: Tar) -> str:
     """ "cls" or "json", by the first sample of a tar that has one of them."""
     try:
-        read_at, size = reader_of(tar.folder, tar.name)
-        for sample in iterate_samples(iterate_members(read_at, 0, size, str(tar))):
-            extensions = {extension for extension, _ in sample.members}
-            for extension in ("cls", "json"):
-                if extension in extensions:
-                    return extension
+        extension = label_extension(tar.folder, tar.name)
     except TarError as error:
         raise SourceError(str(error)) from error
-    raise SourceError(f"{tar} has no label: neither .cls nor .json members")
+    if extension is None:
+        raise SourceError(f"{tar} has no label: neither .cls nor .json members")
+    return extension
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from itertools import islice
 
 import numpy as np
 from numpy.typing import NDArray
@@ -154,13 +155,21 @@ def _list_tar(folder: Folder, tar: str, extension: str) -> list[tuple[bytes, int
 def _label_extension(folder: Folder, tar: str) -> str | None:
     """ "cls" or "json", by the first samples of a tar; None where it is no WebDataset tar."""
     try:
-        read_at, size = reader_of(folder, tar)
-        samples = iterate_samples(iterate_members(read_at, 0, size, tar))
-        for _, sample in zip(range(100), samples, strict=False):
-            extensions = {extension for extension, _ in sample.members}
-            for extension in ("cls", "json"):
-                if extension in extensions:
-                    return extension
+        return label_extension(folder, tar, among=100)
     except (TarError, OSError):
         return None
+
+
+def label_extension(folder: Folder, tar: str, among: int | None = None) -> str | None:
+    """ "cls" or "json", by the first sample of a tar that has one of them; None where none of `among` samples has.
+
+    Raises:
+        TarError: it is damaged.
+    """
+    read_at, size = reader_of(folder, tar)
+    for sample in islice(iterate_samples(iterate_members(read_at, 0, size, f"{folder}/{tar}")), among):
+        extensions = {extension for extension, _ in sample.members}
+        for extension in ("cls", "json"):
+            if extension in extensions:
+                return extension
     return None

@@ -82,7 +82,7 @@ class Recruiter:
 
         began = time.monotonic()
         say = began + 5
-        grows = _grows()
+        grows = capacity.grows()
         while True:
             total = capacity.total_nodes()
             fewest, most, gpu = self._bounds(total, first)
@@ -150,7 +150,7 @@ class Recruiter:
         ]
         found = self._largest(whole, least, most, gpu)
         if found is None or found.ranks <= least:
-            if _grows():
+            if capacity.grows():
                 self._ask(most, gpu, total, whole)
             return None
         found = self._largest(capacity.answering(whole), least, most, gpu)
@@ -191,6 +191,8 @@ class Recruiter:
 
         Ray Train asks for the ranks that it starts: one request takes the place of the other.
         """
+        from cluster import capacity
+
         if self._asked is not None and time.monotonic() - self._asked < _ASK_EVERY_S:
             return
         self._asked = time.monotonic()
@@ -201,12 +203,14 @@ class Recruiter:
             for node in total
             if node.id in left
         ]
-        _request([each] * ranks + [bundle for bundle in used if any(bundle.values())])
+        capacity.request([each] * ranks + [bundle for bundle in used if any(bundle.values())])
 
     def close(self) -> None:
         """Take back what the autoscaler was asked for, if it was: it would keep nodes for it for ever."""
         if self._asked is not None:
-            _request([])
+            from cluster import capacity
+
+            capacity.request([])
 
     def _no_room(self, total: "list[Node]", free: "list[Node]", fewest: int, gpu: bool, waited: float) -> str:
         cpus = self.terms.cpus_per_worker or 1
@@ -228,21 +232,3 @@ class Recruiter:
 
 def _places(nodes: "list[Node]", cpus: int, gpu: bool) -> int:
     return sum(node.room(cpus, gpu) for node in nodes)
-
-
-def _grows() -> bool:
-    """Whether nodes may still come: the nodes of Ray's cluster launcher and of KubeRay, the head too, have a group."""
-    import ray
-
-    return any(node["Alive"] and "ray.io/node-group" in node["Labels"] for node in ray.nodes())
-
-
-def _request(bundles: list[dict[str, float]]) -> None:
-    """Leave word with the autoscaler what the cluster should have in all."""
-    import ray
-    from ray.autoscaler.sdk import request_resources
-
-    try:
-        request_resources(bundles=bundles)
-    except ray.exceptions.RayError as error:
-        log.warning("the autoscaler could not be asked for nodes: %s", error)

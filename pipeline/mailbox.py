@@ -8,10 +8,6 @@ class Mailbox:
     """Where the driver leaves its wish for the ranks, and the ranks their word for the driver. A Ray actor."""
 
     def __init__(self) -> None:
-        self.clear()
-
-    def clear(self) -> None:
-        """Forget what was left, before another start."""
         self._wish: str | None = None
         self._places: dict[int, str] = {}
         self._begun = False

@@ -23,7 +23,7 @@ from cluster.folders import LocalFolder
 from cluster.settings import Settings, parse_command
 from pipeline.tracking import metrics_of
 from tests.corpora import image_folder, make_corpus
-from tests.watched_run import ThisMachine, WatchedRun
+from tests.watched_run import ThisMachine, WatchedRun, in_a_second
 
 INTERVAL_S = 60.0
 """A sensible interval between checkpoints: what dies costs half of it on average."""
@@ -97,7 +97,7 @@ def restart(run: WatchedRun, whole: bool) -> dict[str, float]:
     before = {process.pid for process in ranks}
     assert run.driver is not None
     began = time.monotonic()
-    since = time.strftime("%H:%M:%S", time.localtime(time.time() + 1))  # no resume takes less than that
+    since = in_a_second()
     if whole:
         run.driver.kill()
         run.driver.wait()

@@ -29,7 +29,7 @@ from cluster.settings import Settings, parse_command
 from tests import sample_record
 from tests.corpora import image_folder, make_corpus
 from tests.two_hosts import TwoHosts, two_hosts, why_not
-from tests.watched_run import POLL_S, ThisMachine, WatchedRun, command_line
+from tests.watched_run import POLL_S, ThisMachine, WatchedRun, command_line, in_a_second
 
 SCRATCH = Path("/dev/shm") / f"vitforge-faults-{os.getpid()}"
 """The node's own disk: another file system than the run's folder, so that an upload is a copy."""
@@ -249,7 +249,7 @@ def play(run: WatchedRun, fault: Fault, timeout: float = 900) -> Round:
     fault.moment(run)
     committed = run.newest()
     struck = time.monotonic()
-    since = time.strftime("%H:%M:%S", time.localtime(time.time() + 1))  # no resume takes less than that
+    since = in_a_second()
     with ThreadPoolExecutor(1) as pool:  # hosts come and go slowly: the run may save and resume meanwhile
         striking = pool.submit(fault.strike, run)
         if fault.strike in (driver, one_rank, every_rank):

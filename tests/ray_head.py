@@ -68,17 +68,25 @@ def _head(home: Path, cpus: int) -> Iterator[RayHead]:
     variables = environment(home, RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(32))
     variables["RAY_agent_register_timeout_ms"] = "300000"  # a busy machine takes long, and the node would give up
     variables["PATH"] = f"{Path(sys.executable).parent}:{variables['PATH']}"
-    folder = Path("/tmp") / f"vf-{os.getpid()}-{secrets.token_hex(3)}"  # Ray's sockets need a short path
     ports, metrics_port = [str(free_port()) for _ in range(3)], free_port()
-    command = [
-        RAY, "start", "--head", "--port", ports[0], "--dashboard-host", "127.0.0.1", "--dashboard-port", ports[1],
+    options = [
+        "--port", ports[0], "--dashboard-host", "127.0.0.1", "--dashboard-port", ports[1],
         "--dashboard-agent-listen-port", ports[2], "--metrics-export-port", str(metrics_port),
-        "--num-cpus", str(cpus), "--temp-dir", str(folder), "--block",
+        "--num-cpus", str(cpus),
     ]  # fmt: skip
-    process = subprocess.Popen(command, env=variables, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    head = RayHead(variables, f"http://127.0.0.1:{ports[1]}", metrics_port)
+    with started(options, variables, Path(os.devnull)):
+        yield RayHead(variables, f"http://127.0.0.1:{ports[1]}", metrics_port)
+
+
+@contextmanager
+def started(options: list[str], variables: dict[str, str], log: Path) -> Iterator[None]:
+    """`ray start --head` with some options, for the length of a block; what it started ends with it."""
+    folder = Path("/tmp") / f"vf-{os.getpid()}-{secrets.token_hex(3)}"  # Ray's sockets need a short path
+    command = [RAY, "start", "--head", *options, "--temp-dir", str(folder), "--block"]
+    with log.open("wb") as output:
+        process = subprocess.Popen(command, env=variables, stdout=output, stderr=output)
     try:
-        yield head
+        yield
     finally:
         children = psutil.Process(process.pid).children(recursive=True)
         process.send_signal(signal.SIGTERM)

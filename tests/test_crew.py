@@ -1,17 +1,13 @@
 """How many ranks a start takes, and what is done while there is no room for them."""
 
 import json
-import os
 import secrets
-import shutil
-import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import psutil
 import pytest
 import ray
 
@@ -20,6 +16,7 @@ from cluster.capacity import Node
 from cluster.settings import SettingsError
 from pipeline import crew, layout
 from pipeline.crew import Crew, Recruiter, Terms
+from tests.ray_head import started
 from tests.running import REPOSITORY, environment, free_port
 
 HEAD = Node("head", "head", 0, 0)
@@ -62,7 +59,7 @@ def nodes(monkeypatch: pytest.MonkeyPatch) -> Nodes:
     monkeypatch.setattr(capacity, "total_nodes", lambda: seen.total)
     monkeypatch.setattr(capacity, "free_nodes", lambda: seen.free)
     monkeypatch.setattr(capacity, "answering", lambda some: some)
-    monkeypatch.setattr(crew, "_grows", lambda: seen.grows)
+    monkeypatch.setattr(capacity, "grows", lambda: seen.grows)
     monkeypatch.setattr("ray.autoscaler.sdk.request_resources", seen.ask)
     return seen
 
@@ -185,7 +182,7 @@ with ray_session():
 @pytest.fixture
 def growing(tmp_path: Path) -> Iterator[dict[str, str]]:
     """Environment of the users of a cluster: a head without CPUs, and a cloud that has two nodes of one CPU."""
-    folder, port = Path("/tmp") / f"vf-{os.getpid()}-{secrets.token_hex(3)}", free_port()
+    port = free_port()
     address = f"{ray.util.get_node_ip_address()}:{port}"
     provider = "ray.autoscaler._private.fake_multi_node.node_provider.FakeMultiNodeProvider"
     config = {
@@ -211,26 +208,12 @@ def growing(tmp_path: Path) -> Iterator[dict[str, str]]:
         "RAY_OVERRIDE_NODE_ID_FOR_TESTING": HEAD_ID, "RAY_FAKE_CLUSTER": "1", "AUTOSCALER_UPDATE_INTERVAL_S": "1",
         "RAY_agent_register_timeout_ms": "300000",
     }  # fmt: skip
-    command = [
-        str(Path(sys.executable).with_name("ray")), "start", "--head", "--port", str(port), "--num-cpus", "0",
-        "--num-gpus", "0", "--include-dashboard", "false", "--temp-dir", str(folder), "--block",
+    options = [
+        "--port", str(port), "--num-cpus", "0", "--num-gpus", "0", "--include-dashboard", "false",
         "--autoscaling-config", str(tmp_path / "cluster.json"),
     ]  # fmt: skip
-    with (tmp_path / "ray.log").open("wb") as log:
-        process = subprocess.Popen(command, env={**users, **launcher}, stdout=log, stderr=log)
-    try:
+    with started(options, {**users, **launcher}, tmp_path / "ray.log"):
         yield {**users, "RAY_ADDRESS": address}
-    finally:
-        children = psutil.Process(process.pid).children(recursive=True)
-        process.send_signal(signal.SIGTERM)
-        try:
-            process.wait(30)
-        except subprocess.TimeoutExpired:
-            process.kill()
-        for child in children:
-            if child.is_running():
-                child.kill()
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 @pytest.mark.slow

@@ -185,6 +185,11 @@ class WatchedRun:
         self.wait(f"step {goal}", lambda: self.last_step() >= goal, timeout)
 
 
+def in_a_second() -> str:
+    """Time of the day from which on a resume is one after what happens now: none takes less than a second."""
+    return time.strftime("%H:%M:%S", time.localtime(time.time() + 1))
+
+
 def tail(path: Path, length: int = 2048) -> list[dict[str, Any]]:
     """The last rows of a JSON-lines file, without one that is being written."""
     try:

@@ -1,7 +1,7 @@
 """Work that waits for storage, done some way ahead of its use."""
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
@@ -9,7 +9,7 @@ _T = TypeVar("_T")
 _U = TypeVar("_U")
 
 
-def ahead(function: Callable[[_T], _U], items: Iterable[_T], threads: int, depth: int) -> Iterator[_U]:
+def ahead(function: Callable[[_T], _U], items: Iterable[_T], threads: int, depth: int) -> Generator[_U, None, None]:
     """The results of a function in the order of the items, computed in threads.
 
     Args:

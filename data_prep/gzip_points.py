@@ -13,7 +13,7 @@ import tempfile
 import threading
 import zlib
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from cluster.ahead import ahead
+from cluster.storage import StorageError
 from data_prep.columns import Strings
 from data_prep.tar_headers import BLOCK, ReadAt, TarError
 
@@ -180,12 +182,14 @@ class GzipReader:
 
 @dataclass(frozen=True)
 class Slice:
-    """A gzip file that is a run of bytes of another file."""
+    """A gzip file that is a run of bytes of another file, or a file that has no path on this machine."""
 
     read_at: ReadAt
     """Of the other file."""
     start: int
     size: int
+    readers: int = 1
+    """Threads that read it at a time; more than one where `read_at` is for several and waits for a network."""
 
 
 def find_points(source: Path | Slice, where: str, visit: Callable[[ReadAt], None], threads: int) -> GzipPoints:
@@ -201,6 +205,7 @@ def find_points(source: Path | Slice, where: str, visit: Callable[[ReadAt], None
 
     Raises:
         GzipError: it is damaged or cut short.
+        OSError: it cannot be read.
     """
     with tempfile.TemporaryDirectory() as folder:
         index = Path(folder, "points")
@@ -212,7 +217,8 @@ def find_points(source: Path | Slice, where: str, visit: Callable[[ReadAt], None
             stdin=subprocess.DEVNULL if isinstance(source, Path) else subprocess.PIPE,
             stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         )  # fmt: skip
-        feeder = threading.Thread(target=_feed, args=(process, source), daemon=True)
+        unread: list[Exception] = []
+        feeder = threading.Thread(target=_feed, args=(process, source, unread), daemon=True)
         complaints: list[bytes] = []
         listener = threading.Thread(target=lambda: complaints.extend(process.stderr or ()), daemon=True)
         try:
@@ -220,15 +226,22 @@ def find_points(source: Path | Slice, where: str, visit: Callable[[ReadAt], None
             if isinstance(source, Slice):
                 feeder.start()
             stream = _Forward(process)
+
+            def refuse_failure() -> None:
+                failed = process.wait() != 0
+                if unread:
+                    raise unread[0]
+                if failed:
+                    raise GzipError(f"{where} is damaged or cut short: {_last_line(complaints, listener)}")
+
             try:
                 visit(stream.read_at)
             except TarError:
-                if stream.at_end() and process.wait() != 0:  # the tar is cut short because decoding failed
-                    raise GzipError(f"{where} is damaged or cut short: {_last_line(complaints, listener)}") from None
+                if stream.at_end():  # perhaps the tar is cut short because decoding, or reading, failed
+                    refuse_failure()
                 raise
             end = stream.drain()
-            if process.wait() != 0:
-                raise GzipError(f"{where} is damaged or cut short: {_last_line(complaints, listener)}")
+            refuse_failure()
             points = _parse(index.read_bytes())
         finally:
             process.kill()
@@ -240,13 +253,30 @@ def find_points(source: Path | Slice, where: str, visit: Callable[[ReadAt], None
     return points if keep.all() else points.around(points.decoded[keep].astype(np.uint64))
 
 
-def _feed(process: "subprocess.Popen[bytes]", source: Slice) -> None:
+def _feed(process: "subprocess.Popen[bytes]", source: Slice, unread: list[Exception]) -> None:
+    """Write a gzip file to its decoder; why it cannot be read goes to `unread`."""
     assert process.stdin is not None
-    at, end = source.start, source.start + source.size
-    with suppress(BrokenPipeError, OSError), process.stdin:  # the process says itself what it does not like
-        while at < end and (piece := source.read_at(min(_FED, end - at), at)):
+    end = source.start + source.size
+    places = range(source.start, end, _FED)
+    pieces = ahead(lambda at: _read(source, min(_FED, end - at), at), places, source.readers, source.readers + 1)
+    with suppress(BrokenPipeError), process.stdin, closing(pieces):  # the process says itself what it does not like
+        while True:
+            try:
+                piece = next(pieces, b"")
+            except (OSError, StorageError) as error:
+                unread.append(error)
+                return
+            if not piece:
+                return
             process.stdin.write(piece)
-            at += len(piece)
+
+
+def _read(source: Slice, size: int, offset: int) -> bytes:
+    """All that is there of some bytes of a file."""
+    piece = source.read_at(size, offset)
+    while len(piece) < size and (more := source.read_at(size - len(piece), offset + len(piece))):
+        piece += more
+    return piece
 
 
 def _last_line(complaints: list[bytes], listener: threading.Thread) -> str:

@@ -41,6 +41,8 @@ _GZIP = b"\x1f\x8b"
 _TAR_NAMES = (b".tar", b".tar.gz", b".tgz")
 _UNKNOWN_END = 1 << 62
 _CACHE_VERSION = 2
+_READERS = 16
+"""Requests at a time for a gzip tar on an object store, 1 MiB each, while it is decoded once."""
 
 
 def is_tar_name(name: str) -> bool:
@@ -193,8 +195,6 @@ def _walk_plain(read_at: ReadAt, size: int, folder: Folder, name: str, where: st
         classes = [os.fsdecode(class_of_tar(member.name)) for member in tars]
         listed = collect(classes, [partial(list_plain, member) for member in tars])
         return [_Part(class_of_tar(m.name), part, whole) for m, part in zip(tars, listed, strict=True)]
-    if folder.local is None:
-        raise SourceError(f"{where} holds gzip class tars: that is read from a mounted file system only; copy it there")
     key = f"{place} {folder.stamp(name)}"
     kept = _from_cache(key, name)
     if kept is not None:
@@ -202,10 +202,11 @@ def _walk_plain(read_at: ReadAt, size: int, folder: Folder, name: str, where: st
     progress = Progress(len(tars), "class tars", "decoding")
 
     def list_class_tar(member: Member) -> _Part:
+        own = read_at if folder.local is not None else reader_of(folder, name)[0]
         class_name = class_of_tar(member.name)
-        if read_at(2, member.offset) == _GZIP:
-            return _list_gzip_class_tar(read_at, member, class_name, name, place)
-        return _Part(class_name, _list_plain_class_tar(read_at, member, place), whole)
+        if own(2, member.offset) == _GZIP:
+            return _list_gzip_class_tar(own, member, class_name, name, place)
+        return _Part(class_name, _list_plain_class_tar(own, member, place), whole)
 
     parts = []
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
@@ -219,8 +220,6 @@ def _walk_plain(read_at: ReadAt, size: int, folder: Folder, name: str, where: st
 
 def _walk_gzip(folder: Folder, name: str, size: int, where: str) -> list[_Part]:
     """Decode a whole tar once: its members, those of its class tars, and the points for reading them."""
-    if folder.local is None:
-        raise SourceError(f"{where} is compressed: that is read from a mounted file system only; copy it there")
     place = f"{folder.url}/{name}"
     found: list[tuple[bytes, ClassListing]] = []
     members: list[Member] = []
@@ -245,7 +244,11 @@ def _walk_gzip(folder: Folder, name: str, size: int, where: str) -> list[_Part]:
             progress.update(min(member.offset + member.size, size) - at, f"{len(found):,} class tars")
             at = min(member.offset + member.size, size)
 
-    points = find_points(folder.local / name, where, visit, os.cpu_count() or 1)
+    if folder.local is not None:
+        source: Path | Slice = folder.local / name
+    else:
+        source = Slice(lambda length, offset: folder.read_bytes(name, offset, length), 0, size, _READERS)
+    points = find_points(source, where, visit, os.cpu_count() or 1)
     stream = Stream(name, 0, points)
     if not found:
         return [_Part(b"", _listed(members, b"", where), stream)]

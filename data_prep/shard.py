@@ -66,7 +66,7 @@ same command is given again, and a finished corpus is left as it is.
                with labels=TABLE the SOURCE is the folder that the table's paths are relative to
                WebDataset tars of others (a folder, a tar or a pattern in quotes, such as
                'tars/train-{0000..0146}.tar'), or a corpus: to shard them anew
-               any of them may be on S3 (s3://BUCKET/...), gzip tars excepted
+               any of them may be on S3 (s3://BUCKET/...)
   DESTINATION  a new folder, on storage that every node mounts or on S3 (s3://BUCKET/FOLDER)
 
 With append=true the images of SOURCE that DESTINATION does not have yet are added to it, as new shards under a new

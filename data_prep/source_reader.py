@@ -31,6 +31,9 @@ _AHEAD_OF_NETWORK = 32
 _GZIP_GROUP_BYTES = 32 << 20
 """What is read from gzip streams at a time, in the order of the stream: neighbours share their decoding."""
 _GZIP_AHEAD = 2
+_REMOTE_GZIP_GROUP_BYTES, _REMOTE_GZIP_AHEAD = 4 << 20, 16
+"""The same on an object store, where each image waits for a request or two of _REMOTE_GZIP_PIECE bytes."""
+_REMOTE_GZIP_PIECE = 512 << 10
 _MAX_OPEN = 128
 
 Fill = Callable[[int, memoryview], int]
@@ -130,9 +133,11 @@ class StreamImages(Images):
         files = _OpenFiles(self.folder)
         where = self.folder.url
         if any(stream.points is not None for stream in self.streams):
+            local = self.folder.local is not None
             yield from _read_ahead(
-                lambda group, views: self._read_sorted(files, group, views), names, sizes, where, _GZIP_AHEAD,
-                by_group=True, group_bytes=_GZIP_GROUP_BYTES,
+                lambda group, views: self._read_sorted(files, group, views), names, sizes, where,
+                _GZIP_AHEAD if local else _REMOTE_GZIP_AHEAD,
+                by_group=True, group_bytes=_GZIP_GROUP_BYTES if local else _REMOTE_GZIP_GROUP_BYTES,
             )  # fmt: skip
             return
         ahead = _AHEAD if self.folder.local is not None else _AHEAD_OF_NETWORK
@@ -185,6 +190,7 @@ class _OpenFiles:
     def __init__(self, folder: Folder) -> None:
         self._folder = folder
         self._open: OrderedDict[str, _OpenFile] = OrderedDict()
+        self._sizes: dict[str, int] = {}
         self._lock = threading.Lock()
 
     def read_into(self, name: str, view: memoryview, offset: int) -> int:
@@ -194,14 +200,24 @@ class _OpenFiles:
         return _read_fully(opened.number, view, offset)
 
     def read_at(self, name: str, start: int) -> Callable[[int, int], bytes]:
-        """Reads (size, offset) of the file from `start` on; short at its end."""
+        """Reads (size, offset) of the file from `start` on; short at its end. For one thread."""
         if self._folder.local is not None:
             opened = self._open_file(name)
             return lambda size, offset: os.pread(opened.number, size, start + offset)
-        end = self._folder.size(name) or 0
-        return lambda size, offset: self._folder.read_bytes(
-            name, start + offset, max(0, min(size, end - start - offset))
-        )
+        with self._lock:
+            if name not in self._sizes:
+                self._sizes[name] = self._folder.size(name) or 0
+        end = self._sizes[name]
+        first, piece = 0, b""
+
+        def read_forward(size: int, offset: int) -> bytes:
+            nonlocal first, piece
+            if not first <= offset <= offset + size <= first + len(piece):
+                length = max(0, min(_REMOTE_GZIP_PIECE, end - start - offset))
+                first, piece = offset, self._folder.read_bytes(name, start + offset, length)
+            return piece[offset - first : offset - first + size]
+
+        return read_forward
 
     def _open_file(self, name: str) -> "_OpenFile":
         assert self._folder.local is not None

@@ -13,6 +13,7 @@ import pytest
 from cluster.folders import folder_at
 from cluster.ray_runtime import ray_session
 from cluster.s3_connection import SECRETS
+from cluster.storage import StorageError
 from data_prep.copy_corpus import CopySettings, copy_corpus
 from data_prep.index import IndexSettings, index_corpus
 from data_prep.listing import SourceError
@@ -20,7 +21,7 @@ from data_prep.remote_images import FetchPolicy, RemoteImages
 from data_prep.verify import verify
 from tests.corpora import image_folder, make_corpus
 from tests.running import REPOSITORY
-from tests.test_sources import add, class_tar, contents, shard, tars_of
+from tests.test_sources import add, class_tar, contents, gzip_tar, incompressible, shard, tars_of
 
 
 def test_tables_shards_and_corpora_on_s3_are_sources_too(tmp_path, s3, monkeypatch, messages):
@@ -63,6 +64,32 @@ def test_tables_shards_and_corpora_on_s3_are_sources_too(tmp_path, s3, monkeypat
         with pytest.raises(SourceError, match=r"labels = s3://.*/nothing\.csv must be a \.csv"):
             shard(f"{bucket}/pictures", tmp_path / "none", labels=f"{bucket}/nothing.csv")
         assert s3.faults.injected.total() > 10
+
+
+@pytest.mark.parametrize("form", ["outer", "inner", "members"])
+def test_gzip_tars_on_s3_give_the_same_corpus_and_are_decoded_once(tmp_path, s3, messages, form):
+    root = incompressible(tmp_path / "images")
+    source = gzip_tar(root, form)
+    there = folder_at(s3.bucket(), "test")
+    there.put(source, source.name)
+    with ray_session():
+        expected = shard(root, tmp_path / "expected", shard_mb=8)
+        s3.faults.rates = {"slow_down": 0.05, "reset": 0.05, "short": 0.05}
+        corpus = shard(f"{there}/{source.name}", tmp_path / "corpus", shard_mb=8)
+        assert tars_of(corpus) == tars_of(expected)
+        assert s3.faults.injected.total() > 10
+        s3.faults.rates = {}
+        assert shard(f"{there}/{source.name}", tmp_path / "again", shard_mb=8).corpus_hash == corpus.corpus_hash
+        assert "is known from before" in messages()
+
+
+def test_a_gzip_tar_of_which_the_store_refuses_a_part_is_one_error_of_the_store(tmp_path, s3):
+    source = gzip_tar(incompressible(tmp_path / "images"), "outer")
+    there = folder_at(s3.bucket(), "test")
+    there.put(source, source.name)
+    s3.faults.rates, s3.faults.only = {"denied": 1.0}, r"bytes=1\d{7}-"
+    with pytest.raises(StorageError, match=rf"{source.name}.*denied"):
+        shard(f"{there}/{source.name}", tmp_path / "corpus")
 
 
 def test_tars_of_others_on_s3_become_a_corpus_as_they_are(tmp_path, s3, monkeypatch):

@@ -90,12 +90,10 @@ def incompressible(root: Path) -> Path:
     return root
 
 
-@pytest.mark.parametrize("form", ["outer", "inner", "members", "folders"])
-def test_gzip_tars_give_the_same_corpus_and_are_decoded_once(tmp_path, messages, form):
-    root = incompressible(tmp_path / "images")
-    expected = shard(root, tmp_path / "expected", shard_mb=8)
-    source = tmp_path / f"source.tar{'' if form == 'inner' else '.gz'}"
-    with tarfile.open(tmp_path / "plain.tar", "w") as outer:
+def gzip_tar(root: Path, form: str) -> Path:
+    """The class folders as a tar that is compressed as a whole ("outer"), or has compressed class tars ("inner")..."""
+    source = root.parent / f"source.tar{'' if form == 'inner' else '.gz'}"
+    with tarfile.open(root.parent / "plain.tar", "w") as outer:
         for folder in sorted(root.iterdir(), reverse=True):
             if form == "folders":
                 for path in folder.iterdir():
@@ -104,11 +102,19 @@ def test_gzip_tars_give_the_same_corpus_and_are_decoded_once(tmp_path, messages,
                 add(outer, f"{folder.name}.tar.gz", gzip.compress(class_tar(folder), 1))
             else:
                 add(outer, f"{folder.name}.tar", class_tar(folder))
-    plain = (tmp_path / "plain.tar").read_bytes()
+    plain = (root.parent / "plain.tar").read_bytes()
     if form == "members":  # several gzip members after one another, as parallel compressors write
         cuts = [0, 7_000_001, 20_000_000, len(plain)]
         plain = b"".join(gzip.compress(plain[a:b], 1) for a, b in itertools.pairwise(cuts))
     source.write_bytes(plain if form in ("inner", "members") else gzip.compress(plain, 1))
+    return source
+
+
+@pytest.mark.parametrize("form", ["outer", "inner", "members", "folders"])
+def test_gzip_tars_give_the_same_corpus_and_are_decoded_once(tmp_path, messages, form):
+    root = incompressible(tmp_path / "images")
+    expected = shard(root, tmp_path / "expected", shard_mb=8)
+    source = gzip_tar(root, form)
     corpus = shard(source, tmp_path / "corpus", shard_mb=8)
     assert tars_of(corpus) == tars_of(expected)
     assert contents(corpus).keys() == contents(expected).keys()

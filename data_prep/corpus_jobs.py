@@ -18,11 +18,15 @@ from cluster.storage import StorageError
 from data_prep.corpus import Corpus
 from data_prep.corpus_assembly import CorpusPlan
 from data_prep.corpus_format import MANIFEST, PLAN, QUARANTINE, CorpusError, file_of_version
+from data_prep.decoder_process import guarded
 from data_prep.listing import SourceError
 from data_prep.removed import REMOVED, removed_in_words
 from data_prep.shard_task import finished_records, remove_shard
 
 _ATTEMPTS = 4
+"""To write a shard where the storage fails."""
+_PROCESSES, _CAREFUL_PROCESSES = 2, 3
+"""That may end on a shard, before each of its images is decoded in a process of its own, and then."""
 _PAUSE, _LONGEST_PAUSE = 0.5, 60.0
 """Seconds before a shard is tried again that could not be written: a failing disk or network may need time."""
 LAID_DOWN = "images"
@@ -223,8 +227,15 @@ def run_tasks(
     with ray_session():
         import ray
 
-        # retried where a node or worker dies
-        remote = ray.remote(num_cpus=1, max_retries=_ATTEMPTS - 1, scheduling_strategy="SPREAD")(function)
+        def carefully(task: Any) -> dict[str, Any]:
+            with guarded():
+                return function(task)
+
+        # Ray starts them again where a node or worker dies
+        options = {"num_cpus": 1, "scheduling_strategy": "SPREAD"}
+        remote = ray.remote(max_retries=_PROCESSES - 1, **options)(function)
+        careful = ray.remote(max_retries=_CAREFUL_PROCESSES - 1, **options)(carefully)
+        deadly: set[str] = set()
         at_once = workers or 2 * max(1, int(ray.cluster_resources().get("CPU", 1)))
         progress.started = time.monotonic()
         records: dict[str, dict[str, Any]] = {}
@@ -237,7 +248,7 @@ def run_tasks(
             while True:
                 while again and len(running) < at_once and again[0][0] <= time.monotonic():
                     name = heapq.heappop(again)[1]
-                    running[remote.remote(tasks[name]())] = name
+                    running[(careful if name in deadly else remote).remote(tasks[name]())] = name
                 while len(running) + len(again) < at_once and (following := next(waiting, None)) is not None:
                     running[remote.remote(tasks[following]())] = following
                 if not running and not again:
@@ -252,7 +263,24 @@ def run_tasks(
                     continue
                 name = running.pop(done[0])
                 try:
-                    records[name] = _result(ray, done[0], f"{name} in {folder}")
+                    records[name] = _result(ray, done[0])
+                except ray.exceptions.RayTaskError:
+                    raise  # of the function itself
+                except ray.exceptions.RayError as error:
+                    why = str(error).splitlines()[0]
+                    if name in deadly:
+                        raise StorageError(
+                            f"{name} in {folder} cannot be made: its process ended {_PROCESSES + _CAREFUL_PROCESSES} "
+                            f"times ({why}), and no image is the reason. Nodes end, or memory is not enough "
+                            f"(workers=N has fewer at a time). {GO_ON}"
+                        ) from error
+                    log.warning(
+                        "%s: its process ended %d times (%s); again, with its images decoded in another process",
+                        name, _PROCESSES, why,
+                    )  # fmt: skip
+                    deadly.add(name)
+                    heapq.heappush(again, (time.monotonic(), name))
+                    continue
                 except OSError as error:
                     failures[name] += 1
                     if failures[name] == _ATTEMPTS:
@@ -280,7 +308,8 @@ def _cancelled_on_failure(ray: Any, running: Mapping[Any, str]) -> Iterator[None
         raise
 
 
-def _result(ray: Any, reference: Any, what: str) -> dict[str, Any]:
+def _result(ray: Any, reference: Any) -> dict[str, Any]:
+    """What a task returned; its own errors as they are, and a RayError where its processes ended."""
     try:
         record: dict[str, Any] = ray.get(reference)
         return record
@@ -288,11 +317,6 @@ def _result(ray: Any, reference: Any, what: str) -> dict[str, Any]:
         if isinstance(error.cause, (SourceError, OSError, StorageError)):
             raise error.cause from error
         raise
-    except ray.exceptions.RayError as error:  # Ray has started it again several times
-        raise StorageError(
-            f"{what} cannot be made: its process ended {_ATTEMPTS} times ({str(error).splitlines()[0]}). Nodes end, "
-            f"memory is not enough (workers=N has fewer at a time), or an image makes a decoder crash. {GO_ON}"
-        ) from error
 
 
 def log_summary(corpus: Corpus, seconds: float) -> None:

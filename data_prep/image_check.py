@@ -18,6 +18,8 @@ from PIL import Image, ImageFile, TiffImagePlugin
 
 MAX_SIDE = 65535
 """Pixels that a side may have: what the index can hold, and JPEG's own limit."""
+MAX_PIXELS = 2 * (1 << 30) // 4 // 3
+"""Of an image: Pillow's limit against images that take all memory. Half a gigabyte of RGB wherever one is decoded."""
 
 _SIGNATURES = (
     (b"\xff\xd8\xff", "jpg"),
@@ -105,6 +107,8 @@ def _format_of(beginning: bytes) -> str:
 def _check_jpeg(data: bytes | memoryview) -> tuple[int, int]:
     try:
         height, width = _decode_jpeg(data)
+    except UnusableImage:
+        raise
     except ValueError as error:
         tidy = _without_harmless_oddities(data)
         if tidy == data:
@@ -120,9 +124,14 @@ def _check_jpeg(data: bytes | memoryview) -> tuple[int, int]:
 
 
 def _decode_jpeg(data: bytes | memoryview) -> tuple[int, int]:
-    """Decode every bit of the entropy-coded data. Pixels at an eighth of the size, without colour, find the same
-    damage as whole ones (that shows in the bit stream) in 60 % of the time."""
+    """Decode every bit of the entropy-coded data; returns height and width.
+
+    Pixels at an eighth of the size, without colour, find the same damage as whole ones (that shows in the bit stream)
+    in 60 % of the time.
+    """
     height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
+    if height * width > MAX_PIXELS:
+        raise UnusableImage(f"too large: {width}x{height} pixels, more than {MAX_PIXELS:,}")
     target = "CMYK" if colours in ("CMYK", "YCCK") else "GRAY"
     simplejpeg.decode_jpeg(data, target, min_factor=8, min_height=1, min_width=1)
     return height, width

@@ -111,10 +111,17 @@ def _list_local(root: Path, name: bytes) -> ClassListing:
                 if entry.is_dir():
                     waiting.append(path)
                 elif looks_like_image(entry.name):
-                    found.append((path, entry.stat().st_size))
+                    found.append((path, _size(entry)))
                 else:
                     others.append(path)
     return _sorted(found, others)
+
+
+def _size(entry: "os.DirEntry[bytes]") -> int:
+    try:
+        return entry.stat().st_size
+    except OSError:
+        return entry.stat(follow_symlinks=False).st_size  # of a link to nothing: whoever reads it finds out
 
 
 def _list_remote(folder: Folder, name: str) -> ClassListing:

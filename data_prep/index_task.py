@@ -13,6 +13,7 @@ from cluster import storage
 from cluster.folders import Folder, at_hand
 from data_prep.columns import Labels
 from data_prep.corpus_format import SAMPLE_DTYPE, image_check
+from data_prep.decoder_process import refuse_deadly
 from data_prep.image_check import UnusableImage, check_image
 from data_prep.listing import SourceError
 from data_prep.shard_task import MAX_IMAGE_BYTES, commit_shard, one_line
@@ -114,6 +115,7 @@ def _read_sample(
     if image.size > MAX_IMAGE_BYTES:
         raise UnusableImage(f"{image.size} bytes: an image may have at most {MAX_IMAGE_BYTES}")
     data = _read(descriptor, image.offset, image.size)
+    refuse_deadly(data)
     facts = check_image(data)
     heaviest = max(pairs, key=lambda pair: (pair[1], -pair[0]))[0] if pairs else -1
     row = (image.offset, image.size, 0, heaviest, image_check(data), facts.width, facts.height)

@@ -22,6 +22,7 @@ import xxhash
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
+from data_prep.decoder_process import refuse_deadly
 from data_prep.image_check import UnusableImage, check_image
 
 VERSION = 2
@@ -112,6 +113,10 @@ def similarity(a: NDArray[np.int8], b: NDArray[np.int8], mirrored: bool) -> NDAr
 
 def _reduced(data: bytes | memoryview) -> NDArray[np.float32] | None:
     """The brightness of an image at _SIDE x _SIDE pixels, or None if sharding cannot use the image."""
+    try:
+        refuse_deadly(data)
+    except UnusableImage:
+        return None
     if bytes(data[:3]) == b"\xff\xd8\xff" and b"Exif\0\0" not in bytes(data[:4096]):
         try:
             return _reduced_jpeg(data)

@@ -15,6 +15,7 @@ from cluster.storage import StorageError
 from data_prep.columns import Labels
 from data_prep.convert import convert
 from data_prep.corpus_format import SAMPLE_DTYPE, image_check
+from data_prep.decoder_process import refuse_deadly
 from data_prep.image_check import UnusableImage, check_image
 from data_prep.shard_plan import ShardTask
 from data_prep.tar_shards import ShardWriter
@@ -95,6 +96,7 @@ def write_shard(task: ShardTask) -> dict[str, Any]:
                 try:
                     if isinstance(read, UnusableImage):
                         raise read
+                    refuse_deadly(read)
                     image, facts = convert(read, check_image(read), task.conversion)
                     converted += image is not read
                     if len(image) > MAX_IMAGE_BYTES:

@@ -4,8 +4,10 @@ Reading fills memory that is used again and again: fresh memory for every image 
 reading it does.
 """
 
+import errno
 import os
 import threading
+import time
 from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
@@ -36,8 +38,13 @@ _REMOTE_GZIP_GROUP_BYTES, _REMOTE_GZIP_AHEAD = 4 << 20, 16
 _REMOTE_GZIP_PIECE = 512 << 10
 _MAX_OPEN = 128
 
-Fill = Callable[[int, memoryview], int]
-"""Fills a view with the image at a place; returns how many bytes there were, one more than fit if there are more."""
+_OF_THE_FILE = {errno.EACCES, errno.EPERM, errno.EIO, errno.EBADMSG, errno.EUCLEAN, errno.ELOOP, errno.EISDIR}
+"""Errors of one file, that may not be read or lies on a bad place of a disk; of others the whole source is at fault."""
+_READS, _PAUSE = 3, 0.5
+"""Of a file that cannot be read, and seconds between: mounted file systems have moments."""
+
+Read = int | UnusableImage
+"""How many bytes of an image there were, one more than fit if there are more, or why there are none."""
 
 
 class SourceError(ValueError):
@@ -78,7 +85,7 @@ class FileImages(Images):
     def take(self, rows: NDArray[np.int64]) -> "FileImages":
         return replace(self, paths=self.paths.take(rows))
 
-    def groups(self, names: Strings, sizes: NDArray[np.uint64]) -> Iterator[Sequence[memoryview]]:
+    def groups(self, names: Strings, sizes: NDArray[np.uint64]) -> Iterator[Sequence[memoryview | UnusableImage]]:
         local = self.folder.local
         if local is None:
             yield from _read_ahead(self._fill_remote, names, sizes, self.folder.url, _AHEAD_OF_NETWORK)
@@ -127,7 +134,7 @@ class StreamImages(Images):
             streams.append(stream)
         return StreamImages(self.folder, tuple(streams), numbers.astype(np.int32), offsets)
 
-    def groups(self, names: Strings, sizes: NDArray[np.uint64]) -> Iterator[Sequence[memoryview]]:
+    def groups(self, names: Strings, sizes: NDArray[np.uint64]) -> Iterator[Sequence[memoryview | UnusableImage]]:
         if self.folder.local is not None:
             _check_there(self.folder.local / self.streams[0].file if self.streams else self.folder.local)
         files = _OpenFiles(self.folder)
@@ -245,7 +252,7 @@ class _OpenFile:
 
 
 def _read_ahead(
-    fill: Callable[..., int | list[int]],
+    fill: Callable[..., Read | list[int]],
     names: Strings,
     sizes: NDArray[np.uint64],
     where: str,
@@ -253,33 +260,35 @@ def _read_ahead(
     *,
     by_group: bool = False,
     group_bytes: int = _GROUP_BYTES,
-) -> Iterator[list[memoryview]]:
+) -> Iterator[list[memoryview | UnusableImage]]:
     """The images in groups, read by threads into a few buffers.
 
     Args:
-        fill: for one image (place, view), or with `by_group` for all of a group (range, views).
+        fill: brings one image (place, view), or with `by_group` all of a group (range, views), into memory.
         ahead: groups that are read at a time.
     """
     groups = _cut_into_groups(sizes, group_bytes, _GROUP_IMAGES if not by_group else len(sizes))
     largest = max((int(sizes[group.start : group.stop].sum()) for group in groups), default=0)
     free = [bytearray(largest) for _ in range(min(ahead, len(groups)) + 1)]
 
-    def read_group(group: range, buffer: bytearray) -> tuple[bytearray, list[memoryview]]:
+    def read_group(group: range, buffer: bytearray) -> tuple[bytearray, list[memoryview | UnusableImage]]:
         whole = memoryview(buffer)
         ends = np.cumsum(sizes[group.start : group.stop], dtype=np.int64).tolist()
         views = [whole[end - int(sizes[place]) : end] for place, end in zip(group, ends, strict=True)]
         counts = fill(group, views) if by_group else [fill(place, view) for place, view in zip(group, views)]  # noqa: B905
         assert isinstance(counts, list)
-        for place, count in zip(group, counts, strict=True):
-            if count != sizes[place]:
+        images: list[memoryview | UnusableImage] = []
+        for place, count, view in zip(group, counts, views, strict=True):
+            images.append(count if isinstance(count, UnusableImage) else view)
+            if not isinstance(count, UnusableImage) and count != sizes[place]:
                 raise SourceError(
                     f"{os.fsdecode(names[place])} in {where} changed while it was being sharded: it had {sizes[place]} "
                     f"bytes when it was listed; run again when nothing writes there"
                 )
-        return buffer, views
+        return buffer, images
 
     pool = ThreadPoolExecutor(ahead)
-    running: list[Future[tuple[bytearray, list[memoryview]]]] = []
+    running: list[Future[tuple[bytearray, list[memoryview | UnusableImage]]]] = []
     waiting = iter(groups)
     try:
         while True:
@@ -287,10 +296,11 @@ def _read_ahead(
                 running.append(pool.submit(read_group, group, free.pop()))
             if not running:
                 return
-            buffer, views = running.pop(0).result()
-            yield views
-            for view in views:
-                view.release()
+            buffer, images = running.pop(0).result()
+            yield images
+            for image in images:
+                if isinstance(image, memoryview):
+                    image.release()
             free.append(buffer)
     finally:
         pool.shutdown(cancel_futures=True)
@@ -328,12 +338,26 @@ def _read_fully(descriptor: int, view: memoryview, offset: int) -> int:
     return done
 
 
-def _read_file(path: bytes, view: memoryview) -> int:
-    """Fill `view` with a file; returns its size as far as that was seen: one more than `view` has if it is longer."""
-    try:
-        descriptor = os.open(path, os.O_RDONLY)
-    except FileNotFoundError:
-        raise SourceError(f"{os.fsdecode(path)} is gone: it was there when the source was listed") from None
+def _read_file(path: bytes, view: memoryview) -> Read:
+    """Fill `view` with a file."""
+    for last in (False,) * (_READS - 1) + (True,):
+        try:
+            return _read_once(path, view)
+        except FileNotFoundError:
+            if Path(os.fsdecode(path)).is_symlink():
+                return UnusableImage("a link to a file that is not there", may_pass=True)
+            raise SourceError(f"{os.fsdecode(path)} is gone: it was there when the source was listed") from None
+        except OSError as error:
+            if error.errno not in _OF_THE_FILE:
+                raise OSError(error.errno, error.strerror, os.fsdecode(path)) from error
+            if last:
+                return UnusableImage(f"cannot be read: {error.strerror}", may_pass=True)
+        time.sleep(_PAUSE)
+    raise AssertionError
+
+
+def _read_once(path: bytes, view: memoryview) -> int:
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         count = os.readv(descriptor, [view, bytearray(1)])
         if count < len(view):

@@ -25,7 +25,14 @@ from cluster.folders import Folder, folder_at
 from cluster.lease import FILE as LEASE
 from cluster.settings import Settings, parse_command
 from data_prep.corpus import Corpus
-from data_prep.corpus_format import MANIFEST, SHARDS_AT, CorpusError, read_manifest, shards_folder
+from data_prep.corpus_format import (
+    MANIFEST,
+    ORIGINS_CHECKSUM,
+    SHARDS_AT,
+    CorpusError,
+    read_manifest,
+    shards_folder,
+)
 from data_prep.corpus_jobs import check_places, check_room, held, in_megabytes, names_in, run_tasks, written
 from data_prep.shard_task import SHARD_FILES, record_name, shard_file
 
@@ -166,6 +173,9 @@ def _copy_all(
     workers: int,
 ) -> None:
     checksums = {shard["name"]: shard["xxh3_128"] for shard in manifest["shards"]}
+    for shard in manifest["shards"]:
+        if ORIGINS_CHECKSUM in shard:
+            checksums[shard_file(shard["name"], ".origins")] = shard[ORIGINS_CHECKSUM]
     older = [read_manifest(source, name) for name in sizes if fnmatch(name, "manifest-*.json")]
     for version in (manifest, *older):
         checksums |= {name: facts["xxh3_128"] for name, facts in version["files"].items()}

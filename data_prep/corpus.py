@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import numpy as np
+import xxhash
 from numpy.typing import ArrayLike, NDArray
 
 from cluster import storage
@@ -22,6 +23,7 @@ from data_prep.corpus_format import (
     INDEX,
     LABEL_POINTERS,
     LABELS,
+    ORIGINS_CHECKSUM,
     PLACES,
     QUARANTINE,
     REPAIR,
@@ -354,9 +356,12 @@ class Corpus:
         facts = self.manifest["shards"][shard]
         name = f"{facts['name'].removesuffix('.tar')}.origins"
         try:
-            lines = self.shards_folder.read_bytes(name).decode("utf-8").split("\n")[:-1]
+            content = self.shards_folder.read_bytes(name)
         except StorageError as error:
             raise CorpusError(f"{error}. {REPAIR}") from error
+        if xxhash.xxh3_128_hexdigest(content) != facts.get(ORIGINS_CHECKSUM, xxhash.xxh3_128_hexdigest(content)):
+            raise CorpusError(f"{self.shards_folder}/{name} is damaged: its checksum is not the manifest's. {REPAIR}")
+        lines = content.decode("utf-8").split("\n")[:-1]
         expected = facts.get("samples_there", facts["samples"])
         if len(lines) != expected:
             raise CorpusError(f"{self.shards_folder}/{name} has {len(lines)} lines for {expected} samples. {REPAIR}")

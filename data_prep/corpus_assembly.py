@@ -22,6 +22,7 @@ from data_prep.corpus_format import (
     LABEL_POINTERS,
     LABELS,
     MANIFEST,
+    ORIGINS_CHECKSUM,
     QUARANTINE,
     file_of_version,
     manifest_hash,
@@ -182,6 +183,7 @@ def assemble(
                 "samples": record["samples"],
                 "bytes": record["sizes"][".tar"],
                 "xxh3_128": record["xxh3_128"],
+                **{key: record[key] for key in (ORIGINS_CHECKSUM,) if key in record},
             }
             for record in filled
         ),

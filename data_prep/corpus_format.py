@@ -49,6 +49,9 @@ PLACES = "places.bin"
 SHARDS_AT = "shards_at"
 """Key of the manifest: where the shards are, relative to the corpus's own folder; without it they are there."""
 
+ORIGINS_CHECKSUM = "origins_xxh3_128"
+"""Key of a shard in the manifest: the checksum of its .origins; corpora of before it came do without."""
+
 SAMPLE_DTYPE = np.dtype(
     [
         ("offset", "<u8"),  # of the encoded image inside its tar, bytes

@@ -8,13 +8,14 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
+import xxhash
 from numpy.typing import NDArray
 
 from cluster.folders import Folder
 from cluster.storage import StorageError
 from data_prep.columns import Labels
 from data_prep.convert import convert
-from data_prep.corpus_format import SAMPLE_DTYPE, image_check
+from data_prep.corpus_format import ORIGINS_CHECKSUM, SAMPLE_DTYPE, image_check
 from data_prep.decoder_process import refuse_deadly
 from data_prep.image_check import UnusableImage, check_image
 from data_prep.shard_plan import ShardTask
@@ -158,6 +159,7 @@ def commit_shard(
         "plan_hash": plan_hash,
         "samples": len(rows),
         "xxh3_128": checksum,
+        ORIGINS_CHECKSUM: xxhash.xxh3_128_hexdigest(contents[".origins"]),
         "sizes": {".tar": size, **{suffix: len(content) for suffix, content in contents.items()}},
         "quarantined": [{"origin": origin, "reason": reason} for origin, reason in quarantined],
         **({"converted": converted} if converted else {}),

@@ -228,7 +228,9 @@ def test_verify_compares_labels_and_dali_index(corpus):
     label_at = int(row["offset"]) + (int(row["length"]) + 511) // 512 * 512 + 512
     flip(shard, label_at)
     cut(corpus.path / "shard-000000.idx", -5)
+    flip(corpus.path / "shard-000000.origins", 3)
     problems = "\n".join(verify(corpus))
+    assert "shard-000000.origins is damaged: its checksum" in problems
     assert f"sample {victim} " in problems
     assert "the label beside it" in problems
     assert "shard-000000.idx is missing or is not the index" in problems

@@ -43,6 +43,7 @@ from data_prep.image_tars import refuse_compression
 from data_prep.index_task import IndexTask, Tar, index_tar
 from data_prep.listing import SourceError
 from data_prep.shard_task import finished_records, read_rows
+from data_prep.small_files import file_here
 from data_prep.sources import matching_tars, source_folder
 from data_prep.tar_headers import TarError
 from data_prep.tar_sample_source import label_extension
@@ -244,7 +245,7 @@ def _make_plan(settings: IndexSettings, source: str) -> IndexPlan:
     tars = _list_tars(source)
     named = None
     if settings.classes is not None:
-        named = read_classes(storage.local_path(absolute_path(settings.classes, "classes"), "classes"))
+        named = read_classes(file_here(settings.classes, "classes"))
     with ThreadPoolExecutor(_THREADS) as pool:
         beginnings = pool.map(lambda tar: tar.folder.read_bytes(tar.name, 0, min(tar.size, 8)), tars)
         for tar, beginning in zip(tars, beginnings, strict=True):

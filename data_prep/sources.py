@@ -26,6 +26,7 @@ from data_prep.image_tables import LabelKind, TableOptions, list_table
 from data_prep.image_tars import is_tar_name, list_flat_tar, list_tar
 from data_prep.listing import Listing, SourceError
 from data_prep.remote_images import FetchPolicy
+from data_prep.small_files import file_here
 from data_prep.source_reader import FileImages
 from data_prep.table_files import Columns, TableFile, class_names_of, columns_of, table_files
 from data_prep.tar_sample_source import holds_samples, is_corpus, list_corpus, list_samples, tars_in, with_names
@@ -208,7 +209,7 @@ def _truth_files(settings: SourceSettings) -> tuple[Path, Path | None]:
 
 
 def _file(path: str | None, key: str) -> Path | None:
-    return None if path is None else storage.local_path(absolute_path(path, key), key)
+    return None if path is None else file_here(path, key)
 
 
 def matching_tars(place: str) -> tuple[Folder, list[str]]:
@@ -272,7 +273,7 @@ def embedded_stamp(settings: SourceSettings) -> str | None:
     files = _table_at(place)
     if not files or columns_of(files, None, settings.label_column, None, settings.image_column).image is None:
         return None
-    beside = [_file(path, "") for path in (settings.classes, settings.relabel, settings.words)]
+    beside = [_file(getattr(settings, key), key) for key in ("classes", "relabel", "words")]
     stats = [(file.name, file.stamp()) for file in files]
     stats += [(path.name, LocalFolder(path.parent).stamp(path.name)) for path in beside if path is not None]
     said = {key: getattr(settings, key) for key in SourceSettings.model_fields}

@@ -66,6 +66,18 @@ def test_tables_shards_and_corpora_on_s3_are_sources_too(tmp_path, s3, monkeypat
         assert s3.faults.injected.total() > 10
 
 
+def test_the_small_files_beside_a_source_may_be_on_s3(tmp_path, s3):
+    source = image_folder(tmp_path / "images", classes=3, images=6)
+    there = folder_at(s3.bucket(), "test")
+    there.write_bytes("words.txt", b"c0\ttench\nc1\tgoldfish\nc2\thammerhead\n")
+    there.write_bytes("names/order.txt", b"c2\nc0\n")
+    with ray_session():
+        corpus = shard(source, tmp_path / "corpus", words=f"{there}/words.txt", classes=f"{there}/names/order.txt")
+    assert (corpus.classes, corpus.manifest["class_descriptions"]) == (["c2", "c0"], ["hammerhead", "tench"])
+    with pytest.raises(StorageError, match=r"s3://.*/nothing\.txt cannot be read: there is no such object"):
+        shard(source, tmp_path / "none", words=f"{there}/nothing.txt")
+
+
 @pytest.mark.parametrize("form", ["outer", "inner", "members"])
 def test_gzip_tars_on_s3_give_the_same_corpus_and_are_decoded_once(tmp_path, s3, messages, form):
     root = incompressible(tmp_path / "images")

@@ -130,7 +130,7 @@ class TooManyBadSamples(CorpusError):  # noqa: N818 - it says what was found
     def __init__(self, bad: int, read: int, share: float, described: Sequence[str]) -> None:
         names = "\n  ".join(dict.fromkeys(described[:NAMED]))
         super().__init__(
-            f"{bad:,} of {read:,} samples could not be read or decoded, more than data.max_bad_share = {share:g} "
-            "allows. Look at the corpus with data_prep/verify.py, or raise data.max_bad_share. Some of them:\n  "
-            + names
+            f"{bad:,} of {read:,} samples could not be read or decoded, more than max_bad_share = {share:g} allows. "
+            "Look at the corpus with data_prep/verify.py, or raise it (data.max_bad_share in training). Some of "
+            f"them:\n  {names}"
         )

@@ -102,8 +102,8 @@ class ShardCache:
         if self.limit < needed:
             raise StorageError(
                 f"{self.folder.url}: {what} needs {needed / 1e9:.3g} GB on this node, the cache {self.cache_dir} may "
-                f"take {self.limit / 1e9:.3g} GB: set data.cache_gb={-(-needed // 10**7) / 100:g} or more, or "
-                "VITFORGE_CACHE to a folder on a larger disk"
+                f"take {self.limit / 1e9:.3g} GB: set cache_gb={-(-needed // 10**7) / 100:g} or more (data.cache_gb in "
+                "training), or VITFORGE_CACHE to a folder on a larger disk"
             )
 
     def path(self, shard: int) -> Path:

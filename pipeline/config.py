@@ -360,9 +360,17 @@ class EvaluateSettings(Settings):
     """fp32, as consumers of the registry compute, or bf16."""
     decode: Literal["auto", "cpu", "gpu"] = "auto"
     """Where DALI decodes; auto tries the GPU in a subprocess first and falls back to the CPU."""
+    max_bad_share: Annotated[float, Field(ge=0, le=1)] = 0.001
+    """Share of images that may be unreadable; they are left out and counted. More (and more than 10) are an error."""
+    cache_gb: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 100.0
+    """What shards from s3:// may take on a node, in $VITFORGE_CACHE or ~/.cache/vitforge; at most 80 % of the disk."""
     workers: PositiveInt | None = None
     """Ranks; null takes every GPU of the cluster, or 1 where there is none."""
     cpus_per_worker: PositiveInt | None = None
     """Ray's logical CPUs a rank; null shares the cluster's among the ranks."""
+    wait_s: Annotated[int, Field(ge=0)] = 1800
+    """Seconds to wait for room on the cluster: for other jobs to end, or for an autoscaler's nodes."""
+    interface: str | None = None
+    """Network interface between the ranks, such as ib0; null takes the one that reaches the other machines."""
     home: str = ""
     """Folder of runs, tracking database and artifacts. Empty: $VITFORGE_HOME, else ~/vitforge."""

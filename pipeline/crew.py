@@ -32,6 +32,7 @@ class Terms:
         resize_check_s: seconds between looks for room for more ranks.
         wait_s: seconds to wait for room for the fewest.
         interface: network interface of the ranks; None chooses it.
+        section: what the names of these settings begin with, for messages; empty for a stage without ranges.
     """
 
     workers: tuple[int, int] | None = None
@@ -41,6 +42,7 @@ class Terms:
     resize_check_s: float = 60.0
     wait_s: float = 0.0
     interface: str | None = None
+    section: str = "run."
 
 
 @dataclass(frozen=True)
@@ -214,19 +216,20 @@ class Recruiter:
 
     def _no_room(self, total: "list[Node]", free: "list[Node]", fewest: int, gpu: bool, waited: float) -> str:
         cpus = self.terms.cpus_per_worker or 1
+        section = self.terms.section
         each = f"{cpus} CPU(s){' and a GPU' if gpu else ''} each"
         cores, gpus = int(sum(node.cpus for node in total)), int(sum(node.gpus for node in total))
         if _places(total, cpus, gpu) < fewest:
             still = f", which did not grow enough in {duration(waited)}" if waited > 1 else ""
+            ranged = f", or a range such as {section}workers=1-{fewest}" if section else ""
             return (
-                f"run.workers = {fewest} with {each} do not fit on the cluster ({len(total)} node(s), {cores} CPUs, "
-                f"{gpus} GPUs){still}: use fewer workers, a smaller run.cpus_per_worker, or a range such as "
-                f"run.workers=1-{fewest}"
+                f"{section}workers = {fewest} with {each} do not fit on the cluster ({len(total)} node(s), {cores} "
+                f"CPUs, {gpus} GPUs){still}: use fewer workers, or a smaller {section}cpus_per_worker{ranged}"
             )
         return (
             f"there was no room for {fewest} rank(s) with {each} for {duration(waited)} ({len(free)} node(s), "
             f"{sum(node.cpus for node in free):g} CPUs and {sum(node.gpus for node in free):g} GPUs free): wait for "
-            "other jobs to end, raise run.wait_s, or use fewer workers"
+            f"other jobs to end, raise {section}wait_s, or use fewer workers"
         )
 
 

@@ -57,10 +57,10 @@ def evaluate(job: Job, control: Control) -> bool:
     """Score the model on this rank's share of the corpus; rank 0 writes the scores of all."""
     settings = job.settings
     set_up_logging()
-    worker = workers.join(timeout_s=600)
+    worker = workers.join(600, settings.interface)
     if not worker.leads:
         log.setLevel("ERROR")
-    corpus = Corpus.open(settings.corpus, check="sizes")
+    corpus = Corpus.open(settings.corpus, check="sizes", cache_bytes=round(settings.cache_gb * 1e9))
     tracking.connect(Path(job.tracking_home), job.tracking_uri)
     package = packages.load_package(job.model)
     dtype = torch.bfloat16 if settings.precision == "bf16" else torch.float32
@@ -93,6 +93,8 @@ def data_settings(package: packages.Package, settings: EvaluateSettings) -> Data
         mean=prepared.mean,
         std=prepared.std,
         decode=settings.decode,
+        cache_gb=settings.cache_gb,
+        max_bad_share=settings.max_bad_share,
     )
 
 
@@ -101,7 +103,7 @@ def main() -> None:
     settings = parse_command(
         EvaluateSettings, prog="pipeline/evaluate.py", description=__doc__ or "", positionals=("model", "corpus")
     )
-    corpus = Corpus.open(absolute_path(settings.corpus, "corpus"))
+    corpus = Corpus.open(absolute_path(settings.corpus, "corpus"), cache_bytes=round(settings.cache_gb * 1e9))
     home = home_folder(settings.home)
     uri = tracking.connect(home)
     package = packages.load_package(settings.model)
@@ -127,6 +129,9 @@ def main() -> None:
                 (settings.workers, settings.workers) if settings.workers else None,
                 settings.cpus_per_worker,
                 max_failures=1,
+                wait_s=settings.wait_s,
+                interface=settings.interface,
+                section="",
             ),
             check=lambda ranks: None,
         )

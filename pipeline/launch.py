@@ -120,8 +120,8 @@ class _Launcher:
             failures += 1
             if failures > self.terms.max_failures:
                 raise RuntimeError(
-                    f"the ranks crashed {failures} time(s) without a new checkpoint, run.max_failures = "
-                    f"{self.terms.max_failures}; last: {why}"
+                    f"the ranks crashed {failures} time(s) without a new checkpoint, more than "
+                    f"{self.terms.section}max_failures = {self.terms.max_failures}; last: {why}"
                 )
             pause = _BACK_OFF_S[min(failures, len(_BACK_OFF_S)) - 1]
             log.warning(

@@ -75,7 +75,7 @@ def choose_interface(named: str | None, address: str | None) -> None:
     addresses = {name: [entry.address for entry in entries] for name, entries in psutil.net_if_addrs().items()}
     if named is not None and named not in addresses:
         raise ValueError(
-            f"run.interface = {named!r}: {node()} has no such network interface; it has {', '.join(sorted(addresses))}"
+            f"interface = {named!r}: {node()} has no such network interface; it has {', '.join(sorted(addresses))}"
         )
     if named is None:
         named = next((name for name, there in addresses.items() if address in there), None)

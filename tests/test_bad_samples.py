@@ -172,7 +172,7 @@ def test_too_many_bad_samples_stop_a_run_by_name(corpus):
     assert len(list(loader)) == 5
     assert check_bad(loader, 45_000, 0.001) == 12
     assert check_bad(loader, 45, 0.5) == 12
-    with pytest.raises(CorpusError, match=r"12 of 45 samples .* data.max_bad_share = 0.001 allows(.|\n)*sample \d+ of"):
+    with pytest.raises(CorpusError, match=r"12 of 45 samples .* max_bad_share = 0.001 allows(.|\n)*sample \d+ of"):
         check_bad(loader, 45, 0.001)
     some = TrainLoader(opened(corpus), settings(corpus), 5, Worker(), 9, 9, 0, 3, "cpu")
     list(some)

@@ -145,7 +145,7 @@ def test_a_shard_that_is_gone_from_the_store_is_replaced_by_few_others(local, th
 
 def test_a_cache_below_a_window_is_refused_with_a_size_that_does(local, there):
     settings = data(local, windows=0.7, shuffle_window=WINDOW)
-    with pytest.raises(StorageError, match=r"two shuffle windows of 3 shards needs .* data.cache_gb=0.01"):
+    with pytest.raises(StorageError, match=r"two shuffle windows of 3 shards needs .* cache_gb=0.01"):
         TrainLoader(on_s3(there, settings), settings, 0, Worker(), BATCH, BATCH, 0, 1, "cpu")
     free = data(local, windows=2, shuffle_window=0)
     with pytest.raises(StorageError, match=r"to shuffle all images at once needs"):

@@ -256,7 +256,7 @@ def test_corpora_share_one_limit_and_equal_shards(tmp_path):
 
 def test_a_limit_that_cannot_do_is_refused_with_one_that_does(tmp_path):
     folder = remote(tmp_path, 2)
-    with pytest.raises(storage.StorageError, match=r"largest shard needs 2e-05 GB.*data.cache_gb=0.01"):
+    with pytest.raises(storage.StorageError, match=r"largest shard needs 2e-05 GB.*cache_gb=0.01"):
         cache(folder, 0.5)
     with pytest.raises(storage.StorageError, match=r"a window of 4 shards needs"):
         cache(folder, 3).check_room(4 * SIZE, "a window of 4 shards")

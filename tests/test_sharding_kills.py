@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from cluster.folders import Folder, folder_at
 from data_prep.corpus import Corpus
 from data_prep.verify import verify
 from tests.corpora import encoded
@@ -59,7 +60,7 @@ class Runs:
         self.environment |= {"VITFORGE_CACHE": str(cache), "OMP_NUM_THREADS": "1"}
         self.log = cache.with_suffix(".log")
 
-    def start(self, source: Path, destination: Path, *words: str) -> "subprocess.Popen[bytes]":
+    def start(self, source: Path, destination: Folder, *words: str) -> "subprocess.Popen[bytes]":
         command = [sys.executable, str(ROOT / "data_prep" / "shard.py"), str(source), str(destination), *words]
         with self.log.open("ab") as log:
             return subprocess.Popen(command, env=self.environment, stdout=log, stderr=log)
@@ -98,23 +99,23 @@ def kill_something(process: "subprocess.Popen[bytes]", rng: random.Random, at: f
     return "the command"
 
 
-def wait_for_work(process: "subprocess.Popen[bytes]", destination: Path) -> None:
+def wait_for_work(process: "subprocess.Popen[bytes]", destination: Folder) -> None:
     """Until the run is past its start, which takes seconds in which nothing of ours happens."""
     deadline = time.monotonic() + 120
-    before = {path.name for path in destination.glob("*.record.json")} if destination.exists() else set()
+    before = set(destination.tree())
     while process.poll() is None and time.monotonic() < deadline:
-        unfinished = list(destination.glob(".*writing*")) if destination.exists() else []
-        if unfinished or {path.name for path in destination.glob("*.record.json")} - before:
+        unfinished = destination.local is not None and list(destination.local.glob(".*writing*"))
+        if unfinished or any(".record." in name for name in set(destination.tree()) - before):
             return
         time.sleep(0.02)
 
 
-def content(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
+def content(folder: Folder) -> dict[str, bytes]:
+    return {name: folder.read_bytes(name) for name in folder.tree()}
 
 
-@pytest.mark.parametrize("kind", ["gzip tar", "parquet", "append"])
-def test_killed_at_random_moments_it_ends_with_the_same_bytes(tmp_path, kind):
+@pytest.mark.parametrize("kind", ["gzip tar", "parquet", "append", "s3"])
+def test_killed_at_random_moments_it_ends_with_the_same_bytes(tmp_path, kind, s3):
     seed = int(os.environ.get("KILL_SEED", "0")) or random.SystemRandom().randrange(1, 10**6)
     print(f"KILL_SEED={seed}")
     rng = random.Random(seed)
@@ -122,7 +123,7 @@ def test_killed_at_random_moments_it_ends_with_the_same_bytes(tmp_path, kind):
     runs = Runs(tmp_path / "cache")
     words = ["shard_mb=2.5", "workers=2"]
     source = {"gzip tar": gzip_tar, "parquet": parquet}.get(kind, lambda root, _: root)(root, tmp_path / "source")
-    places = tmp_path / "fresh", tmp_path / "killed"
+    places = [folder_at(s3.bucket() if kind == "s3" else str(tmp_path / name), "test") for name in ("fresh", "killed")]
     if kind == "append":
         for place in places:
             runs.finish(runs.start(source, place, *words))
@@ -147,4 +148,4 @@ def test_killed_at_random_moments_it_ends_with_the_same_bytes(tmp_path, kind):
     time.sleep(2)  # the workers of a killed command end a moment later
     runs.finish(runs.start(source, places[1], *words))  # and takes away what the last of them left
     assert content(places[1]) == content(places[0])
-    assert list(verify(Corpus.open(str(places[1])))) == []
+    assert list(verify(Corpus.open(places[1]))) == []

@@ -47,7 +47,7 @@ def run_command(main: Callable[[], None]) -> NoReturn:
     except ValueError as error:
         if os.environ.get("VITFORGE_TRACEBACK") == "1":
             traceback.print_exc()
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        print(f"error{_where()}: {error}", file=sys.stderr, flush=True)
         sys.exit(USER_ERROR)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # `... --help | head`: nobody reads on
@@ -56,6 +56,13 @@ def run_command(main: Callable[[], None]) -> NoReturn:
         print("interrupted", file=sys.stderr, flush=True)
         sys.exit(130)
     sys.exit(0)
+
+
+def _where() -> str:
+    """Which of several nodes this is, under torchrun: what is wrong may be so on this one only."""
+    if int(os.environ.get("WORLD_SIZE", "1")) <= int(os.environ.get("LOCAL_WORLD_SIZE", "1")):
+        return ""
+    return f" on {os.uname().nodename} (rank {os.environ.get('RANK', '0')})"
 
 
 def in_unpacked_job() -> bool:

@@ -1,6 +1,7 @@
 """The stages' commands with input that cannot work: one clear message, status 2, nothing half-written."""
 
 import dataclasses
+import os
 import subprocess
 import sys
 
@@ -15,7 +16,7 @@ from models.presets import vit_config
 from models.vit import VisionTransformer
 from pipeline import evaluate, finetune, packages, pretrain, tracking
 from tests.corpora import image_folder, make_corpus
-from tests.running import REPOSITORY, environment
+from tests.running import REPOSITORY, environment, script
 
 
 @pytest.fixture(scope="module")
@@ -201,3 +202,13 @@ def test_classes_without_images_are_said_and_allowed(home, tmp_path, monkeypatch
     check_stage(settings, Mixture.of(corpus))
     assert "1 of the 4 classes" in caplog.text
     assert "c1x" in caplog.text
+
+
+def test_under_torchrun_an_error_names_the_node_that_it_is_on(tmp_path):
+    done = script(
+        tmp_path, "pipeline/pretrain.py", "demo", "data.corpus=/nowhere", "run.name=x", "training.duration=1 steps",
+        RANK="3", WORLD_SIZE="4", LOCAL_RANK="1", LOCAL_WORLD_SIZE="2",
+    )  # fmt: skip
+    assert done.returncode == 2, done.stderr
+    assert f"error on {os.uname().nodename} (rank 3): " in done.stderr
+    assert "/nowhere" in done.stderr

@@ -23,9 +23,10 @@ from data_prep.remote_images import NOT_FETCHED, RemoteImages
 from data_prep.removed import REMOVED, UNCOMPARED
 from data_prep.shard_plan import Appended, Plan
 from data_prep.shard_task import one_line, remove_shard
+from data_prep.source_reader import DANGLING, UNREADABLE
 
 NewClasses = Literal["append", "refuse"]
-_MAY_COME = ("named in the table", NOT_FETCHED, UNCOMPARED)
+_MAY_COME = ("named in the table", NOT_FETCHED, UNCOMPARED, UNREADABLE, DANGLING)
 """How the reasons begin for which an image was left out that was missing: it may be there now."""
 _SHARD_NAME = re.compile(r"shard-(\d{6,})\.tar")
 

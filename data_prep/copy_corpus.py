@@ -200,7 +200,7 @@ def _copy_all(
     if len(tasks) < len(groups):
         progress.skip(sum(size for label, size in megabytes.items() if label not in tasks))
         log.info("%d of %d shards are there already", len(groups) - len(tasks), len(groups))
-    run_tasks(_copy_files, tasks, destination, workers, progress, units=megabytes.__getitem__)
+    run_tasks(_copy_files, tasks, destination, workers, progress, units=megabytes.__getitem__, decodes=False)
 
 
 def _copy_files(task: _CopyTask) -> dict[str, Any]:

@@ -37,6 +37,7 @@ from data_prep.corpus_format import (
     older_manifest,
     read_manifest,
     shards_folder,
+    write_again,
 )
 from data_prep.shard_cache import FetchError, ShardCache
 
@@ -360,7 +361,9 @@ class Corpus:
         except StorageError as error:
             raise CorpusError(f"{error}. {REPAIR}") from error
         if xxhash.xxh3_128_hexdigest(content) != facts.get(ORIGINS_CHECKSUM, xxhash.xxh3_128_hexdigest(content)):
-            raise CorpusError(f"{self.shards_folder}/{name} is damaged: its checksum is not the manifest's. {REPAIR}")
+            raise CorpusError(
+                f"{self.shards_folder}/{name} is damaged: it is not what was written. {write_again(facts['name'])}"
+            )
         lines = content.decode("utf-8").split("\n")[:-1]
         expected = facts.get("samples_there", facts["samples"])
         if len(lines) != expected:
@@ -413,6 +416,5 @@ class Corpus:
         name = self.manifest["shards"][shard]["name"]
         raise CorpusError(
             f"{self.shards_folder}/{name} is damaged: sample {sample} (member {member!r}, {len(image)} bytes at offset "
-            f"{offset}) is not what was written. To write this shard again, remove "
-            f"{Path(name).stem}.record.json and run the same shard command"
+            f"{offset}) is not what was written. {write_again(name)}"
         )

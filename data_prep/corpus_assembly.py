@@ -175,6 +175,8 @@ def assemble(
         files[file_of_version(REMOVED, plan.version)] = removed.close()
     converted = sum(record.get("converted", 0) for record in records)
 
+    # Shards of before it came stay without: one that is written again must not change what the corpus is.
+    all_know = all(ORIGINS_CHECKSUM in record for record in filled)
     shards = [
         *shards_before,
         *(
@@ -183,7 +185,7 @@ def assemble(
                 "samples": record["samples"],
                 "bytes": record["sizes"][".tar"],
                 "xxh3_128": record["xxh3_128"],
-                **{key: record[key] for key in (ORIGINS_CHECKSUM,) if key in record},
+                **({ORIGINS_CHECKSUM: record[ORIGINS_CHECKSUM]} if all_know else {}),
             }
             for record in filled
         ),

@@ -4,11 +4,13 @@ $VITFORGE_CACHE (or ~/.cache/vitforge)
     corpora/CORPUS_HASH/    index.bin, labels.bin, labels.ptr, ...
     shards/                 see shard_cache.py
     gzip/                   what decoding gzip tars gave, see image_tars.py
+    files/                  what settings name beside a source, see small_files.py
 """
 
 import fcntl
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,23 @@ def cache_folder() -> Path:
     """The folder of this node in which is kept what lies elsewhere."""
     place = os.environ.get("VITFORGE_CACHE")
     return Path(place).expanduser().absolute() if place else Path.home() / ".cache" / "vitforge"
+
+
+@contextmanager
+def cache_written(here: Path) -> Iterator[None]:
+    """Says of a failing file system, while a folder of the cache is written, that it was that.
+
+    Raises:
+        StorageError: an OSError in the block that is none of an object store.
+    """
+    try:
+        yield
+    except OSError as error:
+        if isinstance(error, StorageError):
+            raise
+        raise StorageError(
+            f"the cache {here} cannot be written: {error}. Set VITFORGE_CACHE to a folder on a disk of this node"
+        ) from error
 
 
 def fetch_files(folder: Folder, files: Mapping[str, Mapping[str, Any]], identity: str, *, check: bool) -> Path:
@@ -42,7 +61,7 @@ def fetch_files(folder: Folder, files: Mapping[str, Mapping[str, Any]], identity
         StorageError: one is missing, cannot be read or is damaged where it comes from, or there is no room here.
     """
     here = cache_folder() / "corpora" / identity
-    try:
+    with cache_written(here):
         here.mkdir(parents=True, exist_ok=True)
         with (here / "lock").open("ab") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)  # one process of a node fetches; the lock ends with it
@@ -52,12 +71,6 @@ def fetch_files(folder: Folder, files: Mapping[str, Mapping[str, Any]], identity
                 there = storage.file_size(path) == facts["bytes"]
                 if not there or (check and storage.hash_file(path) != facts["xxh3_128"]):
                     _fetch(folder, name, facts["xxh3_128"], path)
-    except OSError as error:
-        if isinstance(error, StorageError):
-            raise
-        raise StorageError(
-            f"the cache {here} cannot be written: {error}. Set VITFORGE_CACHE to a folder on a disk of this node"
-        ) from error
     return here
 
 

@@ -78,6 +78,11 @@ class ShardError(CorpusError):
     """A shard none of whose samples can be read: it is gone, or cannot be fetched."""
 
 
+def write_again(tar: str) -> str:
+    """What makes a shard anew."""
+    return f"To write this shard again, remove {tar.removesuffix('.tar')}.record.json and run the same shard command"
+
+
 def file_of_version(name: str, version: int) -> str:
     """Name of a file of a corpus (index.bin, ...) in a version of it; in the first it is the name itself."""
     stem, _, suffix = name.rpartition(".")

@@ -6,7 +6,7 @@ import random
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -201,6 +201,8 @@ def run_tasks(
     progress: Progress,
     units: Callable[[str], int],
     look: Callable[[dict[str, Any]], None] = lambda record: None,
+    *,
+    decodes: bool = True,
 ) -> dict[str, dict[str, Any]]:
     """Do the work of shards in Ray tasks, a bounded number at a time, and show how it goes.
 
@@ -212,6 +214,7 @@ def run_tasks(
         progress: the caller's; its time counts from when Ray is there.
         units: how much of the progress the shard of a name is.
         look: is shown each record; what it raises ends the work.
+        decodes: whether the function decodes images, of which one may end its process.
 
     Returns:
         The records of the shards, by name.
@@ -228,7 +231,7 @@ def run_tasks(
         import ray
 
         def carefully(task: Any) -> dict[str, Any]:
-            with guarded():
+            with guarded() if decodes else nullcontext():
                 return function(task)
 
         # Ray starts them again where a node or worker dies
@@ -271,12 +274,12 @@ def run_tasks(
                     if name in deadly:
                         raise StorageError(
                             f"{name} in {folder} cannot be made: its process ended {_PROCESSES + _CAREFUL_PROCESSES} "
-                            f"times ({why}), and no image is the reason. Nodes end, or memory is not enough "
-                            f"(workers=N has fewer at a time). {GO_ON}"
+                            f"times ({why}){', and no image is known to be the reason' if decodes else ''}. Nodes "
+                            f"end, or memory is not enough (workers=N has fewer at a time). {GO_ON}"
                         ) from error
                     log.warning(
-                        "%s: its process ended %d times (%s); again, with its images decoded in another process",
-                        name, _PROCESSES, why,
+                        "%s: its process ended %d times (%s); again%s", name, _PROCESSES, why,
+                        ", with its images decoded in another process" if decodes else "",
                     )  # fmt: skip
                     deadly.add(name)
                     heapq.heappush(again, (time.monotonic(), name))

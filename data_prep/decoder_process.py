@@ -21,6 +21,8 @@ _LENGTH = 8
 """Bytes of the number before each image."""
 _TRIES = 2
 """Of an image: its process may have been killed for something else."""
+_CRASHES = {signal.SIGSEGV, signal.SIGBUS, signal.SIGILL, signal.SIGFPE, signal.SIGABRT}
+"""What a decoder dies of; other signals come from outside, such as from a kernel without memory."""
 
 
 class _DecoderProcess:
@@ -37,6 +39,11 @@ class _DecoderProcess:
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                 env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
             )  # fmt: skip
+            assert self._process.stdout is not None
+            if not self._process.stdout.read(1):
+                ended = self._process
+                self.close()
+                raise OSError(f"the process that decodes images did not start (exit status {ended.returncode})")
         process = self._process
         assert process.stdin is not None
         assert process.stdout is not None
@@ -76,28 +83,39 @@ def refuse_deadly(image: bytes | memoryview) -> None:
     """Try an image in another process, inside `guarded`; elsewhere nothing is done.
 
     Raises:
-        UnusableImage: the process ends on it.
+        UnusableImage: a decoder crashes on it.
+        OSError: the process ends of something else; worth another try.
     """
     if _guard is None:
         return
-    ends = [_guard.survives(image)]
-    while ends[-1] is not None and len(ends) < _TRIES:
-        ends.append(_guard.survives(image))
-    if ends[-1] is not None:
-        end = ends[-1]
-        how = signal.Signals(-end).name if -end in {*signal.Signals} else f"exit status {end}"
-        raise UnusableImage(f"a decoder crashes on it ({how})")
+    end = 0
+    for _ in range(_TRIES):
+        ended = _guard.survives(image)
+        if ended is None:
+            return
+        end = ended
+    if -end in _CRASHES:
+        raise UnusableImage(f"a decoder crashes on it ({signal.Signals(-end).name})")
+    how = signal.Signals(-end).name if -end in {*signal.Signals} else f"exit status {end}"
+    raise OSError(f"the process that decodes images ended ({how}) on one of {len(image):,} bytes: is memory enough?")
 
 
 def serve() -> None:
     """The process: decodes what comes, as sharding, conversion and the search for duplicates do."""
+    from data_prep.perceptual_hash import describe_images  # which imports this module
+
     incoming, outgoing = sys.stdin.buffer, sys.stdout.buffer
-    while len(head := incoming.read(_LENGTH)) == _LENGTH:
-        image = incoming.read(int.from_bytes(head, "little"))
-        with suppress(UnusableImage):
-            check_image(image)
-        with suppress(Exception), warnings.catch_warnings():  # Pillow raises whatever its parsing runs into
-            warnings.simplefilter("ignore")
-            Image.open(io.BytesIO(image)).convert("RGB")
+
+    def say_done() -> None:
         outgoing.write(b".")
         outgoing.flush()
+
+    say_done()  # that it runs
+    while len(head := incoming.read(_LENGTH)) == _LENGTH:
+        image = incoming.read(int.from_bytes(head, "little"))
+        with suppress(Exception), warnings.catch_warnings():  # Pillow raises whatever its parsing runs into
+            warnings.simplefilter("ignore")
+            check_image(image)  # what it refuses nothing else decodes
+            describe_images([image])
+            Image.open(io.BytesIO(image)).convert("RGB")
+        say_done()

@@ -60,7 +60,7 @@ def lay_down_files(files: Sequence[TableFile], columns: Columns, folder: Folder,
     sizes = {part: file.size() for part, file in zip(parts, files, strict=True)}
     progress = Progress(sum(sizes.values()), "bytes", "copying the images of the table")
     progress.skip(sum(size for part, size in sizes.items() if part not in tasks))
-    run_tasks(_lay_down_file, tasks, folder, workers, progress, lambda part: sizes[part])
+    run_tasks(_lay_down_file, tasks, folder, workers, progress, lambda part: sizes[part], decodes=False)
     return parts
 
 

@@ -22,7 +22,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cluster.ahead import ahead
-from cluster.storage import StorageError
 from data_prep.columns import Strings
 from data_prep.tar_headers import BLOCK, ReadAt, TarError
 
@@ -149,9 +148,11 @@ class GzipReader:
         self._decoder, self._raw = zlib.decompressobj(-zlib.MAX_WBITS, zdict=window), True
         self._input = b""
         if bits:
-            before = self._read_at(1, self._source - 1)[0]
+            before = self._read_at(1, self._source - 1)
+            if not before:
+                raise GzipError(f"{self._where} ends before byte {self._source}")
             whole, low = _PREFIXES[8 - bits]
-            self._input = whole + bytes([low | before & (0xFF << (8 - bits) & 0xFF)])
+            self._input = whole + bytes([low | before[0] & (0xFF << (8 - bits) & 0xFF)])
 
     def _decode(self, most: int) -> bytes:
         """The next bytes of the decoded stream; empty at its end."""
@@ -263,7 +264,7 @@ def _feed(process: "subprocess.Popen[bytes]", source: Slice, unread: list[Except
         while True:
             try:
                 piece = next(pieces, b"")
-            except (OSError, StorageError) as error:
+            except Exception as error:  # whatever it is: the reader of the stream raises it
                 unread.append(error)
                 return
             if not piece:

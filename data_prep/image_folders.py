@@ -92,8 +92,8 @@ def list_loose_images(folder: Folder) -> tuple[Strings, NDArray[np.uint64]]:
 def _sizes_in(folder: Folder) -> list[tuple[str, int]]:
     if folder.local is None:
         return [(name, size) for name, size in folder.tree().items() if "/" not in name]
-    with os.scandir(folder.local) as entries:
-        return [(entry.name, entry.stat().st_size) for entry in entries if entry.is_file()]
+    with os.scandir(os.fsencode(folder.local)) as entries:
+        return [(os.fsdecode(entry.name), _size(entry)) for entry in entries if not _is_folder(entry)]
 
 
 def _list_local(root: Path, name: bytes) -> ClassListing:
@@ -108,13 +108,20 @@ def _list_local(root: Path, name: bytes) -> ClassListing:
                 path = folder + b"/" + entry.name
                 if entry.name.startswith(b"."):
                     continue
-                if entry.is_dir():
+                if _is_folder(entry):
                     waiting.append(path)
                 elif looks_like_image(entry.name):
                     found.append((path, _size(entry)))
                 else:
                     others.append(path)
     return _sorted(found, others)
+
+
+def _is_folder(entry: "os.DirEntry[bytes]") -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link in a circle, or to where we may not look
+        return False
 
 
 def _size(entry: "os.DirEntry[bytes]") -> int:

@@ -23,9 +23,9 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
 from data_prep.decoder_process import refuse_deadly
-from data_prep.image_check import UnusableImage, check_image
+from data_prep.image_check import MAX_PIXELS, UnusableImage, check_image
 
-VERSION = 2
+VERSION = 3
 """Of all in this module that decides a descriptor: kept hashes of another version are not used."""
 
 _SIDE = 32
@@ -141,6 +141,8 @@ def _reduced(data: bytes | memoryview) -> NDArray[np.float32] | None:
 
 def _reduced_jpeg(data: bytes | memoryview) -> NDArray[np.float32]:
     height, width, _, _ = simplejpeg.decode_jpeg_header(data)
+    if height * width > MAX_PIXELS:
+        raise ValueError("sharding leaves it out")
     gray = simplejpeg.decode_jpeg(data, "GRAY", min_height=_DECODED, min_width=_DECODED, min_factor=1)[:, :, 0]
     # Reduced by n/8 the decoder rounds up, and the last row and column stand for less than a pixel: leave that out
     eighths = next(n for n in range(8, 0, -1) if gray.shape == (-(-height * n // 8), -(-width * n // 8)))

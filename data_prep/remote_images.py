@@ -20,7 +20,7 @@ from cluster.folders import Folder, folder_at
 from cluster.storage import MissingError, StorageError
 from data_prep.columns import Strings
 from data_prep.image_check import UnusableImage
-from data_prep.source_reader import Images
+from data_prep.source_reader import UNREADABLE, Images
 
 _THREADS = 32
 _GROUP = 32
@@ -164,7 +164,7 @@ class _Fetcher:
                 return file.read()
         except OSError as error:
             passing = not isinstance(error, FileNotFoundError)
-            raise UnusableImage(f"cannot be read: {error.strerror}", may_pass=passing) from error
+            raise UnusableImage(f"{UNREADABLE}: {error.strerror}", may_pass=passing) from error
 
 
 def without_credentials(address: str) -> str:

@@ -40,8 +40,13 @@ _MAX_OPEN = 128
 
 _OF_THE_FILE = {errno.EACCES, errno.EPERM, errno.EIO, errno.EBADMSG, errno.EUCLEAN, errno.ELOOP, errno.EISDIR}
 """Errors of one file, that may not be read or lies on a bad place of a disk; of others the whole source is at fault."""
-_READS, _PAUSE = 3, 0.5
-"""Of a file that cannot be read, and seconds between: mounted file systems have moments."""
+_PAUSES = (0.5, 2.0, 8.0)
+"""Seconds before a file that cannot be read is tried again: mounted file systems have moments."""
+_MOST_UNREADABLE, _MOST_UNREADABLE_SHARE = 10, 0.01
+"""Of the files of one task: with more of them, and a larger share, the node or the mount is at fault, not the files."""
+UNREADABLE = "cannot be read"
+"""Begins the reason of a file that was there and could not be read."""
+DANGLING = "a link to a file that is not there"
 
 Read = int | UnusableImage
 """How many bytes of an image there were, one more than fit if there are more, or why there are none."""
@@ -92,9 +97,22 @@ class FileImages(Images):
             return
         _check_there(local)
         base = os.fsencode(local) + b"/"
-        yield from _read_ahead(
-            lambda place, view: _read_file(base + self.paths[place], view), names, sizes, self.folder.url, _AHEAD
-        )
+        unreadable = 0
+
+        def fill(place: int, view: memoryview) -> Read:
+            nonlocal unreadable
+            path = base + self.paths[place]
+            read = _read_file(path, view)
+            if isinstance(read, UnusableImage) and str(read) != DANGLING:
+                unreadable += 1
+                if unreadable > max(_MOST_UNREADABLE, _MOST_UNREADABLE_SHARE * len(sizes)):
+                    raise OSError(
+                        f"{unreadable} of {len(sizes)} files of the source, the last of them {os.fsdecode(path)}, "
+                        f"on node {os.uname().nodename}: {read}"
+                    )
+            return read
+
+        yield from _read_ahead(fill, names, sizes, self.folder.url, _AHEAD)
 
     def _fill_remote(self, place: int, view: memoryview) -> int:
         return _copy(self.folder.read_bytes(os.fsdecode(self.paths[place])), view)
@@ -213,7 +231,10 @@ class _OpenFiles:
             return lambda size, offset: os.pread(opened.number, size, start + offset)
         with self._lock:
             if name not in self._sizes:
-                self._sizes[name] = self._folder.size(name) or 0
+                size = self._folder.size(name)
+                if size is None:
+                    raise SourceError(f"{self._folder}/{name} is gone: it was there when the source was listed")
+                self._sizes[name] = size
         end = self._sizes[name]
         first, piece = 0, b""
 
@@ -340,20 +361,26 @@ def _read_fully(descriptor: int, view: memoryview, offset: int) -> int:
 
 def _read_file(path: bytes, view: memoryview) -> Read:
     """Fill `view` with a file."""
-    for last in (False,) * (_READS - 1) + (True,):
+    for pause in (*_PAUSES, None):
         try:
             return _read_once(path, view)
         except FileNotFoundError:
-            if Path(os.fsdecode(path)).is_symlink():
-                return UnusableImage("a link to a file that is not there", may_pass=True)
+            if _dangled_before(path, len(view)):
+                return UnusableImage(DANGLING, may_pass=True)
             raise SourceError(f"{os.fsdecode(path)} is gone: it was there when the source was listed") from None
         except OSError as error:
             if error.errno not in _OF_THE_FILE:
                 raise OSError(error.errno, error.strerror, os.fsdecode(path)) from error
-            if last:
-                return UnusableImage(f"cannot be read: {error.strerror}", may_pass=True)
-        time.sleep(_PAUSE)
+            if pause is None:
+                return UnusableImage(f"{UNREADABLE}: {error.strerror}", may_pass=True)
+        time.sleep(pause)
     raise AssertionError
+
+
+def _dangled_before(path: bytes, size: int) -> bool:
+    """Whether a path was a link to nothing when it was listed, with the size of the link itself."""
+    link = Path(os.fsdecode(path))
+    return link.is_symlink() and link.lstat().st_size == size
 
 
 def _read_once(path: bytes, view: memoryview) -> int:

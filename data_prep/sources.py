@@ -26,7 +26,7 @@ from data_prep.image_tables import LabelKind, TableOptions, list_table
 from data_prep.image_tars import is_tar_name, list_flat_tar, list_tar
 from data_prep.listing import Listing, SourceError
 from data_prep.remote_images import FetchPolicy
-from data_prep.small_files import file_here
+from data_prep.small_files import file_beside, file_here, file_stamp
 from data_prep.source_reader import FileImages
 from data_prep.table_files import Columns, TableFile, class_names_of, columns_of, table_files
 from data_prep.tar_sample_source import holds_samples, is_corpus, list_corpus, list_samples, tars_in, with_names
@@ -51,7 +51,7 @@ class SourceSettings(Settings):
     """What a source is and how it is read."""
 
     source: str
-    """What there is to shard: a folder, tar, table, pattern of tars or corpus; on S3 too, but for gzip tars."""
+    """What there is to shard: a folder, tar, table, pattern of tars or corpus; on S3 too."""
     kind: Literal["auto", "folder", "tar", "table", "webdataset", "corpus"] = "auto"
     """What the source is; auto recognises it."""
     inside: str | None = None
@@ -205,7 +205,8 @@ def _list(kind: str, place: str, settings: SourceSettings, workers: int, destina
 def _truth_files(settings: SourceSettings) -> tuple[Path, Path | None]:
     truth = _file(settings.truth, "truth")
     assert truth is not None
-    return truth, _file(settings.synsets, "synsets")
+    assert settings.truth is not None
+    return truth, _file(settings.synsets or file_beside(settings.truth, "meta.mat", "truth"), "synsets")
 
 
 def _file(path: str | None, key: str) -> Path | None:
@@ -273,9 +274,10 @@ def embedded_stamp(settings: SourceSettings) -> str | None:
     files = _table_at(place)
     if not files or columns_of(files, None, settings.label_column, None, settings.image_column).image is None:
         return None
-    beside = [_file(getattr(settings, key), key) for key in ("classes", "relabel", "words")]
     stats = [(file.name, file.stamp()) for file in files]
-    stats += [(path.name, LocalFolder(path.parent).stamp(path.name)) for path in beside if path is not None]
+    for key in ("classes", "relabel", "words"):
+        if (beside := getattr(settings, key)) is not None:
+            stats.append((Path(beside).name, file_stamp(beside, key)))
     said = {key: getattr(settings, key) for key in SourceSettings.model_fields}
     return hashlib.sha256(json.dumps([said, stats]).encode()).hexdigest()[:32]
 

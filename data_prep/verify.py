@@ -25,8 +25,8 @@ from data_prep.webdataset_tars import UnusableSample, dali_index, dali_index_lin
 
 DESCRIPTION = """
 Check a corpus from end to end: the manifest against its own hash, index and labels against their checksums, every
-shard against its checksum, every image and label in it against the index, and the counts of the manifest. Names each
-shard and sample that is wrong, and exits with an error if there is one.
+shard and its list of origins against their checksums, every image and label in it against the index, and the counts of
+the manifest. Names each shard and sample that is wrong, and exits with an error if there is one.
 
 Shards on S3 are fetched into TMPDIR for it, one for each CPU at a time.
 

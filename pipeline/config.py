@@ -368,6 +368,8 @@ class EvaluateSettings(Settings):
     """Ranks; null takes every GPU of the cluster, or 1 where there is none."""
     cpus_per_worker: PositiveInt | None = None
     """Ray's logical CPUs a rank; null shares the cluster's among the ranks."""
+    max_failures: Annotated[int, Field(ge=0)] = 1
+    """Crashes of the ranks after which Ray starts them again."""
     wait_s: Annotated[int, Field(ge=0)] = 1800
     """Seconds to wait for room on the cluster: for other jobs to end, or for an autoscaler's nodes."""
     interface: str | None = None

@@ -32,7 +32,8 @@ class Terms:
         resize_check_s: seconds between looks for room for more ranks.
         wait_s: seconds to wait for room for the fewest.
         interface: network interface of the ranks; None chooses it.
-        section: what the names of these settings begin with, for messages; empty for a stage without ranges.
+        section: what the names of these settings begin with, for messages: empty for evaluation, where they have no
+            section, and ranks no range.
     """
 
     workers: tuple[int, int] | None = None

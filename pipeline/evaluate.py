@@ -128,7 +128,7 @@ def main() -> None:
             terms=Terms(
                 (settings.workers, settings.workers) if settings.workers else None,
                 settings.cpus_per_worker,
-                max_failures=1,
+                settings.max_failures,
                 wait_s=settings.wait_s,
                 interface=settings.interface,
                 section="",

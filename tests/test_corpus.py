@@ -230,7 +230,7 @@ def test_verify_compares_labels_and_dali_index(corpus):
     cut(corpus.path / "shard-000000.idx", -5)
     flip(corpus.path / "shard-000000.origins", 3)
     problems = "\n".join(verify(corpus))
-    assert "shard-000000.origins is damaged: its checksum" in problems
+    assert "shard-000000.origins is damaged: it is not what was written" in problems
     assert f"sample {victim} " in problems
     assert "the label beside it" in problems
     assert "shard-000000.idx is missing or is not the index" in problems

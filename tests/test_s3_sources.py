@@ -18,10 +18,21 @@ from data_prep.copy_corpus import CopySettings, copy_corpus
 from data_prep.index import IndexSettings, index_corpus
 from data_prep.listing import SourceError
 from data_prep.remote_images import FetchPolicy, RemoteImages
+from data_prep.sources import SourceSettings, list_source
 from data_prep.verify import verify
 from tests.corpora import image_folder, make_corpus
 from tests.running import REPOSITORY
-from tests.test_sources import add, class_tar, contents, gzip_tar, incompressible, shard, tars_of
+from tests.test_sources import (
+    add,
+    class_tar,
+    contents,
+    gzip_tar,
+    incompressible,
+    shard,
+    tars_of,
+    validation_tar,
+    write_meta,
+)
 
 
 def test_tables_shards_and_corpora_on_s3_are_sources_too(tmp_path, s3, monkeypatch, messages):
@@ -66,6 +77,23 @@ def test_tables_shards_and_corpora_on_s3_are_sources_too(tmp_path, s3, monkeypat
         assert s3.faults.injected.total() > 10
 
 
+def test_the_truth_of_validation_images_may_be_on_s3_with_what_it_means_beside_it(tmp_path, s3):
+    tar, numbers, _ = validation_tar(tmp_path)
+    there = folder_at(s3.bucket(), "test")
+    for path in (tar, numbers):
+        there.put(path, f"kit/{path.name}")
+    place = f"{there}/kit/{tar.name}"
+    with pytest.raises(SourceError, match="what they mean is not known: give synsets=FILE"):
+        list_source(SourceSettings(source=place, truth=f"{there}/kit/{numbers.name}"))
+    write_meta(tmp_path / "meta.mat")
+    there.put(tmp_path / "meta.mat", "kit/meta.mat")
+    with ray_session():
+        corpus = shard(place, tmp_path / "corpus", truth=f"{there}/kit/{numbers.name}")
+        expected = shard(tmp_path / "in_folders", tmp_path / "expected")
+    assert corpus.classes == expected.classes
+    assert contents(corpus) == contents(expected)
+
+
 def test_the_small_files_beside_a_source_may_be_on_s3(tmp_path, s3):
     source = image_folder(tmp_path / "images", classes=3, images=6)
     there = folder_at(s3.bucket(), "test")
@@ -102,6 +130,19 @@ def test_a_gzip_tar_of_which_the_store_refuses_a_part_is_one_error_of_the_store(
     s3.faults.rates, s3.faults.only = {"denied": 1.0}, r"bytes=1\d{7}-"
     with pytest.raises(StorageError, match=rf"{source.name}.*denied"):
         shard(f"{there}/{source.name}", tmp_path / "corpus")
+
+
+def test_a_gzip_tar_that_is_gone_or_shorter_is_one_error(tmp_path, s3):
+    source = gzip_tar(incompressible(tmp_path / "images"), "outer")
+    there = folder_at(s3.bucket(), "test")
+    there.put(source, source.name)
+    listing = list_source(SourceSettings(source=f"{there}/{source.name}"))
+    there.write_bytes(source.name, source.read_bytes()[: source.stat().st_size // 2])
+    with pytest.raises(SourceError, match=r"source\.tar\.gz .*it has changed since it was listed"):
+        list(listing.images.groups(listing.names, listing.sizes))
+    there.remove(source.name)
+    with pytest.raises(SourceError, match=r"source\.tar\.gz is gone: it was there when the source was listed"):
+        list(listing.images.groups(listing.names, listing.sizes))
 
 
 def test_tars_of_others_on_s3_become_a_corpus_as_they_are(tmp_path, s3, monkeypatch):

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import simplejpeg
 
 from cluster.command import Progress
 from cluster.folders import LocalFolder
@@ -23,14 +22,11 @@ from cluster.ray_runtime import ray_session
 from cluster.settings import SettingsError, parse_command
 from cluster.storage import StorageError
 from data_prep.corpus import Corpus
-from data_prep.corpus_format import QUARANTINE
 from data_prep.corpus_jobs import run_tasks
-from data_prep.image_check import UnusableImage, check_image
 from data_prep.shard import ShardSettings, shard_corpus
 from data_prep.sources import SourceSettings, list_source
 from data_prep.verify import verify
 from tests.corpora import encoded, image_folder
-from tests.running import REPOSITORY, environment
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -120,6 +116,23 @@ def test_a_rerun_does_no_finished_work_again_and_repairs_what_is_damaged(ray, so
     (corpus.path / "manifest.json").write_bytes(before["manifest.json"][:100])
     shard(source, tmp_path / "corpus")
     assert content(corpus.path) == before
+
+
+def test_a_corpus_of_before_the_checksums_of_origins_stays_what_it_is(ray, source, tmp_path):
+    folder = shard(source, tmp_path / "corpus").folder
+    folder.remove("manifest.json")
+    records = [name for name in folder.tree() if ".record." in name]
+    for name in records:
+        record = folder.read_json(name)
+        del record["origins_xxh3_128"]
+        folder.write_json(name, record)
+    old = shard(source, tmp_path / "corpus")
+    assert "origins" not in str(old.manifest["shards"])
+    assert len(set(old.origins())) == len(old)
+    folder.remove("manifest.json")
+    folder.remove(records[0])  # the shard is written again, and its new record has the checksum
+    assert shard(source, tmp_path / "corpus").corpus_hash == old.corpus_hash
+    assert "origins_xxh3_128" in folder.read_json(records[0])
 
 
 def test_images_that_do_not_decode_are_quarantined(ray, source, tmp_path, messages):
@@ -397,60 +410,3 @@ def test_a_shard_on_which_every_worker_dies_is_one_error_that_names_it(ray, tmp_
     folder = LocalFolder(tmp_path)
     with pytest.raises(StorageError, match=r"shard-000007\.tar in .* cannot be made: its process ended 5 times"):
         run_tasks(end_at_once, tasks, folder, 1, Progress(1, "images", "sharding"), lambda name: 1)
-
-
-DEADLY = """
-import os, signal
-__path__.append({folder!r})
-exec(compile(open({init!r}).read(), {init!r}, "exec"))
-_decode = decode_jpeg
-def decode_jpeg(data, *args, **kwargs):
-    if bytes(data).endswith(b"deadly"):
-        os.kill(os.getpid(), signal.SIGSEGV)
-    return _decode(data, *args, **kwargs)
-"""
-"""The decoder, but with an image on which it crashes: none is known of the real one."""
-
-
-def test_an_image_on_which_the_decoder_crashes_is_found_and_left_out(tmp_path):
-    decoder = tmp_path / "decoder" / "simplejpeg"
-    decoder.mkdir(parents=True)
-    real = Path(simplejpeg.__file__)
-    (decoder / "__init__.py").write_text(DEADLY.format(folder=str(real.parent), init=str(real)))
-    source = image_folder(tmp_path / "images", classes=2, images=10)
-    victim = source / "c1" / "004.JPEG"
-    victim.write_bytes(victim.read_bytes() + b"deadly")
-    result = subprocess.run(
-        [sys.executable, "data_prep/shard.py", source, tmp_path / "corpus", "shard_mb=0.01", "dedup=true"],
-        cwd=REPOSITORY, env=environment(tmp_path / "home", PYTHONPATH=str(decoder.parent)),
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert result.returncode == 0, result.stderr
-    assert "its process ended 2 times" in result.stderr
-    corpus = Corpus.open(str(tmp_path / "corpus"))
-    assert [json.loads(line) for line in (corpus.path / QUARANTINE).open()] == [
-        {"origin": "c1/004.JPEG", "reason": "a decoder crashes on it (SIGSEGV)"}
-    ]
-    victim.unlink()
-    assert sorted(corpus.origins()) == sorted(str(path.relative_to(source)) for path in source.rglob("*.JPEG"))
-    assert list(verify(corpus)) == []
-
-
-def test_an_image_that_would_take_all_memory_is_refused_by_its_header():
-    image = bytearray(encoded(0))
-    frame = image.index(b"\xff\xc0") + 5
-    image[frame : frame + 4] = (20_000).to_bytes(2, "big") * 2
-    with pytest.raises(UnusableImage, match="too large: 20000x20000 pixels, more than 178,956,970"):
-        check_image(bytes(image))
-
-
-def test_files_that_cannot_be_read_are_left_out_with_the_reason(ray, tmp_path):
-    source = image_folder(tmp_path / "images", classes=2, images=10)
-    (source / "c0" / "gone.JPEG").symlink_to(tmp_path / "nothing")
-    (source / "c1" / "bad-sector.JPEG").symlink_to("/proc/self/mem")  # whose reading fails like that of a broken disk
-    corpus = shard(source, tmp_path / "corpus")
-    assert len(corpus) == 20
-    assert {entry["origin"]: entry["reason"] for entry in map(json.loads, (corpus.path / QUARANTINE).open())} == {
-        "c0/gone.JPEG": "a link to a file that is not there",
-        "c1/bad-sector.JPEG": "cannot be read: Input/output error",
-    }

@@ -143,8 +143,7 @@ IDS = ["n00000003", "n00000001", "n00000002"]
 """In the order of ILSVRC2012_ID, which is not that of the names."""
 
 
-@pytest.fixture
-def validation(tmp_path):
+def validation_tar(tmp_path: Path) -> tuple[Path, Path, list[int]]:
     """A flat tar as ILSVRC2012_img_val.tar, its truth in numbers, and the same images in class folders."""
     truth = []
     with tarfile.open(tmp_path / "val.tar", "w") as tar:
@@ -160,6 +159,11 @@ def validation(tmp_path):
     numbers = tmp_path / "data" / "ILSVRC2012_validation_ground_truth.txt"
     numbers.write_text("".join(f"{number}\n" for number in truth))
     return tmp_path / "val.tar", numbers, truth
+
+
+@pytest.fixture
+def validation(tmp_path):
+    return validation_tar(tmp_path)
 
 
 def write_meta(path: Path) -> None:

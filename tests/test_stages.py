@@ -16,7 +16,7 @@ from models.presets import vit_config
 from models.vit import VisionTransformer
 from pipeline import evaluate, finetune, packages, pretrain, tracking
 from tests.corpora import image_folder, make_corpus
-from tests.running import REPOSITORY, environment, script
+from tests.running import REPOSITORY, environment, script, torchrun
 
 
 @pytest.fixture(scope="module")
@@ -144,6 +144,14 @@ def test_evaluation_refuses_a_corpus_of_other_classes(home, corpus, monkeypatch)
     message = error_of(evaluate, monkeypatch, "models:/small@champion", str(corpus.path))
     assert "knows 2 classes (x, y" in message
     assert "has 3 (c0, c1, c2" in message
+
+
+def test_evaluation_takes_the_interface_that_is_named(home, corpus):
+    publish(home)
+    done = torchrun(1, home, "pipeline/evaluate.py", "models:/small@champion", str(corpus.path), "interface=nope0")
+    assert done.returncode != 0
+    assert done.stderr.startswith("error: interface = 'nope0': ")
+    assert "has no such network interface; it has " in done.stderr
 
 
 def test_a_run_folder_in_use_or_of_another_stage_is_refused(home, corpus, monkeypatch):

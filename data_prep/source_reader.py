@@ -33,7 +33,7 @@ _AHEAD_OF_NETWORK = 32
 _GZIP_GROUP_BYTES = 32 << 20
 """What is read from gzip streams at a time, in the order of the stream: neighbours share their decoding."""
 _GZIP_AHEAD = 2
-_REMOTE_GZIP_GROUP_BYTES, _REMOTE_GZIP_AHEAD = 4 << 20, 16
+_REMOTE_GZIP_GROUP_BYTES, _REMOTE_GZIP_AHEAD = 8 << 20, 8
 """The same on an object store, where each image waits for a request or two of _REMOTE_GZIP_PIECE bytes."""
 _REMOTE_GZIP_PIECE = 512 << 10
 _MAX_OPEN = 128

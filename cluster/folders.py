@@ -4,6 +4,7 @@ Everything that may be on S3 (corpora, run folders, sources) is reached through 
 of the two it is. A file appears under its name whole or not at all, in both.
 """
 
+import errno
 import fcntl
 import json
 import os
@@ -143,8 +144,8 @@ class Folder(ABC):
         """Remove the folder with all that is in it, if it is there."""
 
     @abstractmethod
-    def remove_unfinished(self) -> None:
-        """Remove what killed writers left directly in the folder."""
+    def remove_unfinished(self, *, deep: bool = False) -> None:
+        """Remove what killed writers left directly in the folder, and if `deep` in the folders in it."""
 
     @abstractmethod
     def free(self) -> int | None:
@@ -219,7 +220,7 @@ class LocalFolder(Folder):
         try:
             return path.open("rb")
         except OSError as error:
-            raise StorageError(f"{path} cannot be read: {error.strerror}") from error
+            raise storage.unreadable(path, error) from error
 
     def read_bytes(self, name: str, offset: int = 0, length: int | None = None) -> bytes:
         path = self.local / name
@@ -228,7 +229,9 @@ class LocalFolder(Folder):
                 file.seek(offset)
                 content = file.read() if length is None else file.read(length)
         except OSError as error:
-            raise StorageError(f"{path} cannot be read: {error.strerror}") from error
+            if isinstance(error, StorageError):
+                raise
+            raise storage.unreadable(path, error) from error
         if length is not None and len(content) != length:
             raise StorageError(f"{path} ends before byte {offset + length}: it was cut short")
         return content
@@ -270,9 +273,14 @@ class LocalFolder(Folder):
         if move and path.stat().st_dev == target.parent.stat().st_dev:
             with path.open("rb") as file:
                 os.fsync(file.fileno())
-            path.replace(target)
-            storage.sync_folder(target.parent)
-            return
+            try:
+                path.replace(target)
+            except OSError as error:
+                if error.errno != errno.EXDEV:  # two mounts of one file system, as of a container, are two for that
+                    raise
+            else:
+                storage.sync_folder(target.parent)
+                return
         with path.open("rb") as source, storage.atomic_file(target) as file:
             while chunk := source.read(4 << 20):
                 storage.write_fully(file, chunk)
@@ -290,8 +298,11 @@ class LocalFolder(Folder):
         if self.local.is_dir():
             shutil.rmtree(self.local)
 
-    def remove_unfinished(self) -> None:
+    def remove_unfinished(self, *, deep: bool = False) -> None:
         storage.remove_unfinished(self.local)
+        if deep:
+            for name in self.folders():
+                self.child(name).remove_unfinished(deep=True)
 
     def free(self) -> int | None:
         place = next(place for place in (self.local, *self.local.parents) if place.is_dir())

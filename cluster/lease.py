@@ -180,10 +180,13 @@ class Watcher:
     def __init__(self, folder: Folder, token: str, ttl_s: float = TTL_S) -> None:
         self.folder, self.token, self.ttl_s = folder, token, ttl_s
         self._seen: bytes | None = None
-        self._changed = time.monotonic()
+        self._changed = self._asked = time.monotonic()
 
     def lost(self) -> str | None:
         """Why the lease no longer covers this process, or None while it does. Reads one small file."""
+        away, self._asked = time.monotonic() - self._asked, time.monotonic()
+        if away > self.ttl_s / 2:  # this process was stopped, and the holder with it, perhaps
+            self._changed += away
         try:
             found = self.folder.read_bytes(FILE)
         except (OSError, StorageError):  # storage that does not answer is a lease that is not seen to be renewed

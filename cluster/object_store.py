@@ -127,8 +127,8 @@ class ObjectFolder(Folder):
         _run(self._objects.abort_all(deep=True))
         _run(self._objects.remove_all())
 
-    def remove_unfinished(self) -> None:
-        _run(self._objects.abort_all(deep=False))
+    def remove_unfinished(self, *, deep: bool = False) -> None:
+        _run(self._objects.abort_all(deep=deep))
 
     def free(self) -> None:
         return None

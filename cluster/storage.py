@@ -3,6 +3,7 @@
 What may also lie on an object store goes through `cluster.folders.Folder`.
 """
 
+import errno
 import json
 import os
 import shutil
@@ -31,6 +32,23 @@ class StorageError(ValueError):
 
 class MissingError(StorageError):
     """There is no such object in the object store."""
+
+
+class ReadError(StorageError, OSError):
+    """A file that could not be read for a moment; worth another try."""
+
+
+_PASSING = {
+    errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.ECONNRESET, errno.EREMOTEIO, errno.EHOSTDOWN,
+    errno.EHOSTUNREACH, errno.ENETDOWN, errno.ENETUNREACH,
+}  # fmt: skip
+"""Errors of mounted file systems whose server is away."""
+
+
+def unreadable(path: Path, error: OSError) -> StorageError:
+    """What to raise where a file cannot be read."""
+    kind = ReadError if error.errno in _PASSING else StorageError
+    return kind(f"{path} cannot be read: {error.strerror}")
 
 
 def local_path(path: str, key: str) -> Path:

@@ -112,13 +112,13 @@ def newest(folder: Folder, *, before: Checkpoint | None = None, verify_from: int
     return None
 
 
-def newest_step(folder: Folder) -> int:
-    """The step of the newest committed checkpoint, damaged or not; -1 where there is none. Reads names only.
+def newest_name(folder: Folder) -> str:
+    """The name of the newest committed checkpoint, damaged or not; empty where there is none. Reads names only.
 
     Args:
         folder: the run's `checkpoints` folder.
     """
-    return max((_step_of(name) for name in _committed(folder)), default=-1)
+    return max(_committed(folder), key=_step_of, default="")
 
 
 def _last_name(folder: Folder) -> str:
@@ -230,6 +230,7 @@ def retain(folder: Folder, newest: Folder, keep: int, keep_every: int | None, ke
 
 def remove_uncommitted(folder: Folder) -> None:
     """Remove what saves that died left. No other job may work in the folder."""
+    folder.remove_unfinished(deep=True)  # on an object store a folder shows only once a file of it is whole
     committed = set(_committed(folder))
     for name in folder.folders():
         if _NAME.fullmatch(name) and name not in committed:

@@ -209,10 +209,13 @@ class Recruiter:
         capacity.request([each] * ranks + [bundle for bundle in used if any(bundle.values())])
 
     def close(self) -> None:
-        """Take back what the autoscaler was asked for, if it was: it would keep nodes for it for ever."""
-        if self._asked is not None:
-            from cluster import capacity
+        """Take back what the autoscaler was asked for, by this driver or one that was killed before it.
 
+        It would keep nodes for it for ever. A job that still waits for its own asks again within seconds.
+        """
+        from cluster import capacity
+
+        if self._asked is not None or capacity.grows():
             capacity.request([])
 
     def _no_room(self, total: "list[Node]", free: "list[Node]", fewest: int, gpu: bool, waited: float) -> str:

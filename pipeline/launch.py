@@ -36,7 +36,7 @@ def run_ranks(
     name: str,
     terms: Terms,
     check: Callable[[int], None],
-    progress: Callable[[], int] = lambda: 0,
+    progress: Callable[[], str] = lambda: "",
 ) -> None:
     """Call `target(argument, control)` on every rank and wait for all of them.
 
@@ -86,7 +86,7 @@ class _Launcher:
         name: str,
         terms: Terms,
         check: Callable[[int], None],
-        progress: Callable[[], int],
+        progress: Callable[[], str],
         signals: StopSignal,
     ) -> None:
         self.target, self.argument, self.name = target, argument, name
@@ -112,7 +112,7 @@ class _Launcher:
             except (OSError, StorageError) as error:  # the storage that the ranks crashed of, perhaps
                 log.warning("%s", error)
                 now = saved
-            if now > saved:
+            if now != saved:
                 failures, saved = 0, now
             if outcome == "stopped":
                 log.info("the ranks saved and stopped: %s", why)

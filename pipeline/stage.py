@@ -193,7 +193,7 @@ def _train(
             settings.run.interface,
         ),
         check=lambda ranks: _check_batch(settings, ranks),
-        progress=lambda: checkpoints.newest_step(folder.child("checkpoints")),
+        progress=lambda: checkpoints.newest_name(folder.child("checkpoints")),
     )
 
 
@@ -283,6 +283,7 @@ def _held(folder: Folder) -> Iterator[str]:
                 f"{folder} cannot be made ({error.strerror or error}): set run.home or VITFORGE_HOME to a folder that "
                 "can"
             ) from error
+        folder.remove_unfinished()
         try:
             yield lease.token
         except ValueError:

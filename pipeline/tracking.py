@@ -146,11 +146,14 @@ class Run:
                     "was then, or use another run.name"
                 ) from error
         self.run_id: str = run_id
-        self._waiting: list[Any] = []
+        self._waiting: list[tuple[str, float, int, int]] = []
+        """What MLflow was not told of yet: metric, value, milliseconds since the epoch, step."""
         self._flushed = time.monotonic()
         self._pause = FLUSH_SECONDS
         self._known: dict[str, int] = {}
         """The last step that MLflow has of each metric, as far as it was asked."""
+        self._silent_until = 0.0
+        """It did not answer: each question costs a minute then, and ranks that wait for one count as hanging."""
 
     def catch_up(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """Send what the run's own record has and MLflow lacks: points that died with a process before this one."""
@@ -160,39 +163,48 @@ class Run:
 
     def metrics(self, step: int, values: Mapping[str, float]) -> None:
         """Record values of a step. Steps that MLflow has already are left as they are."""
-        from mlflow.entities import Metric
-
         now = int(time.time() * 1000)
-        for key, value in values.items():
-            if key not in self._known:
-                self._known[key] = self._last_step(key)
-            if step > self._known[key] and value == value:
-                self._known[key] = step
-                self._waiting.append(Metric(key, value, now, step))
+        self._waiting += [(key, value, now, step) for key, value in values.items() if value == value]
         if time.monotonic() - self._flushed > self._pause:
             self.flush()
 
-    def _last_step(self, key: str) -> int:
-        try:
-            return max((point.step for point in self.client.get_metric_history(self.run_id, key)), default=-1)
-        except Exception as error:
-            log.warning("MLflow did not say what it has of %s (%s)", key, _first_line(error))
-            return -1
+    def flush(self, last: bool = False) -> None:
+        """Send what waits. A server that does not answer costs a warning, not the run: a later flush tries again.
 
-    def flush(self) -> None:
-        """Send what waits. A server that does not answer costs a warning, not the run: a later flush tries again."""
-        while self._waiting:
-            batch = self._waiting[:MAX_BATCH]
-            try:
-                self.client.log_batch(self.run_id, metrics=batch)
-            except Exception as error:
-                self._pause = min(2 * self._pause, 300.0)
-                self._flushed = time.monotonic()
-                log.warning("MLflow did not take the metrics (%s); they are kept and sent later", _first_line(error))
-                return
-            del self._waiting[: len(batch)]
+        Args:
+            last: ask even a server that did not answer a moment ago.
+        """
+        self._flushed = time.monotonic()
+        if self._flushed < self._silent_until and not last:
+            return
+        try:
+            while self._waiting:
+                self._send(self._waiting[:MAX_BATCH])
+                del self._waiting[:MAX_BATCH]
+        except Exception as error:
+            self._pause = min(2 * self._pause, 300.0)
+            self._flushed = time.monotonic()
+            self._silent_until = self._flushed + self._pause
+            log.warning("MLflow did not take the metrics (%s); they are kept and sent later", _first_line(error))
+            return
         self._pause = FLUSH_SECONDS
         self._flushed = time.monotonic()
+
+    def _send(self, points: Sequence[tuple[str, float, int, int]]) -> None:
+        """Send those of some points that MLflow does not have."""
+        from mlflow.entities import Metric
+
+        batch, known = [], dict(self._known)
+        for key, value, now, step in points:
+            if key not in known:
+                history = self.client.get_metric_history(self.run_id, key)
+                known[key] = self._known[key] = max((point.step for point in history), default=-1)
+            if step > known[key]:
+                known[key] = step
+                batch.append(Metric(key, value, now, step))
+        if batch:
+            self.client.log_batch(self.run_id, metrics=batch)
+        self._known = known
 
     def artifact(self, path: Path, folder: str | None = None) -> None:
         """Store a file with the run."""
@@ -210,7 +222,7 @@ class Run:
 
     def finish(self, status: str = "FINISHED") -> None:
         """Send what waits and close the run with FINISHED, FAILED or KILLED."""
-        self.flush()
+        self.flush(last=True)
         try:
             self.client.set_terminated(self.run_id, status)
         except Exception as error:

@@ -192,8 +192,9 @@ def _train(job: Job, worker: workers.Worker, oversight: Oversight) -> bool:
         """Tell the others and hear them: one step late, or of everything that was done, which waits for them."""
         nonlocal stop
         trouble = None
-        heard = [consensus.exchange(stop=oversight.wants_stop, **health.tell(everything))]
-        if everything:
+        heard = [consensus.exchange(stop=oversight.wants_stop, **health.tell())]
+        if everything:  # one step after the other: two that are told together are judged as one
+            heard.append(consensus.exchange(stop=oversight.wants_stop, **health.tell(everything=True)))
             heard.append(consensus.settle())
         for sums in heard:
             if sums is not None and trouble is None:

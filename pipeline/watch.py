@@ -68,6 +68,7 @@ class Watch:
         self._phase, self._step, self._moves, self._beat = "start", 0, 0, 0
         self._seen: dict[int, tuple[Sign, float, float]] = {}
         """Of each rank that is judged here: its last sign, when it last beat and when it last moved, by our clock."""
+        self._judged = time.monotonic()
         self._store: Any = None
         if worker.world_size > 1:
             timeout = datetime.timedelta(seconds=max(5.0, self._silent_s / 3))
@@ -137,6 +138,9 @@ class Watch:
 
     def _judge(self) -> None:
         now = time.monotonic()
+        away, self._judged = now - self._judged, now
+        if away > self._silent_s / 2:  # this process was stopped, and the others with it, perhaps
+            self._seen = {rank: (sign, beat + away, moved + away) for rank, (sign, beat, moved) in self._seen.items()}
         judged = {rank: seen for rank, seen in self._seen.items() if self.worker.leads or rank == 0}
         silent = [rank for rank, (_, beaten, _) in judged.items() if now - beaten > self._silent_s]
         stuck = [

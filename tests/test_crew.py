@@ -93,6 +93,16 @@ def test_they_are_refused_when_the_wait_is_over(nodes: Nodes) -> None:
         recruiter.recruit(first=False)
 
 
+def test_what_a_killed_driver_asked_an_autoscaler_for_is_taken_back(nodes: Nodes) -> None:
+    nodes.grows = True
+    nodes.are(nodes_with(8))
+    recruiter = Recruiter(Terms((6, 8), 1, wait_s=60), splits_4096, never)
+    assert recruiter.recruit(first=True) == Crew(8, 1, False)
+    assert nodes.asked == []
+    recruiter.close()
+    assert nodes.asked == [[]]
+
+
 def test_a_cluster_that_stays_as_it_is_is_not_waited_on(nodes: Nodes) -> None:
     recruiter = Recruiter(Terms((6, 8), 1, wait_s=60), splits_4096, never)
     nodes.are(nodes_with(7))

@@ -9,7 +9,7 @@ import torch
 from cluster.folders import LocalFolder
 from data_prep.mixture import Mixture
 from pipeline.config import HealthSettings
-from pipeline.health import Health, NonFiniteError
+from pipeline.health import Health, NonFiniteError, Taken
 from pipeline.workers import Worker
 from tests.corpora import image_folder, make_corpus
 
@@ -35,6 +35,21 @@ def test_a_restart_measures_a_spike_against_the_same_losses():
     assert troubles[0].what == "the loss jumped to 6.5, 2.2 times its usual value"
     # A checkpoint of before has none: nothing is a spike until there are enough.
     assert watch(Health(SETTINGS, Worker()), 31, 600.0) is None
+
+
+def test_on_a_gpu_a_spike_is_found_at_its_step_when_everything_is_asked_for():
+    """Values come a step late there; a save asks for the step before and for the last one, and not for both at once."""
+    health = Health(SETTINGS, Worker(gpu_index=0))
+    troubles = []
+    for step in range(1, 42):
+        loss = 2.5 if step == 40 else 1.0
+        # as `took` leaves it, whose copies to the host need a device
+        health._waiting.append(Taken(step, step, np.array([0]), torch.tensor(loss), torch.tensor(0.0), None))
+        sums = [health.tell()]
+        if step % 10 == 0:
+            sums.append(health.tell(everything=True))
+        troubles += [health.judge(each) for each in sums]
+    assert [trouble.step for trouble in troubles if trouble is not None] == [40]
 
 
 def test_steps_that_are_taken_back_count_for_nothing():

@@ -44,11 +44,11 @@ def test_room_that_another_job_takes_before_the_ranks_start_costs_one_try(
             taken.append(placement_group([{"CPU": ray.available_resources()["CPU"]}]))
             assert taken[0].wait(60)
 
-    def give_back() -> int:
+    def give_back() -> str:
         """Asked between starts: the other job ends."""
         if taken:
             remove_placement_group(taken[0])
-        return 0
+        return ""
 
     terms = Terms((1, 2), 1, max_failures=1, wait_s=120)
     run_ranks(leave_word, str(tmp_path), name="taken", terms=terms, check=take_all, progress=give_back)

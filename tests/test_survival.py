@@ -14,7 +14,7 @@ import pytest
 
 from cluster.folders import LocalFolder, folder_at
 from pipeline import tracking
-from pipeline.checkpoints import newest, newest_step
+from pipeline.checkpoints import newest, newest_name
 from tests.corpora import image_folder, make_corpus
 from tests.running import REPOSITORY, environment, losses, tiny, torchrun, torchrun_command
 
@@ -218,7 +218,7 @@ def test_a_spike_that_comes_with_the_wish_to_stop_is_not_saved(places, tmp_path)
     assert step < STEPS
     stopped = stopped_at(places, tmp_path, f"computing of step {step}", "spike-and-stop", *overrides)
     assert f"at step {step}, samples [" in stopped.stderr, stopped.stderr[-4000:]
-    assert newest_step(LocalFolder(places[0] / "runs" / "spike-and-stop" / "checkpoints")) == -1
+    assert newest_name(LocalFolder(places[0] / "runs" / "spike-and-stop" / "checkpoints")) == ""
 
 
 def test_the_best_of_all_that_were_scored_stays(places, tmp_path):

@@ -113,6 +113,36 @@ def test_a_server_that_does_not_answer_is_a_failure_that_is_tried_again(home, fa
     assert isinstance(caught.value, ValueError)
 
 
+def test_a_server_that_does_not_answer_is_asked_once_and_not_for_every_metric(home, monkeypatch):
+    """Each question to one that is silent costs a minute, and ranks that wait for one count as hanging."""
+    asked = []
+
+    class Counting(Unwell):
+        def do_POST(self):
+            asked.append(self.path)
+            self.send_error(503)
+
+        do_GET = do_POST  # noqa: N815
+
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    server = HTTPServer(("127.0.0.1", 0), Counting)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    run = tracking.Run("run", None)
+    works, run.client = run.client, mlflow.MlflowClient(f"http://127.0.0.1:{server.server_port}")
+    for step in (1, 2):
+        run.metrics(step, {"heldout/loss": 1.0 / step, "heldout/top1": 0.5, "heldout/top5": 0.75})
+        run.flush()
+    assert len(asked) == 1
+    run.flush(last=True)
+    assert len(asked) == 2
+    server.shutdown()
+    server.server_close()
+    run.client = works
+    run.finish()
+    assert history(run, "heldout/loss") == [(1, 1.0), (2, 0.5)]
+    assert history(run, "heldout/top5") == [(1, 0.75), (2, 0.75)]
+
+
 def test_storage_that_fails_at_a_save_costs_a_warning_and_no_row(s3, messages):
     folder = folder_at(s3.bucket() + "/run", "run.home")
     record = tracking.MetricsFile(folder, 0)

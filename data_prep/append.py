@@ -106,8 +106,8 @@ def _version_to_add_to(folder: Folder) -> Corpus:
 
 
 def _not_there_yet(listing: Listing, before: Corpus, conversion: Conversion) -> Listing:
-    there = np.array([_digest(origin) for origin in _origins(before)])
-    here = np.array([_digest(one_line(listing.names[row])) for row in range(len(listing))])
+    there = np.fromiter((_digest(origin) for origin in _origins(before)), "S16")
+    here = np.fromiter((_digest(one_line(listing.names[row])) for row in range(len(listing))), "S16", len(listing))
     is_new = ~np.isin(here, there)
     if not isinstance(listing.images, RemoteImages) and not _were_converted(before, conversion):
         _refuse_other_images(listing, before, here, there[: before.num_samples])
@@ -129,7 +129,7 @@ def _were_converted(corpus: Corpus, conversion: Conversion) -> bool:
     return any(manifest.get("converted") for manifest in (*versions, corpus.manifest))
 
 
-def _refuse_other_images(listing: Listing, before: Corpus, here: NDArray[np.str_], there: NDArray[np.str_]) -> None:
+def _refuse_other_images(listing: Listing, before: Corpus, here: NDArray[np.bytes_], there: NDArray[np.bytes_]) -> None:
     """Refuse images that have the origin of one in the corpus, and another size.
 
     Args:
@@ -166,8 +166,8 @@ def _origins(corpus: Corpus) -> Iterator[str]:
             yield from (entry["origin"] for entry in entries if entry["reason"] != UNCOMPARED)
 
 
-def _digest(origin: str) -> str:
-    return xxhash.xxh3_128_hexdigest(origin.encode("utf-8", "backslashreplace"))
+def _digest(origin: str) -> bytes:
+    return xxhash.xxh3_128_digest(origin.encode("utf-8", "backslashreplace"))
 
 
 def _used(listing: Listing) -> set[str]:

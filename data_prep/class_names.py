@@ -200,6 +200,6 @@ def _pairs(path: Path, key: str, form: str) -> list[tuple[str, str]]:
 
 def _lines(path: Path, key: str) -> list[str]:
     try:
-        return path.read_text(encoding="utf-8").splitlines()
+        return path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise SourceError(f"{key} = {path} cannot be read: {error}") from error

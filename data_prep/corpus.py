@@ -1,9 +1,11 @@
 """The corpus as training reads it: sharded images with an index. corpus_format.py says which files it has."""
 
+import errno
 import json
 import os
 import re
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from functools import cached_property
@@ -45,6 +47,10 @@ CACHE_BYTES = 100 * 10**9
 """What the shards of object stores may take on a node where nothing else is said."""
 
 _MAX_OPEN_SHARDS = 256
+_PAUSES = (0.2, 1.0, 4.0)
+"""Seconds before a shard that cannot be opened or read is tried again: mounted file systems have moments."""
+_GONE = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.ELOOP}
+"""Errors of one shard; of others the node or the mount is at fault, and no sample is lost."""
 _VERSIONED = re.compile(r"(.+)#([1-9]\d*)")
 
 
@@ -297,8 +303,7 @@ class Corpus:
         columns = (rows["offset"].tolist(), rows["length"].tolist(), rows["shard"].tolist(), rows["check"].tolist())
         for place, (offset, length, shard, check) in enumerate(zip(*columns, strict=True)):
             image = np.empty(length, np.uint8)
-            opened = self._shard(shard)
-            count = os.preadv(opened.descriptor, [image.data], offset)
+            count = self._read_into(image, shard, offset)
             if count != length or image_check(image) != check:
                 image = self._read_again(int(which[place]))
             images.append(image)
@@ -383,26 +388,66 @@ class Corpus:
             )
         return which
 
+    def _read_into(self, image: NDArray[np.uint8], shard: int, offset: int) -> int:
+        """Fill an array from an offset of a shard; returns the bytes that there were.
+
+        Raises:
+            FetchError: the mount fails.
+            OSError: the disk does, at this place.
+        """
+        for pause in (*_PAUSES, None):
+            try:
+                return os.preadv(self._shard(shard).descriptor, [image.data], offset)
+            except StorageError:
+                raise
+            except OSError as error:
+                with self._lock:
+                    self._open_shards.pop(shard, None)
+                if pause is None:
+                    if error.errno == errno.EIO:
+                        raise
+                    raise self._fetch_error(shard, error) from error
+            time.sleep(pause)
+        raise AssertionError
+
+    def _fetch_error(self, shard: int, error: OSError) -> FetchError:
+        name = self.manifest["shards"][shard]["name"]
+        advice = ": raise `ulimit -n`" if error.errno in (errno.EMFILE, errno.ENFILE) else ""
+        return FetchError(f"{self.shards_folder}/{name} cannot be read on this node: {error.strerror}{advice}")
+
     def _shard(self, shard: int) -> _OpenShard:
         with self._lock:
             opened = self._open_shards.get(shard)
             if opened is not None:
                 self._open_shards.move_to_end(shard)
                 return opened
-        try:
-            opened = _OpenShard(self.shards.open(shard))  # which may take long, and other threads read meanwhile
-        except FetchError:
-            raise  # it may well be there
-        except StorageError as error:
-            raise ShardError(str(error)) from error
-        except OSError as error:
-            name = self.manifest["shards"][shard]["name"]
-            raise ShardError(f"{self.shards_folder}/{name} cannot be opened: {error.strerror}. {REPAIR}") from error
+        opened = self._opened(shard)  # which may take long, and other threads read meanwhile
         with self._lock:
             self._open_shards[shard] = opened
             if len(self._open_shards) > _MAX_OPEN_SHARDS:
                 self._open_shards.popitem(last=False)
         return opened
+
+    def _opened(self, shard: int) -> _OpenShard:
+        for pause in (*_PAUSES, None):
+            try:
+                return _OpenShard(self.shards.open(shard))
+            except FetchError:
+                raise  # it may well be there
+            except StorageError as error:
+                raise ShardError(str(error)) from error
+            except OSError as error:
+                if error.errno in _GONE:
+                    name = self.manifest["shards"][shard]["name"]
+                    text = f"{self.shards_folder}/{name} cannot be opened: {error.strerror}. {REPAIR}"
+                    raise ShardError(text) from error
+                if pause is None:
+                    raise self._fetch_error(shard, error) from error
+                if error.errno in (errno.EMFILE, errno.ENFILE):
+                    with self._lock:
+                        self._open_shards.clear()
+            time.sleep(pause)
+        raise AssertionError
 
     def _read_again(self, sample: int) -> NDArray[np.uint8]:
         """Read a sample whose bytes were not those that were written; this node's copy of its shard may be at fault."""
@@ -411,12 +456,11 @@ class Corpus:
         self.shards.renew(shard)
         with self._lock:
             self._open_shards.pop(shard, None)  # another process may have renewed it
-        opened = self._shard(shard)
         image = np.empty(int(row["length"]), np.uint8)
-        if os.preadv(opened.descriptor, [image.data], offset) == len(image) and image_check(image) == row["check"]:
+        if self._read_into(image, shard, offset) == len(image) and image_check(image) == row["check"]:
             return image
         # the 512 bytes before an image are its tar header, which begins with the member's name
-        header = os.pread(opened.descriptor, 100, max(offset - 512, 0))
+        header = os.pread(self._shard(shard).descriptor, 100, max(offset - 512, 0))
         member = header.split(b"\0")[0].decode("ascii", "backslashreplace")
         name = self.manifest["shards"][shard]["name"]
         raise CorpusError(

@@ -108,7 +108,8 @@ def list_laid_down(
         many: whether each image has many labels; None to tell from the labels.
 
     Raises:
-        SourceError: there is no image, or a label is no number where names are given.
+        SourceError: there is no image, a label is no number where names are given, has no name, stands twice beside
+            one image, or has a weight that is none.
     """
     loaded = [_load(folder, part) for part in parts]
     images = Strings.join([Strings(part["names"], part["name_pointers"]) for part in loaded])
@@ -126,21 +127,32 @@ def list_laid_down(
     found = sorted(set(texts))
     if not found:
         raise SourceError(f"{place} gives no image a label")
+    strange = [text for text in found if names is not None and not (text.isdigit() and int(text) < len(names))]
+    if strange:
+        raise SourceError(
+            f"{place}: its labels are not numbers of the {len(names or ())} classes it names, for example not "
+            f"{strange[0]!r}"
+        )
     if names is None:
         names = numbers_as_names(found)
-    if names is not None and all(text.isdigit() and int(text) < len(names) for text in found):
+    if names is not None:
         numbers = np.array([int(text) for text in texts], np.int64)
         classes = list(names)
     else:
         classes = found
         known = {name: number for number, name in enumerate(found)}
         numbers = np.array([known[text] for text in texts], np.int64)
+    rows = np.repeat(np.arange(len(counts)), counts)
+    order = np.lexsort((numbers, rows))
+    _check_labels(images, texts, weights, rows, order, numbers, place)
     if many is None:
         many = bool((counts != 1).any()) or bool((weights != 1).any())
+        log.info(
+            "%s: %s (labels_per_image=auto)", place,
+            "many labels an image" if many else "one label an image, and no weights: one class each",
+        )  # fmt: skip
     if many:
         table = np.empty(len(numbers), LABEL_DTYPE)
-        rows = np.repeat(np.arange(len(counts)), counts)
-        order = np.lexsort((numbers, rows))
         table["class"], table["weight"] = numbers[order], weights[order]
         column: NDArray[np.int32] | Labels = Labels(table, np.concatenate([[0], np.cumsum(counts)]))
     elif (counts != 1).any():
@@ -161,6 +173,31 @@ def list_laid_down(
     # by all that a row says: blocks of a dataset come in any order
     keep = sorted(np.flatnonzero(sizes > 0).tolist(), key=all_it_says)
     return listing.take(np.array(keep, np.int64), left_out)
+
+
+def _check_labels(
+    images: Strings,
+    texts: Sequence[str],
+    weights: NDArray[np.float64],
+    rows: NDArray[np.int64],
+    order: NDArray[np.int64],
+    numbers: NDArray[np.int64],
+    place: str,
+) -> None:
+    """Refuse labels that cannot be. `rows` are the images of the labels, `order` sorts these by image and class."""
+
+    def complain(label: int, what: str) -> None:
+        image = images[int(rows[label])].decode("utf-8", "backslashreplace")
+        raise SourceError(f"{place}: label {texts[label]!r} of {image!r} {what}")
+
+    if "" in texts:
+        complain(texts.index(""), "has no name")
+    wrong = np.flatnonzero(~(np.isfinite(weights) & (weights >= 0)))
+    if len(wrong):
+        complain(int(wrong[0]), f"has weight {weights[wrong[0]]}: a number not below 0 is needed")
+    same = np.flatnonzero((np.diff(rows[order]) == 0) & (np.diff(numbers[order]) == 0))
+    if len(same):
+        complain(int(order[same[0] + 1]), "stands twice")
 
 
 def _lay_down_file(task: _FileTask) -> dict[str, Any]:

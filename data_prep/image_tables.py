@@ -102,6 +102,7 @@ def _gather(files: Sequence[TableFile], columns: Columns, where: str) -> _Rows:
     weights = np.concatenate([batch.weights for batch in batches])
     unique, image_of_row = _sorted_codes(paths)
     _check_paths(unique, image_of_row, lines, where)
+    unique, image_of_row = _normal(unique, image_of_row)
     row_of_label = np.repeat(np.arange(len(counts)), counts)
     image_of_label = image_of_row[row_of_label]
     classes, numbers = _sorted_codes(labels) if len(labels) else ([], np.zeros(0, np.int64))
@@ -126,13 +127,24 @@ def _gather(files: Sequence[TableFile], columns: Columns, where: str) -> _Rows:
 
 def _sorted_codes(values: pa.ChunkedArray) -> tuple[list[str], NDArray[np.int64]]:
     """The different values sorted by their bytes, and for each value which one it is."""
-    encoded = pc.dictionary_encode(values).combine_chunks()
+    # with 64-bit offsets: the paths of a large table have more than 2 GiB of text
+    encoded = pc.dictionary_encode(values.cast(pa.large_string())).combine_chunks()
     if isinstance(encoded, pa.ChunkedArray):
         encoded = encoded.chunk(0)
-    order = pc.sort_indices(encoded.dictionary.cast(pa.binary())).to_numpy()
+    order = pc.sort_indices(encoded.dictionary.cast(pa.large_binary())).to_numpy()
     place = np.empty(len(order), np.int64)
     place[order] = np.arange(len(order))
     return encoded.dictionary.take(pa.array(order)).to_pylist(), place[encoded.indices.to_numpy().astype(np.int64)]
+
+
+def _normal(paths: list[str], image_of_row: NDArray[np.int64]) -> tuple[list[str], NDArray[np.int64]]:
+    """Paths that are written in several ways (a/x, ./a/x, a//x) as one; sorted, with which one each row names."""
+    normal = [path if "://" in path else str(PurePosixPath(path)) for path in paths]
+    if normal == paths:
+        return paths, image_of_row
+    unique = sorted(set(normal), key=str.encode)
+    numbers = {path: number for number, path in enumerate(unique)}
+    return unique, np.array([numbers[path] for path in normal], np.int64)[image_of_row]
 
 
 def _check_paths(paths: Sequence[str], image_of_row: NDArray[np.int64], lines: NDArray[np.int64], where: str) -> None:

@@ -115,7 +115,7 @@ class ShardCache:
             StorageError: it is missing or damaged where it comes from; names it.
         """
         if not self._present(shard):
-            with self._held(shard) as lock:
+            with self._written(shard), self._held(shard) as lock:
                 if not self._present(shard):
                     while not self._reserve(lock, shard, _NOW):
                         time.sleep(_LOOK_AGAIN_S)
@@ -146,7 +146,7 @@ class ShardCache:
         Raises:
             StorageError: as `path`.
         """
-        with self._held(shard):
+        with self._written(shard), self._held(shard):
             path = self._place(shard)
             if path.exists():
                 if storage.hash_file(path) == self.checksums[shard]:
@@ -205,7 +205,25 @@ class ShardCache:
         """Be the one process that may fetch or remove a shard, when it is our turn."""
         lock = _Held.take(self._lock_path(shard), wait=True)
         assert lock is not None
+        self._remove_arriving(shard)
         return lock
+
+    def _remove_arriving(self, shard: int) -> None:
+        """Remove what a fetcher that was killed left of a shard. Its lock, which counted the room, must be ours."""
+        shutil.rmtree(self.cache_dir / f"{self.checksums[shard]}.fetching", ignore_errors=True)
+
+    @contextmanager
+    def _written(self, shard: int) -> Iterator[None]:
+        """Says of a cache that cannot be written that it is that: the shard may well be there."""
+        try:
+            yield
+        except OSError as error:
+            if isinstance(error, StorageError):
+                raise
+            raise FetchError(
+                f"{self._url(shard)} cannot be fetched to {self.cache_dir}: {error}. Make room there, or set "
+                "VITFORGE_CACHE to a folder on another disk"
+            ) from error
 
     def _url(self, shard: int) -> str:
         return f"{self.folder.url}/{self.names[shard]}"
@@ -216,7 +234,6 @@ class ShardCache:
     def _fetch(self, shard: int, lock: "_Held") -> None:
         """Bring a shard here, into room that was reserved."""
         arriving = self.cache_dir / f"{self.checksums[shard]}.fetching"
-        shutil.rmtree(arriving, ignore_errors=True)  # of a fetcher that was killed
         arriving.mkdir()
         try:
             self._transfer(shard, arriving / "shard")
@@ -259,6 +276,7 @@ class ShardCache:
                     pause = _LOOK_AGAIN_S
                     continue
                 with lock:
+                    self._remove_arriving(shard)
                     if self._present(shard):
                         continue
                     if not self._reserve(lock, shard, place, order):

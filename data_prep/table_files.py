@@ -71,7 +71,7 @@ class TableFile:
 
     def lines(self) -> io.TextIOWrapper:
         """Its text."""
-        return io.TextIOWrapper(self.open(), encoding="utf-8", newline="")
+        return io.TextIOWrapper(self.open(), encoding="utf-8-sig", newline="")
 
 
 def table_files(folder: Folder, name: str | None = None) -> list[TableFile]:
@@ -226,6 +226,8 @@ def label_lists(
         flat = labels.drop_null()
     if not (pa.types.is_string(flat.type) or pa.types.is_large_string(flat.type) or pa.types.is_integer(flat.type)):
         raise SourceError(f"{where}: the labels must be text or whole numbers, or lists of them, not {flat.type}")
+    if flat.null_count:
+        raise SourceError(f"{where}: a list of labels has a null in it")
     if weights is None:
         return counts, flat.cast(pa.string()), np.ones(len(flat), np.float64)
     if pa.types.is_list(weights.type) or pa.types.is_large_list(weights.type):

@@ -109,6 +109,6 @@ def _from_meta(path: Path) -> list[str]:
 
 def _text(path: Path, key: str) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise SourceError(f"{key} = {path} cannot be read: {error}") from error

@@ -2,6 +2,7 @@
 
 import datetime
 import os
+import resource
 import socket
 from dataclasses import dataclass
 from typing import Any
@@ -9,6 +10,8 @@ from typing import Any
 import psutil
 import torch
 import torch.distributed as dist
+
+_OPEN_FILES = 65_536
 
 
 @dataclass(frozen=True)
@@ -115,6 +118,11 @@ def join(timeout_s: int, interface: str | None = None) -> Worker:
         gpu_index = numbers[2] % torch.cuda.device_count()
         torch.cuda.set_device(gpu_index)
         os.environ["LOCAL_RANK"] = str(gpu_index)  # DeepSpeed takes its device from here
+    # Shells give 1,024 open files, and corpora have more shards. Ray raises that for its workers, torchrun does not.
+    files, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    enough = _OPEN_FILES if most == resource.RLIM_INFINITY else min(most, _OPEN_FILES)
+    if files != resource.RLIM_INFINITY and files < enough:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (enough, most))
     if not dist.is_initialized():
         several = numbers[1] > numbers[3]
         choose_interface(interface, _address_towards(os.environ["MASTER_ADDR"]) if several else None)

@@ -3,6 +3,7 @@
 import io
 import json
 import pickle
+import resource
 import struct
 import tarfile
 import threading
@@ -234,6 +235,22 @@ def test_verify_compares_labels_and_dali_index(corpus):
     assert f"sample {victim} " in problems
     assert "the label beside it" in problems
     assert "shard-000000.idx is missing or is not the index" in problems
+
+
+def test_too_few_open_files_lose_no_sample(tmp_path):
+    corpus = make_corpus(image_folder(tmp_path / "images", classes=4, images=12), tmp_path / "corpus", shard_mb=0.004)
+    assert len(corpus.shard_sizes) > 20
+    expected = [image.tobytes() for image in corpus.read(range(48))]
+    again = Corpus.open(str(corpus.path))
+    del corpus
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with open("/dev/null") as last:  # noqa: PTH123 - the lowest free number
+        resource.setrlimit(resource.RLIMIT_NOFILE, (last.fileno() + 10, limits[1]))
+        try:
+            images = again.read(range(48))
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert [image.tobytes() for image in images] == expected
 
 
 @pytest.mark.parametrize("ids", [[-1], [32]])

@@ -12,7 +12,7 @@ import pytest
 
 from cluster import storage
 from cluster.folders import LocalFolder
-from data_prep.shard_cache import ShardCache
+from data_prep.shard_cache import FetchError, ShardCache
 
 SIZE = 20_000
 
@@ -197,6 +197,16 @@ def test_a_shard_that_stays_damaged_or_is_missing_is_one_error_that_names_it(tmp
         reader.path(1)
     assert held(reader) == {2}
     reader.close()
+
+
+def test_a_cache_that_cannot_be_written_says_nothing_of_the_shard(tmp_path):
+    """As when its disk is full: a shard that is only not here must not count as lost."""
+    reader = cache(remote(tmp_path, 1), 4)
+    (reader.cache_dir / f"{reader.checksums[0]}.fetching").write_bytes(b"in the way of the folder")
+    with pytest.raises(FetchError, match=r"shard-000000\.tar cannot be fetched to .*/cache: .*set VITFORGE_CACHE"):
+        reader.open(0)
+    (reader.cache_dir / f"{reader.checksums[0]}.fetching").unlink()
+    assert len(content(reader, 0)) == SIZE
 
 
 def test_a_copy_damaged_on_the_node_is_fetched_again(tmp_path):

@@ -486,6 +486,48 @@ def test_images_inside_parquet_files_are_sharded(folder, tmp_path, messages):
     assert corpus.origin(0).startswith("train-0000")
 
 
+@pytest.mark.parametrize(
+    ("labels", "weights", "message"),
+    [
+        ([[0], [-1]], None, "are not numbers of the 3 classes it names, for example not '-1'"),
+        ([["a", ""], ["b"]], None, "label '' of '.*' has no name"),
+        ([["a", "a"], ["b"]], None, "label 'a' of '.*' stands twice"),
+        ([["a"], ["b"]], [[1.0], [float("nan")]], "label 'b' of '.*' has weight nan: a number not below 0"),
+        ([["a"], ["b"]], [[-1.0], [1.0]], "label 'a' of '.*' has weight -1.0"),
+        ([["a", None], ["b"]], None, "a list of labels has a null in it"),
+    ],
+)
+def test_labels_beside_images_inside_tables_are_checked(folder, tmp_path, labels, weights, message):
+    images = [{"bytes": path.read_bytes(), "path": path.name} for path in sorted(folder.rglob("*.JPEG"))[:2]]
+    table = pa.table({"image": images, "label": labels} | ({"weight": weights} if weights else {}))
+    if labels[0] == [0]:
+        features = {"features": {"label": {"names": ["zero", "one", "two"], "_type": "ClassLabel"}}}
+        table = table.replace_schema_metadata({"huggingface": json.dumps({"info": features})})
+    pq.write_table(table, tmp_path / "table.parquet")
+    with pytest.raises(ValueError, match=message):
+        shard(tmp_path / "table.parquet", tmp_path / "corpus", **({"weight_column": "weight"} if weights else {}))
+
+
+def test_the_mark_that_windows_puts_before_text_is_no_part_of_it(folder, tmp_path):
+    rows = "".join(f"{path.relative_to(folder)},{path.parent.name}\n" for path in sorted(folder.rglob("*.JPEG")))
+    (folder / "table.csv").write_text(f"path,label\n{rows}", encoding="utf-8-sig")
+    (tmp_path / "order.txt").write_text("c2\nc0\nc1\n", encoding="utf-8-sig")
+    corpus = shard(folder / "table.csv", tmp_path / "corpus", classes=tmp_path / "order.txt")
+    assert (corpus.classes, corpus.class_counts) == (["c2", "c0", "c1"], [12, 12, 12])
+
+
+def test_a_path_that_is_written_in_several_ways_is_one_image(folder, tmp_path):
+    (folder / "table.csv").write_text("path,label\nc0/000.JPEG,a\n./c0/000.JPEG,b\nc0//001.JPEG,a\n")
+    corpus = shard(folder / "table.csv", tmp_path / "corpus")
+    assert sorted(corpus.origins()) == ["c0/000.JPEG", "c0/001.JPEG"]
+    assert [labels for _, labels in sorted(contents(corpus).values(), key=lambda pair: -len(pair[1]))] == [
+        [("a", 1.0), ("b", 1.0)], [("a", 1.0)]
+    ]  # fmt: skip
+    (folder / "table.csv").write_text("path,label\nc0/000.JPEG,a\n./c0/000.JPEG,a\n")
+    with pytest.raises(ValueError, match=r"label 'a' of 'c0/000\.JPEG' stands twice"):
+        shard(folder / "table.csv", tmp_path / "again")
+
+
 def test_a_ray_dataset_is_sharded(folder, tmp_path):
     import ray
 

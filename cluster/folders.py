@@ -355,6 +355,15 @@ def at_hand(folder: Folder, name: str) -> Iterator[Path]:
         yield path
 
 
+def file_at(place: str, key: str) -> tuple[Folder, str]:
+    """The folder that a file at an absolute path or URL lies in, and its name there. Args, errors: as `folder_at`."""
+    if place.startswith("s3://"):
+        above, _, name = place.rpartition("/")
+        return folder_at(above, key), name
+    path = storage.local_path(place, key)
+    return LocalFolder(path.parent), path.name
+
+
 def folder_at(place: str, key: str) -> Folder:
     """The folder at an absolute path or URL.
 

@@ -7,13 +7,16 @@ import errno
 import json
 import os
 import shutil
+import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol
+from typing import Any, BinaryIO, Protocol, TypeVar
 
 import xxhash
+
+_T = TypeVar("_T")
 
 _TEMPORARY = ".writing-"
 """In the name of every file that is not finished; nothing reads such a file, and a rerun removes it."""
@@ -49,6 +52,26 @@ def unreadable(path: Path, error: OSError) -> StorageError:
     """What to raise where a file cannot be read."""
     kind = ReadError if error.errno in _PASSING else StorageError
     return kind(f"{path} cannot be read: {error.strerror}")
+
+
+def patiently(function: Callable[[], _T], pauses: Iterable[float], passes: Callable[[OSError], bool]) -> _T:
+    """What a function returns, called again after each pause as long as it fails of what may pass.
+
+    Args:
+        pauses: seconds.
+        passes: whether an error may.
+
+    Raises:
+        OSError: the last one, or one that does not pass.
+    """
+    for pause in pauses:
+        try:
+            return function()
+        except OSError as error:
+            if not passes(error):
+                raise
+        time.sleep(pause)
+    return function()
 
 
 def local_path(path: str, key: str) -> Path:

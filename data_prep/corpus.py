@@ -5,7 +5,6 @@ import json
 import os
 import re
 import threading
-import time
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from functools import cached_property
@@ -18,7 +17,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from cluster import storage
 from cluster.folders import Folder, folder_at
-from cluster.storage import StorageError
+from cluster.storage import StorageError, patiently
 from data_prep.columns import LABEL_DTYPE, ragged_take
 from data_prep.corpus_cache import cache_folder, fetch_files
 from data_prep.corpus_format import (
@@ -51,6 +50,7 @@ _PAUSES = (0.2, 1.0, 4.0)
 """Seconds before a shard that cannot be opened or read is tried again: mounted file systems have moments."""
 _GONE = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.ELOOP}
 """Errors of one shard; of others the node or the mount is at fault, and no sample is lost."""
+_TOO_MANY = (errno.EMFILE, errno.ENFILE)
 _VERSIONED = re.compile(r"(.+)#([1-9]\d*)")
 
 
@@ -370,7 +370,7 @@ class Corpus:
             content = self.shards_folder.read_bytes(name)
         except StorageError as error:
             raise CorpusError(f"{error}. {REPAIR}") from error
-        if xxhash.xxh3_128_hexdigest(content) != facts.get(ORIGINS_CHECKSUM, xxhash.xxh3_128_hexdigest(content)):
+        if ORIGINS_CHECKSUM in facts and xxhash.xxh3_128_hexdigest(content) != facts[ORIGINS_CHECKSUM]:
             raise CorpusError(
                 f"{self.shards_folder}/{name} is damaged: it is not what was written. {write_again(facts['name'])}"
             )
@@ -395,24 +395,26 @@ class Corpus:
             FetchError: the mount fails.
             OSError: the disk does, at this place.
         """
-        for pause in (*_PAUSES, None):
+
+        def read() -> int:
+            opened = self._shard(shard)
             try:
-                return os.preadv(self._shard(shard).descriptor, [image.data], offset)
-            except StorageError:
-                raise
-            except OSError as error:
+                return os.preadv(opened.descriptor, [image.data], offset)
+            except OSError:
                 with self._lock:
-                    self._open_shards.pop(shard, None)
-                if pause is None:
-                    if error.errno == errno.EIO:
-                        raise
-                    raise self._fetch_error(shard, error) from error
-            time.sleep(pause)
-        raise AssertionError
+                    self._open_shards.pop(shard, None)  # the next try opens it anew
+                raise
+
+        try:
+            return patiently(read, _PAUSES, lambda error: not isinstance(error, StorageError))
+        except OSError as error:
+            if isinstance(error, StorageError) or error.errno == errno.EIO:
+                raise
+            raise self._fetch_error(shard, error) from error
 
     def _fetch_error(self, shard: int, error: OSError) -> FetchError:
         name = self.manifest["shards"][shard]["name"]
-        advice = ": raise `ulimit -n`" if error.errno in (errno.EMFILE, errno.ENFILE) else ""
+        advice = ": raise `ulimit -n`" if error.errno in _TOO_MANY else ""
         return FetchError(f"{self.shards_folder}/{name} cannot be read on this node: {error.strerror}{advice}")
 
     def _shard(self, shard: int) -> _OpenShard:
@@ -429,25 +431,28 @@ class Corpus:
         return opened
 
     def _opened(self, shard: int) -> _OpenShard:
-        for pause in (*_PAUSES, None):
+        def opened() -> _OpenShard:
             try:
                 return _OpenShard(self.shards.open(shard))
-            except FetchError:
-                raise  # it may well be there
-            except StorageError as error:
-                raise ShardError(str(error)) from error
             except OSError as error:
-                if error.errno in _GONE:
-                    name = self.manifest["shards"][shard]["name"]
-                    text = f"{self.shards_folder}/{name} cannot be opened: {error.strerror}. {REPAIR}"
-                    raise ShardError(text) from error
-                if pause is None:
-                    raise self._fetch_error(shard, error) from error
-                if error.errno in (errno.EMFILE, errno.ENFILE):
+                if error.errno in _TOO_MANY:
                     with self._lock:
                         self._open_shards.clear()
-            time.sleep(pause)
-        raise AssertionError
+                raise
+
+        try:
+            return patiently(
+                opened, _PAUSES, lambda error: not isinstance(error, StorageError) and error.errno not in _GONE
+            )
+        except FetchError:
+            raise  # it may well be there
+        except StorageError as error:
+            raise ShardError(str(error)) from error
+        except OSError as error:
+            if error.errno not in _GONE:
+                raise self._fetch_error(shard, error) from error
+            name = self.manifest["shards"][shard]["name"]
+            raise ShardError(f"{self.shards_folder}/{name} cannot be opened: {error.strerror}. {REPAIR}") from error
 
     def _read_again(self, sample: int) -> NDArray[np.uint8]:
         """Read a sample whose bytes were not those that were written; this node's copy of its shard may be at fault."""

@@ -10,7 +10,7 @@ import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import pyarrow as pa
@@ -26,6 +26,7 @@ from data_prep.corpus_jobs import run_tasks
 from data_prep.listing import Listing, SourceError
 from data_prep.source_reader import Stream, StreamImages
 from data_prep.table_files import Columns, TableFile, label_lists, parquet_batches
+from data_prep.table_labels import checked_order, numbers_among, say_chosen
 
 _ROWS = 256
 _PARTS = "parts.json"
@@ -127,30 +128,23 @@ def list_laid_down(
     found = sorted(set(texts))
     if not found:
         raise SourceError(f"{place} gives no image a label")
-    strange = [text for text in found if names is not None and not (text.isdigit() and int(text) < len(names))]
-    if strange:
-        raise SourceError(
-            f"{place}: its labels are not numbers of the {len(names or ())} classes it names, for example not "
-            f"{strange[0]!r}"
-        )
     if names is None:
         names = numbers_as_names(found)
+    known = {text: number for number, text in enumerate(found)}
+    numbers = np.array([known[text] for text in texts], np.int64)
     if names is not None:
-        numbers = np.array([int(text) for text in texts], np.int64)
-        classes = list(names)
-    else:
-        classes = found
-        known = {name: number for number, name in enumerate(found)}
-        numbers = np.array([known[text] for text in texts], np.int64)
+        numbers = numbers_among(found, names, place)[numbers]
+    classes = found if names is None else list(names)
     rows = np.repeat(np.arange(len(counts)), counts)
-    order = np.lexsort((numbers, rows))
-    _check_labels(images, texts, weights, rows, order, numbers, place)
+
+    def complain(label: int, what: str) -> NoReturn:
+        image = images[int(rows[label])].decode("utf-8", "backslashreplace")
+        raise SourceError(f"{place}: label {texts[label]!r} of {image!r} {what}")
+
+    order = checked_order(rows, numbers, weights, texts.index("") if "" in known else None, complain)
     if many is None:
         many = bool((counts != 1).any()) or bool((weights != 1).any())
-        log.info(
-            "%s: %s (labels_per_image=auto)", place,
-            "many labels an image" if many else "one label an image, and no weights: one class each",
-        )  # fmt: skip
+        say_chosen(many, place)
     if many:
         table = np.empty(len(numbers), LABEL_DTYPE)
         table["class"], table["weight"] = numbers[order], weights[order]
@@ -173,31 +167,6 @@ def list_laid_down(
     # by all that a row says: blocks of a dataset come in any order
     keep = sorted(np.flatnonzero(sizes > 0).tolist(), key=all_it_says)
     return listing.take(np.array(keep, np.int64), left_out)
-
-
-def _check_labels(
-    images: Strings,
-    texts: Sequence[str],
-    weights: NDArray[np.float64],
-    rows: NDArray[np.int64],
-    order: NDArray[np.int64],
-    numbers: NDArray[np.int64],
-    place: str,
-) -> None:
-    """Refuse labels that cannot be. `rows` are the images of the labels, `order` sorts these by image and class."""
-
-    def complain(label: int, what: str) -> None:
-        image = images[int(rows[label])].decode("utf-8", "backslashreplace")
-        raise SourceError(f"{place}: label {texts[label]!r} of {image!r} {what}")
-
-    if "" in texts:
-        complain(texts.index(""), "has no name")
-    wrong = np.flatnonzero(~(np.isfinite(weights) & (weights >= 0)))
-    if len(wrong):
-        complain(int(wrong[0]), f"has weight {weights[wrong[0]]}: a number not below 0 is needed")
-    same = np.flatnonzero((np.diff(rows[order]) == 0) & (np.diff(numbers[order]) == 0))
-    if len(same):
-        complain(int(order[same[0] + 1]), "stands twice")
 
 
 def _lay_down_file(task: _FileTask) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, NoReturn
 
 import numpy as np
 import pyarrow as pa
@@ -20,6 +20,7 @@ from data_prep.listing import Listing, SourceError
 from data_prep.remote_images import FetchPolicy, RemoteImages, without_credentials
 from data_prep.source_reader import FileImages, Images
 from data_prep.table_files import Columns, TableFile, TableRows, class_names_of, read_rows_of
+from data_prep.table_labels import checked_order, numbers_among, say_chosen
 
 LabelKind = Literal["auto", "one", "many"]
 _THREADS = 16
@@ -107,21 +108,14 @@ def _gather(files: Sequence[TableFile], columns: Columns, where: str) -> _Rows:
     image_of_label = image_of_row[row_of_label]
     classes, numbers = _sorted_codes(labels) if len(labels) else ([], np.zeros(0, np.int64))
 
-    def complain(label: int, what: str) -> None:
+    def complain(label: int, what: str) -> NoReturn:
         row = row_of_label[label]
         raise SourceError(
             f"{where}, line {lines[row]}: label {classes[numbers[label]]!r} of {unique[image_of_row[row]]!r} {what}"
         )
 
-    if "" in classes:
-        complain(int(np.flatnonzero(numbers == classes.index(""))[0]), "has no name")
-    wrong = np.flatnonzero(~(np.isfinite(weights) & (weights >= 0)))
-    if len(wrong):
-        complain(int(wrong[0]), f"has weight {weights[wrong[0]]}: a number not below 0 is needed")
-    order = np.lexsort((np.arange(len(numbers)), numbers, image_of_label))
-    same = np.flatnonzero((np.diff(image_of_label[order]) == 0) & (np.diff(numbers[order]) == 0))
-    if len(same):
-        complain(int(order[same[0] + 1]), "stands twice")
+    nameless = int(np.flatnonzero(numbers == classes.index(""))[0]) if "" in classes else None
+    order = checked_order(image_of_label, numbers, weights, nameless, complain)
     return _Rows(unique, image_of_label[order], numbers[order], weights[order], classes)
 
 
@@ -172,10 +166,7 @@ def _many(rows: _Rows, columns: Columns, asked: LabelKind, where: str) -> bool:
         many = False
     else:
         many = columns.weight is not None or bool((counts != 1).any())
-        log.info(
-            "%s: %s (labels_per_image=auto)", where,
-            "many labels an image" if many else "one label an image, and no weights: one class each",
-        )  # fmt: skip
+        say_chosen(many, where)
     if not rows.classes:
         raise SourceError(f"{where} gives no image a label")
     return many
@@ -184,10 +175,7 @@ def _many(rows: _Rows, columns: Columns, asked: LabelKind, where: str) -> bool:
 def _numbered(rows: _Rows, names: Sequence[str] | None, many: bool, where: str) -> NDArray[np.int32] | Labels:
     numbers = rows.labels
     if names is not None:  # labels are numbers into the names that the table carries
-        given = [int(name) if name.isdigit() else -1 for name in rows.classes]
-        if min(given) < 0 or max(given) >= len(names):
-            raise SourceError(f"{where}: its labels are not numbers of the {len(names)} classes it names")
-        numbers = np.array(given, np.int64)[numbers]
+        numbers = numbers_among(rows.classes, names, where)[numbers]
     if not many:
         return numbers.astype(np.int32)
     order = np.lexsort((numbers, rows.image_of_label))
@@ -204,7 +192,6 @@ def _locate(
     far = np.array(["://" in path for path in paths], np.bool_)
     absolute = np.array([path.startswith("/") for path in paths], np.bool_)
     if not far.any() and not absolute.any():
-        paths = [str(PurePosixPath(path)) for path in paths]
         sizes = _sizes(root, paths)
         images: Images = FileImages(root, Strings.of([os.fsencode(path) for path in paths]))
         return paths, np.maximum(sizes, 0).astype(np.uint64), images, sizes < 0

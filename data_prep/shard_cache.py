@@ -203,14 +203,19 @@ class ShardCache:
 
     def _held(self, shard: int) -> "_Held":
         """Be the one process that may fetch or remove a shard, when it is our turn."""
-        lock = _Held.take(self._lock_path(shard), wait=True)
+        lock = self._take(shard, wait=True)
         assert lock is not None
-        self._remove_arriving(shard)
         return lock
 
-    def _remove_arriving(self, shard: int) -> None:
-        """Remove what a fetcher that was killed left of a shard. Its lock, which counted the room, must be ours."""
-        shutil.rmtree(self.cache_dir / f"{self.checksums[shard]}.fetching", ignore_errors=True)
+    def _take(self, shard: int, wait: bool) -> "_Held | None":
+        """As `_held`; None if somebody holds it and `wait` is false."""
+        lock = _Held.take(self._lock_path(shard), wait)
+        if lock is not None:  # what a fetcher that was killed left goes: its lock, which counted the room, is ours now
+            shutil.rmtree(self._arriving(shard), ignore_errors=True)
+        return lock
+
+    def _arriving(self, shard: int) -> Path:
+        return self.cache_dir / f"{self.checksums[shard]}.fetching"
 
     @contextmanager
     def _written(self, shard: int) -> Iterator[None]:
@@ -233,7 +238,7 @@ class ShardCache:
 
     def _fetch(self, shard: int, lock: "_Held") -> None:
         """Bring a shard here, into room that was reserved."""
-        arriving = self.cache_dir / f"{self.checksums[shard]}.fetching"
+        arriving = self._arriving(shard)
         arriving.mkdir()
         try:
             self._transfer(shard, arriving / "shard")
@@ -271,12 +276,11 @@ class ShardCache:
                     continue
                 self._under_way.add(shard)
             try:
-                lock = _Held.take(self._lock_path(shard), wait=False)
+                lock = self._take(shard, wait=False)
                 if lock is None:  # another process fetches it
                     pause = _LOOK_AGAIN_S
                     continue
                 with lock:
-                    self._remove_arriving(shard)
                     if self._present(shard):
                         continue
                     if not self._reserve(lock, shard, place, order):

@@ -3,9 +3,8 @@
 import hashlib
 from pathlib import Path
 
-from cluster import storage
 from cluster.command import absolute_path, log
-from cluster.folders import Folder, LocalFolder, folder_at
+from cluster.folders import file_at
 from data_prep.corpus_cache import cache_folder, cache_written
 
 
@@ -19,7 +18,7 @@ def file_here(place: str, key: str) -> Path:
     Raises:
         StorageError: it is on an object store and cannot be had, or of a scheme that is not supported.
     """
-    folder, name = _where(place, key)
+    folder, name = file_at(absolute_path(place, key), key)
     if folder.local is not None:
         return folder.local / name
     identity = hashlib.sha256(f"{folder}/{name} {folder.stamp(name)}".encode()).hexdigest()[:16]
@@ -34,20 +33,11 @@ def file_here(place: str, key: str) -> Path:
 
 def file_stamp(place: str, key: str) -> str:
     """What becomes another when such a file is written again. Errors: as `file_here`, or it is missing."""
-    folder, name = _where(place, key)
+    folder, name = file_at(absolute_path(place, key), key)
     return folder.stamp(name)
 
 
 def file_beside(place: str, name: str, key: str) -> str | None:
     """Where on an object store a file of this name lies beside such a file; None if it does not, or for local ones."""
-    folder, _ = _where(place, key)
+    folder, _ = file_at(absolute_path(place, key), key)
     return f"{folder}/{name}" if folder.local is None and folder.size(name) is not None else None
-
-
-def _where(place: str, key: str) -> tuple[Folder, str]:
-    place = absolute_path(place, key)
-    if place.startswith("s3://"):
-        above, _, name = place.rpartition("/")
-        return folder_at(above, key), name
-    path = storage.local_path(place, key)
-    return LocalFolder(path.parent), path.name

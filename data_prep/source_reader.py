@@ -7,18 +7,19 @@ reading it does.
 import errno
 import os
 import threading
-import time
 from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from cluster.folders import Folder
+from cluster.storage import patiently
 from data_prep.columns import Strings
 from data_prep.gzip_points import GzipError, GzipPoints, GzipReader
 from data_prep.image_check import UnusableImage
@@ -361,20 +362,16 @@ def _read_fully(descriptor: int, view: memoryview, offset: int) -> int:
 
 def _read_file(path: bytes, view: memoryview) -> Read:
     """Fill `view` with a file."""
-    for pause in (*_PAUSES, None):
-        try:
-            return _read_once(path, view)
-        except FileNotFoundError:
-            if _dangled_before(path, len(view)):
-                return UnusableImage(DANGLING, may_pass=True)
-            raise SourceError(f"{os.fsdecode(path)} is gone: it was there when the source was listed") from None
-        except OSError as error:
-            if error.errno not in _OF_THE_FILE:
-                raise OSError(error.errno, error.strerror, os.fsdecode(path)) from error
-            if pause is None:
-                return UnusableImage(f"{UNREADABLE}: {error.strerror}", may_pass=True)
-        time.sleep(pause)
-    raise AssertionError
+    try:
+        return patiently(partial(_read_once, path, view), _PAUSES, lambda error: error.errno in _OF_THE_FILE)
+    except FileNotFoundError:
+        if _dangled_before(path, len(view)):
+            return UnusableImage(DANGLING, may_pass=True)
+        raise SourceError(f"{os.fsdecode(path)} is gone: it was there when the source was listed") from None
+    except OSError as error:
+        if error.errno not in _OF_THE_FILE:
+            raise OSError(error.errno, error.strerror, os.fsdecode(path)) from error
+        return UnusableImage(f"{UNREADABLE}: {error.strerror}", may_pass=True)
 
 
 def _dangled_before(path: bytes, size: int) -> bool:

@@ -16,7 +16,7 @@ from pydantic import Field
 
 from cluster import storage
 from cluster.command import absolute_path
-from cluster.folders import Folder, LocalFolder, folder_at
+from cluster.folders import Folder, LocalFolder, file_at, folder_at
 from cluster.settings import Settings, SettingsError
 from data_prep.class_names import put_in_order, read_classes, read_words, relabel
 from data_prep.corpus_jobs import LAID_DOWN
@@ -119,16 +119,10 @@ def source_folder(place: str) -> Folder:
     return folder_at(place, "source") if "://" in place else LocalFolder(Path(place))
 
 
-def _split(place: str) -> tuple[Folder, str]:
-    """The folder above a place, and its name in it."""
-    above, _, name = place.rpartition("/")
-    return source_folder(above or "/"), name
-
-
 def _is_file(place: str) -> bool:
     if "://" not in place:
         return Path(place).is_file()
-    folder, name = _split(place)
+    folder, name = file_at(place, "source")
     return bool(name) and "://" in folder.url and folder.size(name) is not None
 
 
@@ -140,7 +134,7 @@ def _recognise(place: str, settings: SourceSettings) -> Kind:
     if settings.labels is not None:
         return "table"
     if _is_file(place):
-        folder, name = _split(place)
+        folder, name = file_at(place, "source")
         if table_files(folder, name):
             return "table"
         is_samples = settings.truth is None and name.endswith(".tar") and holds_samples(folder, name)
@@ -184,7 +178,7 @@ def _list(kind: str, place: str, settings: SourceSettings, workers: int, destina
     if kind == "webdataset":
         return list_samples(*matching_tars(place), place)
     if kind == "tar":
-        folder, name = _split(place)
+        folder, name = file_at(place, "source")
         if settings.truth is None:
             return list_tar(folder, name, settings.inside)
         listed, images = list_flat_tar(folder, name)
@@ -220,11 +214,11 @@ def matching_tars(place: str) -> tuple[Folder, list[str]]:
         SourceError: there is none.
     """
     if _is_file(place):
-        folder, name = _split(place)
+        folder, name = file_at(place, "source")
         return folder, [name]
     folder, pattern = source_folder(place), "*"
     if _is_pattern(place) and not (folder.local and folder.local.is_dir()):
-        folder, pattern = _split(place)
+        folder, pattern = file_at(place, "source")
     there = tars_in(folder)
     chosen: set[str] = set()
     for each in braceexpand(pattern):
@@ -263,7 +257,7 @@ def _list_table(place: str, settings: SourceSettings, workers: int, destination:
 
 
 def _table_at(place: str) -> list[TableFile]:
-    return table_files(*_split(place)) if _is_file(place) else table_files(source_folder(place))
+    return table_files(*file_at(place, "source")) if _is_file(place) else table_files(source_folder(place))
 
 
 def embedded_stamp(settings: SourceSettings) -> str | None:

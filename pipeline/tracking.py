@@ -152,8 +152,6 @@ class Run:
         self._pause = FLUSH_SECONDS
         self._known: dict[str, int] = {}
         """The last step that MLflow has of each metric, as far as it was asked."""
-        self._silent_until = 0.0
-        """It did not answer: each question costs a minute then, and ranks that wait for one count as hanging."""
 
     def catch_up(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """Send what the run's own record has and MLflow lacks: points that died with a process before this one."""
@@ -174,8 +172,8 @@ class Run:
         Args:
             last: ask even a server that did not answer a moment ago.
         """
-        self._flushed = time.monotonic()
-        if self._flushed < self._silent_until and not last:
+        silent = self._pause > FLUSH_SECONDS and time.monotonic() - self._flushed < self._pause
+        if silent and not last:  # each question costs a minute then, and ranks that wait for one count as hanging
             return
         try:
             while self._waiting:
@@ -184,7 +182,6 @@ class Run:
         except Exception as error:
             self._pause = min(2 * self._pause, 300.0)
             self._flushed = time.monotonic()
-            self._silent_until = self._flushed + self._pause
             log.warning("MLflow did not take the metrics (%s); they are kept and sent later", _first_line(error))
             return
         self._pause = FLUSH_SECONDS

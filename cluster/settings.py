@@ -37,6 +37,70 @@ class Settings(pydantic.BaseModel):
 S = TypeVar("S", bound=Settings)
 
 
+def since(default: Any, *, absent: Any) -> Any:
+    """A field that came to a settings class later, and whose default is not what was done before it was there.
+
+    Args:
+        default: what holds for what begins now.
+        absent: what settings mean that were saved without it.
+    """
+    return pydantic.Field(default, json_schema_extra={"absent": absent})
+
+
+def fill_saved(settings_type: type[Settings], saved: Mapping[str, Any], keys: Mapping[str, Any]) -> dict[str, Any]:
+    """Saved values with what they lack: a key that came later means what was done before it was there.
+
+    Args:
+        settings_type: the class whose values were saved.
+        saved: nested JSON values.
+        keys: the keys that are looked for, nested in the same way; their values do not matter.
+    """
+    filled = dict(saved)
+    for key, wanted in keys.items():
+        field = settings_type.model_fields.get(key)
+        if field is None:
+            continue
+        inner = _settings_in(field.annotation)
+        if key not in filled:
+            if not field.is_required():
+                filled[key] = _meaning_of_absence(field)
+        elif inner is not None and isinstance(filled[key], Mapping) and isinstance(wanted, Mapping):
+            filled[key] = fill_saved(inner, filled[key], wanted)
+    return filled
+
+
+def keep_saved(settings: S, saved: Mapping[str, Any]) -> S:
+    """Settings in which each field made by `since` that nobody gave has the value that was saved, or its absence means.
+
+    Args:
+        saved: nested JSON values of the same class.
+    """
+    kept: dict[str, Any] = {}
+    for name, field in type(settings).model_fields.items():
+        value = getattr(settings, name)
+        if isinstance(value, Settings):
+            inner = saved.get(name)
+            changed = keep_saved(value, inner if isinstance(inner, Mapping) else {})
+            if changed is not value:
+                kept[name] = changed
+        elif _came_later(field) and name not in settings.model_fields_set:
+            before = saved.get(name, _meaning_of_absence(field))
+            if before != value:
+                kept[name] = before
+    return settings.model_copy(update=kept) if kept else settings
+
+
+def _came_later(field: FieldInfo) -> bool:
+    return isinstance(field.json_schema_extra, dict) and "absent" in field.json_schema_extra
+
+
+def _meaning_of_absence(field: FieldInfo) -> Any:
+    if isinstance(field.json_schema_extra, dict) and "absent" in field.json_schema_extra:
+        return field.json_schema_extra["absent"]
+    default = field.get_default(call_default_factory=True)
+    return json.loads(json.dumps(default, default=lambda value: value.model_dump(mode="json")))
+
+
 class _RecipeLoader(yaml.SafeLoader):
     """YAML as people write it: 1e-3 is a number (YAML 1.1 wants 1.0e-3) and a key may not stand twice."""
 

@@ -20,8 +20,9 @@ import xxhash
 
 from cluster.command import log
 from cluster.folders import Folder
-from cluster.settings import SettingsError
+from cluster.settings import Settings, SettingsError, fill_saved
 from cluster.storage import StorageError, json_bytes
+from models.vit import VitConfig
 from pipeline import elastic
 from pipeline.optimizer import EMA
 from pipeline.parts import DamagedCheckpointError, Parts
@@ -261,10 +262,13 @@ def full_weights(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
     return weights
 
 
-def check_resumable(checkpoint: Checkpoint, expected: dict[str, Any], allow_changes: bool = False) -> None:
+def check_resumable(
+    checkpoint: Checkpoint, expected: dict[str, Any], settings_type: type[Settings], allow_changes: bool = False
+) -> None:
     """Refuse a checkpoint that is not of this run as it is set up now. World size and ZeRO stage may change.
 
     Args:
+        settings_type: whose values "settings" are; what an older version did not save means what it did then.
         expected: keys of the state with the values they must have; only these are compared. "settings" are those
             that change the result.
         allow_changes: other settings, another precision and another corpus are allowed, loudly.
@@ -273,7 +277,11 @@ def check_resumable(checkpoint: Checkpoint, expected: dict[str, Any], allow_chan
         SettingsError: naming what differs and what would do.
     """
     where = f"checkpoint {checkpoint.folder}"
-    found = checkpoint.state
+    found = {
+        **checkpoint.state,
+        "architecture": _complete_architecture(checkpoint.state["architecture"]),
+        "settings": fill_saved(settings_type, checkpoint.state["settings"], expected["settings"]),
+    }
     if found["architecture"] != expected["architecture"]:
         changed = _differences(found["architecture"], expected["architecture"])
         raise SettingsError(f"{where} is of another architecture ({changed}): give this run another run.name")
@@ -297,6 +305,14 @@ def check_resumable(checkpoint: Checkpoint, expected: dict[str, Any], allow_chan
         )
     for change in changes:
         log.warning("%s was written %s; the run goes on with the change", where, change)
+
+
+def _complete_architecture(saved: dict[str, Any]) -> dict[str, Any]:
+    """With the fields that came later; as it is where it is not of this version's fields."""
+    try:
+        return VitConfig.from_json(saved).to_json()
+    except ValueError:
+        return saved
 
 
 def _differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> str:

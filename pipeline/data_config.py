@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, PositiveInt, model_validator
 
-from cluster.settings import Settings, SettingsError, refuse_unread
+from cluster.settings import Settings, SettingsError, refuse_unread, since
 
 Triple = tuple[float, float, float]
 
@@ -117,6 +117,11 @@ class DataSettings(Settings):
     """Share of the JPEGs that goes to a GPU's hardware decoder, if it has one (DALI's default); try what is fastest."""
     decode_threads: PositiveInt | None = None
     """DALI's threads a rank; null shares the node's cores among its ranks."""
+    rules: Literal[1, 2] = since(2, absent=1)
+    """How images become pixels and how chances are drawn, to the last digit: 2, or 1 as runs began until November 2026.
+
+    A run keeps the one that it began with. Set it to 1 only to repeat a run of that time.
+    """
 
     @model_validator(mode="after")
     def _check(self) -> "DataSettings":

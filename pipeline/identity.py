@@ -1,11 +1,15 @@
 """What makes a run the same run, whatever it runs on."""
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, TypeVar
 
+from cluster.settings import keep_saved
 from data_prep.mixture import Mixture
 from models.vit import VitConfig
 from pipeline.config import StageSettings
 from pipeline.corpora import shuffle_windows
+
+Stage = TypeVar("Stage", bound=StageSettings)
 
 
 def identity_of(settings: StageSettings, config: VitConfig, corpus: Mixture) -> dict[str, Any]:
@@ -13,6 +17,15 @@ def identity_of(settings: StageSettings, config: VitConfig, corpus: Mixture) -> 
     decide = settings_that_decide(settings)
     decide["data"]["shuffle_window"] = shuffle_windows(corpus, settings.data)
     return {"architecture": config.to_json(), "corpus_hash": corpus.corpus_hash, "settings": decide}
+
+
+def as_begun(settings: Stage, state: Mapping[str, Any]) -> Stage:
+    """The settings of a run that goes on: what came to the settings later, and nobody gave, is as it was then.
+
+    Args:
+        state: of a checkpoint.
+    """
+    return keep_saved(settings, state["settings"])
 
 
 def settings_that_decide(settings: StageSettings) -> dict[str, Any]:

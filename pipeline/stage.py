@@ -27,7 +27,7 @@ from pipeline.agreement import code_hash
 from pipeline.config import RunSettings, StageSettings, duration_in_steps
 from pipeline.corpora import some
 from pipeline.crew import Terms
-from pipeline.identity import identity_of
+from pipeline.identity import as_begun, identity_of
 from pipeline.launch import run_ranks
 from pipeline.run_files import INITIAL_WEIGHTS, METRICS, producing
 from pipeline.schedules import Schedule
@@ -117,11 +117,12 @@ def run_stage(stage: str, settings: StageSettings, start: "Start", corpus: Mixtu
     home, folder = home_folder(settings.run.home), run_folder(settings.run)
     if not leads():
         # Under torchrun every rank comes through here; rank 0 alone keeps the folder, the tracking and the registry.
-        _train(settings, start, corpus, _newest(settings, start, corpus, folder), folder, home, None, "", "")
+        settings, newest = _resumed(settings, start, corpus, folder)
+        _train(settings, start, corpus, newest, folder, home, None, "", "")
         return {}
     with _held(folder) as lease:
         record = _open_record(folder, stage, start)
-        newest = _newest(settings, start, corpus, folder)
+        settings, newest = _resumed(settings, start, corpus, folder)
         uri = tracking.connect(home)
         values = settings.model_dump(mode="json")
         tags = _lineage(stage, corpus, start)
@@ -140,15 +141,18 @@ def run_stage(stage: str, settings: StageSettings, start: "Start", corpus: Mixtu
             return _hand_over(stage, settings, start, corpus, folder, run)
 
 
-def _newest(settings: StageSettings, start: Start, corpus: Mixture, folder: Folder) -> checkpoints.Checkpoint | None:
-    """The checkpoint that the run goes on from, refused if it is of another run."""
+def _resumed(
+    settings: StageSettings, start: Start, corpus: Mixture, folder: Folder
+) -> tuple[StageSettings, checkpoints.Checkpoint | None]:
+    """The checkpoint that the run goes on from, refused if it is of another run, and the settings it goes on with."""
     total = duration_in_steps(settings.training.duration, settings.training.global_batch, corpus.num_samples)
     # One that is handed over without a rank that would load it and fall back is verified here.
     newest = checkpoints.newest(folder.child("checkpoints"), verify_from=total)
     if newest is not None:
+        settings = as_begun(settings, newest.state)
         identity = identity_of(settings, start.architecture, corpus)
-        checkpoints.check_resumable(newest, identity, settings.run.allow_changes)
-    return newest
+        checkpoints.check_resumable(newest, identity, type(settings), settings.run.allow_changes)
+    return settings, newest
 
 
 def _train(

@@ -133,7 +133,7 @@ def _train(job: Job, worker: workers.Worker, oversight: Oversight) -> bool:
     identity = {**identity_of(settings, config, corpus), "precision": plan.precision}
 
     def check(checkpoint: checkpoints.Checkpoint) -> None:
-        checkpoints.check_resumable(checkpoint, identity, settings.run.allow_changes)
+        checkpoints.check_resumable(checkpoint, identity, type(settings), settings.run.allow_changes)
 
     def engine_at(checkpoint: checkpoints.Checkpoint | None) -> tuple[Any, checkpoints.Checkpoint | None]:
         """An engine as a checkpoint has it (or one before it that is whole), or as training begins."""

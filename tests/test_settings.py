@@ -5,8 +5,9 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cluster.settings import SettingsError, find_recipe, load_recipe, parse_command, resolve
+from cluster.settings import SettingsError, fill_saved, find_recipe, keep_saved, load_recipe, parse_command, resolve
 from pipeline.config import RECIPES, FinetuneSettings, PretrainSettings, duration_in_steps
+from pipeline.identity import settings_that_decide
 
 PRETRAIN = sorted((RECIPES / "pretrain").glob("*.yaml"))
 FINETUNE = sorted((RECIPES / "finetune").glob("*.yaml"))
@@ -203,3 +204,24 @@ def test_what_nothing_would_read_about_health_is_refused():
     with pytest.raises(SettingsError, match=r"health\.spike has no effect with health.spike_factor = None"):
         demo("health.spike=stop")
     assert demo("health.nonfinite=skip", "health.max_skips=3").health.max_skips == 3
+
+
+def test_what_a_run_saved_before_a_setting_was_there_means_what_was_done_then():
+    settings = demo()
+    now = settings_that_decide(settings)
+    then = {**now, "data": {key: value for key, value in now["data"].items() if key not in ("rules", "shuffle_window")}}
+    assert (settings.data.rules, now["data"]["rules"]) == (2, 2)
+    filled = fill_saved(PretrainSettings, then, now)
+    assert filled["data"]["rules"] == 1  # the rules of that time
+    assert filled == {**now, "data": {**now["data"], "rules": 1}}  # and what has the default of that time
+
+
+def test_a_run_keeps_the_rules_that_it_began_with_unless_others_are_given():
+    saved = settings_that_decide(demo())
+    old = {**saved, "data": {key: value for key, value in saved["data"].items() if key != "rules"}}
+    assert keep_saved(demo(), old).data.rules == 1
+    assert keep_saved(demo("data.rules=2"), old).data.rules == 2  # and the checkpoint is refused
+    assert keep_saved(demo(), saved).data.rules == 2
+    began_with = {**saved, "data": {**saved["data"], "rules": 1}}
+    assert keep_saved(demo(), began_with).data.rules == 1
+    assert keep_saved(demo(), old).model_copy(update={"data": demo().data}) == demo()

@@ -1,0 +1,189 @@
+"""What happens to an image before inference: decoding, resizing, cropping, normalising.
+
+This file imports torch, numpy and Pillow only: like vit.py, a copy of it travels inside every published model
+package, so that a consumer's pixels are the ones that evaluation saw.
+"""
+
+import dataclasses
+import io
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
+
+Pixels = npt.NDArray[np.uint8]
+"""uint8 [H, W, 3], RGB."""
+
+
+class ImageError(ValueError):
+    """Input that is no image this preprocessing can read; the message says why."""
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """Encoded images or arrays -> float32 [B, 3, size, size].
+
+    Resizing is bilinear and antialiased (a triangle filter as wide as the reduction, what Pillow and DALI call
+    linear), on 8-bit pixels.
+
+    Raises:
+        ValueError: values that do not fit together; the message names the field.
+    """
+
+    size: int
+    """Height and width of the result in pixels."""
+    resize: Literal["squash", "shorter"] = "squash"
+    """"squash": to size x size whatever the shape; "shorter": the shorter side to `resize_to`, then the centre."""
+    resize_to: int | None = None
+    """Length of the shorter side in pixels, at least `size`; with `resize="shorter"` only."""
+    interpolation: Literal["bilinear"] = "bilinear"
+    """Antialiased bilinear is the only one so far; written down so that a package always says it."""
+    mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    """Per channel, of pixels scaled to 0..1. 0.5 is what Google's ViTs use."""
+    std: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    """Per channel, of pixels scaled to 0..1."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "mean", tuple(self.mean))
+        object.__setattr__(self, "std", tuple(self.std))
+        _require(type(self.size) is int and self.size >= 1, f"size = {self.size!r} must be a whole number above 0")
+        _require(self.resize in ("squash", "shorter"), f"resize = {self.resize!r} must be 'squash' or 'shorter'")
+        if self.resize == "squash":
+            _require(self.resize_to is None, f"resize_to = {self.resize_to!r} goes with resize = 'shorter' only")
+        else:
+            fits = type(self.resize_to) is int and self.resize_to >= self.size
+            _require(fits, f"resize_to = {self.resize_to!r} must be at least size = {self.size}")
+        _require(self.interpolation == "bilinear", f"interpolation = {self.interpolation!r}: only 'bilinear' is there")
+        for name, values in (("mean", self.mean), ("std", self.std)):
+            numbers = len(values) == 3 and all(type(v) in (int, float) and math.isfinite(v) for v in values)
+            _require(numbers, f"{name} = {values!r} must be three numbers")
+        _require(min(self.std) > 0, f"std = {self.std!r} must be above 0")
+
+    def to_json(self) -> dict[str, Any]:
+        """All fields as JSON values."""
+        return dataclasses.asdict(self) | {"mean": list(self.mean), "std": list(self.std)}
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> "Preprocessing":
+        """The preprocessing that `to_json` wrote.
+
+        Raises:
+            ValueError: an unknown field, or a value that does not fit; the message names it.
+        """
+        unknown = sorted(set(values) - {field.name for field in dataclasses.fields(cls)})
+        _require(not unknown, f"unknown preprocessing field(s): {', '.join(unknown)}")
+        _require("size" in values, "preprocessing field missing: size")
+        return cls(**values)
+
+    def __call__(self, images: Sequence["bytes | npt.NDArray[Any]"]) -> Tensor:
+        """Encoded images (bytes) and arrays (see `decode`), also mixed -> float32 [B, 3, size, size].
+
+        Raises:
+            ImageError: an image that cannot be read; the message says which.
+        """
+        batch = np.empty((len(images), self.size, self.size, 3), np.uint8)
+        for row, image in enumerate(images):
+            try:
+                batch[row] = self.resized(decode(image))
+            except ImageError as error:
+                raise ImageError(f"image {row} of {len(images)}: {error}") from error
+        pixels = torch.from_numpy(batch).permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)
+        mean, std = torch.tensor(self.mean).view(3, 1, 1), torch.tensor(self.std).view(3, 1, 1)
+        return pixels.sub_(255 * mean).div_(255 * std)
+
+    def resized(self, pixels: Pixels) -> Pixels:
+        """uint8 [H, W, 3] -> uint8 [size, size, 3]."""
+        (top, height), (left, width) = (self._source_span(length, pixels.shape[:2]) for length in pixels.shape[:2])
+        return _resize(pixels, top, left, height, width, self.size)
+
+    def _source_span(self, length: int, sides: tuple[int, ...]) -> tuple[float, float]:
+        """Where, along a side of `length` pixels, the result comes from: start and extent in source pixels.
+
+        "shorter" keeps the exact scale although the longer side becomes a whole number of pixels: what rounding adds
+        or takes is shared by both ends (DALI's `subpixel_scale`). The crop's place is rounded down, as DALI does.
+        """
+        if self.resize_to is None:
+            return 0.0, float(length)
+        scale = self.resize_to / min(sides)
+        resized = _half_up(length * scale)
+        crop = _half_up((resized - self.size) / 2)
+        return length / 2 + (crop - resized / 2) / scale, self.size / scale
+
+
+def decode(image: "bytes | npt.NDArray[Any]") -> Pixels:
+    """An image as uint8 [H, W, 3].
+
+    Encoded images (JPEG, PNG, WebP and what else Pillow reads) are turned upright by their EXIF orientation; gray,
+    palette and CMYK become RGB, 16 bits become 8, alpha is dropped. Arrays are uint8 [H, W, 3], [H, W, 4] (alpha
+    is dropped), [H, W, 1] or [H, W] (gray), RGB and upright.
+
+    Raises:
+        ImageError: no image, a broken one, or an array of another shape or type.
+    """
+    if isinstance(image, np.ndarray):
+        return _decode_array(image)
+    if not isinstance(image, (bytes, bytearray, memoryview)):
+        raise ImageError(f"bytes of an encoded image or a uint8 array are wanted, not {type(image).__name__}")
+    try:
+        with Image.open(io.BytesIO(image)) as opened:
+            kind = opened.tile[0].args if opened.format == "PNG" and opened.tile else None
+            upright = ImageOps.exif_transpose(opened)
+            if upright.mode.startswith("I"):
+                return _from_16_bits(np.asarray(upright, np.float32))
+            if kind not in ("RGB;16B", "RGBA;16B"):
+                return np.asarray(upright.convert("RGB"))
+        # Pillow has no image of 16-bit colours: it gives the upper bytes. Read again, the lower ones for the rounding.
+        with Image.open(io.BytesIO(image)) as again:
+            again.tile = [tile._replace(args=f"{kind[:-1]}L") for tile in again.tile]
+            lower = np.asarray(ImageOps.exif_transpose(again), np.float32)
+        return _from_16_bits(np.asarray(upright, np.float32) * 256 + lower)
+    except UnidentifiedImageError as error:
+        raise ImageError(f"{len(image)} bytes that are no image Pillow knows") from error
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise ImageError(f"does not decode: {error}") from error
+
+
+def _from_16_bits(values: npt.NDArray[np.float32]) -> Pixels:
+    return _decode_array(np.rint(values / 257).astype(np.uint8))
+
+
+def _decode_array(array: npt.NDArray[Any]) -> Pixels:
+    shape = array.shape
+    if array.dtype != np.uint8:
+        raise ImageError(f"an array of {array.dtype}: uint8 with values 0 to 255 is wanted")
+    if not (array.ndim == 2 or (array.ndim == 3 and shape[2] in (1, 3, 4))) or 0 in shape:
+        raise ImageError(f"an array of shape {list(shape)}: [height, width, 3] is wanted")
+    if array.ndim == 2:
+        array = array[:, :, None]
+    return np.broadcast_to(array, (*shape[:2], 3)) if array.shape[2] == 1 else array[:, :, :3]
+
+
+def _resize(pixels: Pixels, top: float, left: float, height: float, width: float, size: int) -> Pixels:
+    """The rectangle of the image that starts at (top, left) -> [size, size, 3].
+
+    Beyond its border the image counts as continued by its outermost pixels, as DALI has it. Pillow leaves out what
+    lies beyond instead, so the image is extended first as far as the filter reaches.
+    """
+    reach_y, reach_x = max(height / size, 1), max(width / size, 1)
+    before_y, before_x = max(0, math.ceil(reach_y - top)), max(0, math.ceil(reach_x - left))
+    after_y = max(0, math.ceil(top + height + reach_y - pixels.shape[0]))
+    after_x = max(0, math.ceil(left + width + reach_x - pixels.shape[1]))
+    image = Image.fromarray(np.pad(pixels, ((before_y, after_y), (before_x, after_x), (0, 0)), mode="edge"))
+    top, left = top + before_y, left + before_x
+    box = (left, top, left + width, top + height)
+    return np.asarray(image.resize((size, size), Image.Resampling.BILINEAR, box=box))
+
+
+def _half_up(value: float) -> int:
+    return math.floor(value + 0.5)
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)

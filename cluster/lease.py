@@ -8,19 +8,16 @@ stood still for a whole time to live by the other job's own clock: clocks of two
 
 import json
 import os
-import platform
 import threading
 import time
 import uuid
 from collections.abc import Callable
-from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import psutil
-
 from cluster.command import duration, log
 from cluster.folders import Folder
+from cluster.ownership import is_dead, is_here, this_process
 from cluster.storage import StorageError, json_bytes
 
 FILE = "lease.json"
@@ -95,12 +92,12 @@ class Lease:
         seen, waited = time.monotonic(), False
         while True:
             holder = _parse(found)
-            if holder is None or _is_dead(holder):
+            if holder is None or is_dead(holder):
                 if holder is not None:
                     log.info("the job that held %s (%s) is dead; going on in its place", self.folder, _name(holder))
                 if self._write(found):
                     return
-            elif _is_here(holder):
+            elif is_here(holder):
                 raise LeaseError(self._refusal(holder))
             elif time.monotonic() - seen >= self.ttl_s:
                 log.warning(
@@ -123,7 +120,7 @@ class Lease:
             now = self._read()
             if now != found:
                 renewed = _parse(now)
-                if renewed is not None and not _is_dead(renewed):
+                if renewed is not None and not is_dead(renewed):
                     raise LeaseError(self._refusal(renewed))
                 found, seen = now, time.monotonic()
 
@@ -156,7 +153,7 @@ class Lease:
                 return
 
     def _write(self, expected: bytes | None) -> bool:
-        record = {"token": self.token, "counter": self._counter + 1, "ttl_s": self.ttl_s, **HERE, **_process()}
+        record = {"token": self.token, "counter": self._counter + 1, "ttl_s": self.ttl_s, **this_process()}
         content = json_bytes(record)
         if not self.folder.swap(FILE, content, expected):
             return False
@@ -199,7 +196,7 @@ class Watcher:
         holder = _parse(found)
         if holder is None or holder.get("token") != self.token:
             return f"the lease on {self.folder} belongs to {_name(holder) if holder else 'nobody'} now"
-        if _is_dead(holder):
+        if is_dead(holder):
             return f"the job's driver ({_name(holder)}) is gone"
         if time.monotonic() - self._changed > self.ttl_s:
             return f"the job's driver ({_name(holder)}) did not renew its lease for {duration(self.ttl_s)}"
@@ -212,34 +209,6 @@ def end_process(reason: str) -> None:
     os._exit(1)
 
 
-def _boot() -> str:
-    """What tells machines, and containers whose process numbers mean different processes, apart."""
-    boot, space = Path("/proc/sys/kernel/random/boot_id"), Path("/proc/self/ns/pid")
-    if not boot.exists() or not space.is_symlink():
-        return ""
-    return f"{boot.read_text().strip()} {space.readlink()}"
-
-
-HERE = {"host": platform.node(), "boot": _boot()}
-"""Which machine (and which container of it) this is: two processes with the same one see each other's numbers."""
-
-
-def _started(pid: int) -> float:
-    """When a process began, in clock ticks since the boot: the time of day may be set while it runs.
-
-    Raises:
-        psutil.NoSuchProcess: it has ended.
-    """
-    try:
-        return float(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
-    except (FileNotFoundError, ProcessLookupError):
-        return psutil.Process(pid).create_time()  # a system without /proc
-
-
-def _process() -> dict[str, Any]:
-    return {"pid": os.getpid(), "started": _started(os.getpid())}
-
-
 def _parse(content: bytes | None) -> dict[str, Any] | None:
     """The holder that a lease names; None for a free one, or one that is not readable."""
     try:
@@ -247,21 +216,6 @@ def _parse(content: bytes | None) -> dict[str, Any] | None:
     except ValueError:
         return None
     return record if isinstance(record, dict) and record.get("token") else None
-
-
-def _is_here(holder: dict[str, Any]) -> bool:
-    """Whether the holder's process, dead or alive, can be seen from here."""
-    return bool(HERE["boot"]) and all(holder.get(key) == value for key, value in HERE.items())
-
-
-def _is_dead(holder: dict[str, Any]) -> bool:
-    if not _is_here(holder):
-        return False
-    try:
-        process = psutil.Process(holder["pid"])
-        return _started(process.pid) != holder["started"] or process.status() == psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return True
 
 
 def _name(holder: dict[str, Any]) -> str:

@@ -21,7 +21,7 @@ from typing import Any
 import torch.distributed as dist
 
 from cluster.command import duration, log
-from cluster.lease import HERE
+from cluster.ownership import HERE
 from pipeline.stopping import Every
 from pipeline.workers import Worker, from_all
 

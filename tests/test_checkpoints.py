@@ -2,9 +2,11 @@
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import textwrap
 import threading
 import time
@@ -391,10 +393,36 @@ def test_the_scratch_of_a_living_process_is_left_alone(open_checkpoints, tmp_pat
     first = open_checkpoints()
     engine = make_engine()
     second = open_checkpoints()
-    assert len(list((tmp_path / "scratch").glob("*.lock"))) == 2
+    assert len(list((tmp_path / "scratch").iterdir())) == 2
     save_steps(first, 1, engine=engine)
     second.close()
-    assert len(list((tmp_path / "scratch").glob("*.lock"))) == 1
+    assert list((tmp_path / "scratch").iterdir()) == [first.scratch]
+
+
+def test_what_a_user_keeps_in_the_scratch_folder_is_left_alone(open_checkpoints, tmp_path):
+    scratch = tmp_path / "scratch"
+    theirs = ["dataset/image.jpg", "dataset.lock", "checkpoints-0-0123456789ab/rank-00000.bin"]
+    theirs += ["checkpoints-0-0123456789ab.lock", "vitforge-checkpoints-0-0123456789abcdef/rank-00000.bin"]
+    for name in theirs:
+        (scratch / name).parent.mkdir(parents=True, exist_ok=True)
+        (scratch / name).write_text("theirs")
+    save_steps(open_checkpoints(), 1)
+    open_checkpoints().close()
+    assert [(scratch / name).read_text() for name in theirs] == ["theirs"] * 5
+    shutil.rmtree(scratch / "dataset")
+    for path in sorted(scratch.rglob("*"), reverse=True):  # for the fixture
+        if path.relative_to(scratch).parts[0] in {Path(name).parts[0] for name in theirs}:
+            path.rmdir() if path.is_dir() else path.unlink()
+
+
+def test_a_temporary_folder_that_may_be_another_s_is_refused(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    place = tmp_path / f"vitforge-{os.geteuid()}"
+    (tmp_path / "elsewhere").mkdir()
+    place.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(SettingsError, match=r"is a symbolic link: .* Set checkpoint\.scratch"):
+        Checkpoints(folder, CheckpointSettings(), Worker())
+    assert list((tmp_path / "elsewhere").iterdir()) == []
 
 
 def test_an_update_that_is_not_finite_is_never_applied_and_never_saved(open_checkpoints):

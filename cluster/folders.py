@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from cluster import storage
+from cluster.ownership import temporary_folder
 from cluster.storage import Sink, StorageError
 
 _LOCK = ".swap-lock"
@@ -321,7 +322,7 @@ def _locked(path: Path) -> Iterator[Path]:
     while True:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            lock = name.open("w")
+            lock = os.fdopen(os.open(name, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666), "r+b")
         except FileNotFoundError:  # the last holder has removed the folder just now
             continue
         with lock:
@@ -349,8 +350,8 @@ def at_hand(folder: Folder, name: str) -> Iterator[Path]:
     if folder.local is not None:
         yield folder.local / name
         return
-    with tempfile.TemporaryDirectory(prefix="vitforge-") as scratch:
-        path = Path(scratch) / Path(name).name
+    with temporary_folder("file") as scratch:
+        path = scratch / Path(name).name
         folder.get(name, path)
         yield path
 

@@ -13,6 +13,8 @@ What lies on a file system of several machines and was made on another one stays
 
 import errno
 import fcntl
+import functools
+import hashlib
 import json
 import os
 import platform
@@ -110,6 +112,36 @@ def _exists(pid: int) -> bool:
 
 
 # ----------------------------------------------------------------------------------------------------------------
+# Files that are not finished
+# ----------------------------------------------------------------------------------------------------------------
+
+_PLACE = hashlib.sha256(" ".join(HERE.values()).encode()).hexdigest()[:8]
+NAME_MARK = r"(?P<user>\d+)-(?P<place>[0-9a-f]{8})-(?P<pid>\d+)-(?P<started>\d+)-[0-9a-f]{12}"
+"""What `name_mark` gives, as a regular expression."""
+
+
+def name_mark() -> str:
+    """What names user, machine, process and its start in the name of one file."""
+    return f"{_mark_of(os.getpid())}-{secrets.token_hex(6)}"
+
+
+@functools.cache
+def _mark_of(pid: int) -> str:
+    return f"{os.geteuid()}-{_PLACE}-{pid}-{_started(pid):.0f}"
+
+
+def is_left_by_us(match: re.Match[str]) -> bool:
+    """Whether a `NAME_MARK` is our user's, and its process is not one that is seen to live.
+
+    That does not show that it is dead: the caller holds what its process had to hold to write there.
+    """
+    process = {"pid": int(match["pid"]), "started": float(match["started"])}
+    if int(match["user"]) != os.geteuid():
+        return False
+    return match["place"] != _PLACE or is_dead({**HERE, **process})
+
+
+# ----------------------------------------------------------------------------------------------------------------
 # Folders of this user alone
 # ----------------------------------------------------------------------------------------------------------------
 
@@ -148,7 +180,10 @@ def temporary_root() -> Path:
 
     Errors: as `private_folder`.
     """
-    return private_folder(Path(tempfile.gettempdir()) / f"vitforge-{os.geteuid()}")
+    try:
+        return private_folder(Path(tempfile.gettempdir()) / f"vitforge-{os.geteuid()}")
+    except OwnershipError as error:
+        raise OwnershipError(f"{error}, so that nothing is written there: set TMPDIR to a folder of your own") from None
 
 
 # ----------------------------------------------------------------------------------------------------------------

@@ -6,20 +6,25 @@ What may also lie on an object store goes through `cluster.folders.Folder`.
 import errno
 import json
 import os
-import shutil
+import re
+import stat
 import time
-import uuid
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol, TypeVar
 
 import xxhash
 
+from cluster import ownership
+
 _T = TypeVar("_T")
 
 _TEMPORARY = ".writing-"
 """In the name of every file that is not finished; nothing reads such a file, and a rerun removes it."""
+_LEFT = re.compile(rf"\..+{re.escape(_TEMPORARY)}(?:{ownership.NAME_MARK}|(?P<older>[0-9a-f]{{12}}))", re.DOTALL)
+_LONGEST_NAME = 150
+"""Bytes of a file's name that are in its temporary one: file systems take 255 in all."""
 
 
 class Sink(Protocol):
@@ -95,7 +100,8 @@ def local_path(path: str, key: str) -> Path:
 
 def temporary_path(path: Path) -> Path:
     """A name beside `path` for a file that is not finished; what a killed writer leaves under it is removed later."""
-    return path.with_name(f".{path.name}{_TEMPORARY}{uuid.uuid4().hex[:12]}")
+    name = os.fsdecode(os.fsencode(path.name)[:_LONGEST_NAME])
+    return path.with_name(f".{name}{_TEMPORARY}{ownership.name_mark()}")
 
 
 @contextmanager
@@ -184,12 +190,19 @@ def sync_folder(folder: Path) -> None:
 
 
 def remove_unfinished(folder: Path) -> None:
-    """Remove what killed writers left in a folder under temporary names."""
+    """Remove the files that killed writers of this user left in a folder under temporary names.
+
+    The caller holds the lease or the lock without which nobody writes there: writers on machines whose processes
+    cannot be seen from here have ended then.
+    """
     for path in folder.glob(f".*{_TEMPORARY}*"):
-        if path.is_dir():
-            shutil.rmtree(path, ignore_errors=True)
-        else:
-            path.unlink(missing_ok=True)
+        match = _LEFT.fullmatch(path.name)
+        with suppress(FileNotFoundError):
+            if match is None or not stat.S_ISREG(path.lstat().st_mode):
+                continue
+            # Names of before there were marks are told by their form and their file's owner.
+            if path.lstat().st_uid == os.geteuid() if match["older"] else ownership.is_left_by_us(match):
+                path.unlink()
 
 
 def is_unfinished(name: str) -> bool:

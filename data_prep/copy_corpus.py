@@ -5,12 +5,12 @@ Shards are copied in Ray tasks, as they are written: the lines of all nodes add 
 
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from functools import partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 if __package__ in (None, ""):  # run as a script: the repository root belongs on the path, not this folder
@@ -23,6 +23,7 @@ from cluster import storage
 from cluster.command import Progress, absolute_path, duration, log, run_command
 from cluster.folders import Folder, folder_at
 from cluster.lease import FILE as LEASE
+from cluster.ownership import temporary_folder
 from cluster.settings import Settings, parse_command
 from data_prep.corpus import Corpus
 from data_prep.corpus_format import (
@@ -212,9 +213,7 @@ def _copy_files(task: _CopyTask) -> dict[str, Any]:
     """
     for name in task.sizes:
         if task.source.local is None:
-            # beside its place, if that is a file system's: then it is renamed and not written again
-            with TemporaryDirectory(prefix=".copy.writing-", dir=task.destination.local) as scratch:
-                path = Path(scratch, name)
+            with _arriving(task.destination, name) as path:
                 task.source.get(name, path)
                 _check(task, name, path.stat().st_size, storage.hash_file(path))
                 task.destination.put(path, name, move=True)
@@ -228,6 +227,20 @@ def _copy_files(task: _CopyTask) -> dict[str, Any]:
                 storage.write_fully(sink, chunk)
             _check(task, name, count, digest.hexdigest())  # what fails here does not appear there
     return {"sizes": {".tar": sum(task.sizes.values())}}
+
+
+@contextmanager
+def _arriving(destination: Folder, name: str) -> Iterator[Path]:
+    """A path for a file on its way: beside its place where that can be, so that it is not written twice."""
+    if destination.local is None:
+        with temporary_folder("copy") as folder:
+            yield folder / name
+        return
+    path = storage.temporary_path(destination.local / name)
+    try:
+        yield path
+    finally:
+        path.unlink(missing_ok=True)
 
 
 def _check(task: _CopyTask, name: str, size: int, checksum: str) -> None:

@@ -9,7 +9,6 @@ import os
 import struct
 import subprocess
 import sys
-import tempfile
 import threading
 import zlib
 from collections.abc import Callable
@@ -22,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cluster.ahead import ahead
+from cluster.ownership import temporary_folder
 from data_prep.columns import Strings
 from data_prep.tar_headers import BLOCK, ReadAt, TarError
 
@@ -208,8 +208,8 @@ def find_points(source: Path | Slice, where: str, visit: Callable[[ReadAt], None
         GzipError: it is damaged or cut short.
         OSError: it cannot be read.
     """
-    with tempfile.TemporaryDirectory() as folder:
-        index = Path(folder, "points")
+    with temporary_folder("gzip") as folder:
+        index = folder / "points"
         words = ["-d", "-c", "-f", "--verify", "-P", str(threads), "--chunk-size", str(_SPACING >> 10)]
         words += ["--index-format", "gztool", "--export-index", str(index)]
         words += [os.fspath(source)] if isinstance(source, Path) else []

@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import re
+import secrets
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -25,7 +26,7 @@ class WeightsError(ValueError):
 def save_safetensors(state: Mapping[str, Tensor], path: str | Path) -> None:
     """Write `state` to `path`, in the dtype it has; complete or not at all (temporary name, fsync, rename)."""
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
     try:
         save_file({name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}, temporary)
         with temporary.open("rb") as file:

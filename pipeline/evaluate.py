@@ -15,13 +15,13 @@ from pathlib import Path
 if __package__ in (None, ""):  # run as a script: the repository root belongs on the path, not this folder
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-import tempfile
 import time
 
 import torch
 
 from cluster.command import absolute_path, leads, log, run_command, set_up_logging
 from cluster.folders import Folder
+from cluster.ownership import temporary_folder
 from cluster.settings import SettingsError, parse_command
 from cluster.storage import read_json, write_json
 from data_prep.corpus import Corpus
@@ -117,10 +117,8 @@ def main() -> None:
     if package.activation == "softmax" and corpus.label_kind == "multi":
         raise SettingsError(f"{package.uri} gives one class an image (softmax), {corpus} has many labels an image")
     settings = settings.model_copy(update={"corpus": corpus.place})
-    scratch_root = home / "tmp"  # every node sees it
-    scratch_root.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=scratch_root, prefix="evaluate-") as scratch:
-        job = Job(settings, package.uri, (corpus.folder,), str(Path(scratch) / "scores.json"), str(home), uri)
+    with temporary_folder("evaluate", home / "tmp") as scratch:  # every node sees it
+        job = Job(settings, package.uri, (corpus.folder,), str(scratch / "scores.json"), str(home), uri)
         run_ranks(
             evaluate,
             job,

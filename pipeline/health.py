@@ -7,7 +7,6 @@ has been looked at.
 
 import math
 import statistics
-import tempfile
 from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -19,6 +18,7 @@ from numpy.typing import NDArray
 
 from cluster.command import log
 from cluster.folders import Folder
+from cluster.ownership import temporary_folder
 from data_prep.contact_sheet import draw_contact_sheet
 from data_prep.mixture import Mixture
 from pipeline.config import HealthSettings
@@ -211,8 +211,8 @@ def _report(trouble: Trouble, folder: Folder, corpus: Mixture) -> None:
         report["images"][sample] = f"{name}/{sample}{suffix}"
         folder.write_bytes(f"{name}/{sample}{suffix}", content.tobytes())
     folder.write_json(f"{name}.json", report)
-    with tempfile.TemporaryDirectory() as scratch:
-        sheet = Path(scratch) / "sheet.png"
+    with temporary_folder("sheet") as scratch:
+        sheet = scratch / "sheet.png"
         title = f"step {trouble.step}, {report['images_stored']} images: {trouble.what}"
         draw_contact_sheet(corpus, stored, title, sheet)
         folder.put(sheet, f"{name}/sheet.png")

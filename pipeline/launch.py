@@ -6,7 +6,6 @@ them save and stop, to go on elsewhere; a crash is followed by another start.
 """
 
 import os
-import tempfile
 import time
 from collections.abc import Callable
 from contextlib import closing
@@ -15,6 +14,7 @@ from typing import Any, Literal
 import torch.distributed as dist
 
 from cluster.command import log
+from cluster.ownership import temporary_folder
 from cluster.ray_runtime import ray_session
 from cluster.settings import SettingsError
 from cluster.storage import StorageError
@@ -142,8 +142,8 @@ class _Launcher:
     def _start(self, crew: Crew) -> tuple[Literal["finished", "stopped", "crashed"], str]:
         """Start a crew and wait for it; returns how it ended and why."""
         # Ray Train's records of a run, which only its controller writes, on this node, and nobody needs afterwards.
-        with tempfile.TemporaryDirectory(prefix="vitforge-ray-") as records:
-            return self._wait_for(crew, records)
+        with temporary_folder("ray") as records:
+            return self._wait_for(crew, str(records))
 
     def _wait_for(self, crew: Crew, records: str) -> tuple[Literal["finished", "stopped", "crashed"], str]:
         os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")  # a crash is noticed sooner than in two s

@@ -9,7 +9,6 @@ import logging
 import os
 import platform
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,6 +17,7 @@ from typing import Any
 
 from cluster.command import log
 from cluster.folders import Folder, LocalFolder
+from cluster.ownership import MarkedFolder
 from cluster.storage import StorageError, write_bytes
 from pipeline.run_files import METRICS
 
@@ -266,8 +266,8 @@ class MetricsFile:
 
     def __init__(self, folder: Folder, step: int) -> None:
         self._folder = folder
-        self._scratch = None if folder.local else tempfile.TemporaryDirectory(prefix="vitforge-")
-        self._path = Path(self._scratch.name if self._scratch else str(folder.local)) / METRICS
+        self._scratch = None if folder.local else MarkedFolder("metrics")
+        self._path = (self._scratch.path if self._scratch else Path(str(folder.local))) / METRICS
         self._begin(metrics_of(folder), step)
         self.publish(must=True)  # a folder without the record is that of a run that did nothing
 
@@ -306,7 +306,7 @@ class MetricsFile:
         """Write no more."""
         self._file.close()
         if self._scratch:
-            self._scratch.cleanup()
+            self._scratch.close()
 
 
 def metrics_of(folder: Folder) -> list[dict[str, Any]]:

@@ -1,5 +1,7 @@
 """Folders on mounted file systems, where these are not as simple as one disk."""
 
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -7,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from cluster.folders import LocalFolder
-from cluster.storage import StorageError
+from cluster.storage import StorageError, temporary_path
 from tests.running import REPOSITORY
 
 MOVE = """
@@ -17,6 +19,16 @@ from cluster.folders import LocalFolder
 scratch, target = map(Path, sys.argv[1:])
 assert scratch.stat().st_dev == target.stat().st_dev
 LocalFolder(target).put(scratch / "part", "part", move=True)
+"""
+KILLED_WRITER = """
+import os, sys
+from contextlib import ExitStack
+from pathlib import Path
+from cluster.storage import atomic_file
+with ExitStack() as stack:
+    for place in sys.argv[1:]:
+        stack.enter_context(atomic_file(Path(place, "weights"))).write(b"half of it")
+    os.kill(os.getpid(), 9)
 """
 
 
@@ -52,11 +64,27 @@ def test_a_read_error_of_the_file_system_is_worth_another_try_and_a_missing_file
 
 def test_what_killed_writers_left_is_removed_in_the_folders_below_too(tmp_path: Path) -> None:
     (tmp_path / "a" / "b").mkdir(parents=True)
-    left = [tmp_path / ".x.writing-01", tmp_path / "a" / ".y.writing-02", tmp_path / "a" / "b" / ".z.writing-03"]
-    for path in [*left, tmp_path / "a" / "whole"]:
+    folders = [tmp_path, tmp_path / "a", tmp_path / "a" / "b"]
+    killed = subprocess.run([sys.executable, "-c", KILLED_WRITER, *map(str, folders)], cwd=REPOSITORY)
+    assert killed.returncode == -signal.SIGKILL
+    left = [path for folder in folders for path in folder.glob(".*")]
+    assert len(left) == 3
+    older = tmp_path / ".z.writing-0123456789ab"  # as versions without marks wrote
+    living = temporary_path(tmp_path / "living")
+    theirs = [tmp_path / "a" / "whole", tmp_path / ".my.writing-notes", tmp_path / "a" / ".thesis.writing-2024"]
+    theirs.append(tmp_path / left[0].name.replace(f"-{os.geteuid()}-", "-12345-", 1))
+    for path in [older, living, *theirs]:
         path.write_bytes(b"")
+    (folder := tmp_path / ".book.writing-0123456789ab").mkdir()
+    (link := tmp_path / ".link.writing-0123456789ab").symlink_to(theirs[0])
     LocalFolder(tmp_path).remove_unfinished()
-    assert [path.exists() for path in left] == [False, True, True]
+    assert [path.exists() for path in [*left, older]] == [False, True, True, False]
     LocalFolder(tmp_path).remove_unfinished(deep=True)
     assert not any(path.exists() for path in left)
-    assert (tmp_path / "a" / "whole").exists()
+    assert all(path.exists() for path in [living, folder, link, *theirs])
+
+
+def test_the_longest_name_can_be_written(tmp_path: Path) -> None:
+    for name in ("n" * 255, "ü" * 127):
+        LocalFolder(tmp_path).write_bytes(name, b"content")
+    assert LocalFolder(tmp_path).names() == ["n" * 255, "ü" * 127]

@@ -4,6 +4,7 @@ import gc
 import logging
 import os
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 
 import pytest
 
@@ -31,6 +32,18 @@ def s3(s3_server: server_module.S3Server, monkeypatch: pytest.MonkeyPatch) -> se
     for name, value in s3_server.env.items():
         monkeypatch.setenv(name, value)
     return s3_server
+
+
+@pytest.fixture(scope="session")
+def ray(s3_server: server_module.S3Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """One Ray for all tests that do not test its start; its workers know the S3 server, and cache in a test folder."""
+    variables = {**s3_server.env, "VITFORGE_CACHE": str(tmp_path_factory.mktemp("ray") / "cache")}
+    with ExitStack() as running:
+        with pytest.MonkeyPatch.context() as patch:
+            for name, value in variables.items():
+                patch.setenv(name, value)
+            running.enter_context(cluster.ray_runtime.ray_session())
+        yield
 
 
 @pytest.fixture

@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cluster.ray_runtime import ray_session
 from data_prep.corpus import Corpus
 from data_prep.shard import ShardSettings, shard_corpus
 from data_prep.verify import verify
@@ -15,11 +14,7 @@ from pipeline.corpora import open_corpora, with_places
 from pipeline.data_config import DataSettings
 from tests.corpora import encoded, image_folder
 
-
-@pytest.fixture(scope="module", autouse=True)
-def ray():
-    with ray_session():
-        yield
+pytestmark = pytest.mark.usefixtures("ray")
 
 
 def shard(source: Path, destination: Path, **settings: Any) -> Corpus:

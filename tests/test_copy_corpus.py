@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -38,16 +37,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VITFORGE_CACHE", str(tmp_path / "cache"))
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_ray(s3_server: S3Server) -> Iterator[None]:
-    """Ray once for the tests of this module; its workers know the server."""
-    from cluster.ray_runtime import ray_session
-
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in s3_server.env.items():
-            patch.setenv(name, value)
-        with ray_session():
-            yield
+pytestmark = pytest.mark.usefixtures("ray")
 
 
 def content(folder: Folder) -> dict[str, bytes]:

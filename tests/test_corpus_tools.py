@@ -15,7 +15,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cluster.ray_runtime import ray_session
 from data_prep.contact_sheet import draw_contact_sheet
 from data_prep.corpus import Corpus
 from data_prep.distributions import Distribution, measure
@@ -138,12 +137,6 @@ def test_show_as_a_command(corpus, tmp_path):
 
 
 # -------------------------------------------------------------------------------------------------------- index
-
-
-@pytest.fixture(scope="module")
-def ray():
-    with ray_session():
-        yield
 
 
 def index(source: Path, destination: Path, **settings: Any) -> Corpus:

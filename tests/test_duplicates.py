@@ -16,7 +16,6 @@ import pytest
 from PIL import Image, ImageEnhance
 
 from cluster.folders import LocalFolder, folder_at
-from cluster.ray_runtime import ray_session
 from cluster.settings import SettingsError
 from data_prep import duplicates
 from data_prep.corpus import Corpus, CorpusError
@@ -243,12 +242,6 @@ def test_the_first_stays_and_excluded_images_go_before(photographs):
 
 
 # ---------------------------------------------------------------------------------------------------------- sharding
-
-
-@pytest.fixture(scope="module")
-def ray():
-    with ray_session():
-        yield
 
 
 @pytest.fixture

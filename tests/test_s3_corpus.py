@@ -13,7 +13,6 @@ import pytest
 import torch
 
 from cluster.folders import Folder, LocalFolder, folder_at
-from cluster.ray_runtime import ray_session
 from data_prep.corpus import Corpus
 from data_prep.corpus_format import CorpusError
 from data_prep.shard import ShardSettings, shard_corpus
@@ -70,31 +69,32 @@ def flip(folder: Folder, name: str, offset: int) -> None:
     folder.write_bytes(name, bytes(damaged))
 
 
-def test_the_same_corpus_is_made_on_s3_whatever_the_network_does(source: Path, local: Corpus, s3: S3Server) -> None:
+def test_the_same_corpus_is_made_on_s3_whatever_the_network_does(
+    ray: None, source: Path, local: Corpus, s3: S3Server
+) -> None:
     s3.faults.rates, s3.faults.latency = PASSING, 0.002
     place = s3.bucket() + "/corpora/small"
-    with ray_session():  # once for the three
-        corpus = shard_corpus(ShardSettings(source=str(source), destination=place, shard_mb=0.01))
-        assert s3.faults.injected.total() > 5
-        assert corpus.corpus_hash == local.corpus_hash
-        assert samples(corpus) == samples(local)
-        assert [corpus.origin(sample) for sample in range(len(corpus))] == [local.origin(k) for k in range(len(local))]
-        assert not list(verify(corpus))
-        s3.faults.clear()
-        assert content(corpus.folder) == content(local.folder)
+    corpus = shard_corpus(ShardSettings(source=str(source), destination=place, shard_mb=0.01))
+    assert s3.faults.injected.total() > 5
+    assert corpus.corpus_hash == local.corpus_hash
+    assert samples(corpus) == samples(local)
+    assert [corpus.origin(sample) for sample in range(len(corpus))] == [local.origin(k) for k in range(len(local))]
+    assert not list(verify(corpus))
+    s3.faults.clear()
+    assert content(corpus.folder) == content(local.folder)
 
-        shard_corpus(ShardSettings(source=str(source), destination=place, shard_mb=0.01))  # it is finished
-        written = [request for request in s3.faults.requests if request.startswith(("PUT", "POST", "DELETE"))]
-        assert not [request for request in written if not request.endswith("/lease.json")]
+    shard_corpus(ShardSettings(source=str(source), destination=place, shard_mb=0.01))  # it is finished
+    written = [request for request in s3.faults.requests if request.startswith(("PUT", "POST", "DELETE"))]
+    assert not [request for request in written if not request.endswith("/lease.json")]
 
-        corpus.folder.remove("manifest.json")
-        corpus.folder.remove("shard-000001.record.json")
-        corpus.folder.write_bytes("shard-000002.tar", b"cut")
-        s3.faults.clear()
-        again = shard_corpus(ShardSettings(source=str(source), destination=place, shard_mb=0.01))
-        assert content(again.folder) == content(local.folder)
-        tars = {request.rpartition("/")[2] for request in s3.faults.requests if re.match(r"PUT .*\.tar$", request)}
-        assert tars == {"shard-000001.tar", "shard-000002.tar"}
+    corpus.folder.remove("manifest.json")
+    corpus.folder.remove("shard-000001.record.json")
+    corpus.folder.write_bytes("shard-000002.tar", b"cut")
+    s3.faults.clear()
+    again = shard_corpus(ShardSettings(source=str(source), destination=place, shard_mb=0.01))
+    assert content(again.folder) == content(local.folder)
+    tars = {request.rpartition("/")[2] for request in s3.faults.requests if re.match(r"PUT .*\.tar$", request)}
+    assert tars == {"shard-000001.tar", "shard-000002.tar"}
 
 
 @pytest.mark.slow

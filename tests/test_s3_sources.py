@@ -11,7 +11,6 @@ import pyarrow.parquet as pq
 import pytest
 
 from cluster.folders import folder_at
-from cluster.ray_runtime import ray_session
 from cluster.s3_connection import SECRETS
 from cluster.storage import StorageError
 from data_prep.copy_corpus import CopySettings, copy_corpus
@@ -34,6 +33,8 @@ from tests.test_sources import (
     write_meta,
 )
 
+pytestmark = pytest.mark.usefixtures("ray")
+
 
 def test_tables_shards_and_corpora_on_s3_are_sources_too(tmp_path, s3, monkeypatch, messages):
     monkeypatch.setenv("VITFORGE_CACHE", str(tmp_path / "cache"))
@@ -50,31 +51,30 @@ def test_tables_shards_and_corpora_on_s3_are_sources_too(tmp_path, s3, monkeypat
         buffer = pa.BufferOutputStream()
         pq.write_table(table.slice(number * 18, 18), buffer)
         there.write_bytes(f"parquet/part-{number}.parquet", buffer.getvalue().to_pybytes())
-    with ray_session():
-        expected = shard(folder, tmp_path / "expected")
-        for path in expected.path.glob("*.tar"):
-            there.put(path, f"tars/{path.name}")
-        copy_corpus(CopySettings(source=str(expected.path), destination=f"{bucket}/corpus"))
-        s3.faults.rates = {"slow_down": 0.1, "reset": 0.05, "short": 0.1}
-        images = {image for image, _ in contents(expected).values()}
-        count = len(expected.manifest["shards"])
-        for number, place in enumerate(
-            (
-                "pictures/table.csv", "parquet", "parquet/part-0.parquet", "corpus",
-                "tars", "tars/shard-00000[0-9].tar", f"tars/shard-{{000000..{count - 1:06d}}}.tar",
-            )
-        ):  # fmt: skip
-            corpus = shard(f"{bucket}/{place}", tmp_path / str(number))
-            found = {image for image, _ in contents(corpus).values()}
-            assert found < images if "part-0" in place else found == images, place
-        assert tars_of(shard(f"{bucket}/corpus", tmp_path / "again")) == tars_of(expected)
-        with pytest.raises(SourceError, match=r"no tar that matches shard-000777\.tar in s3://"):
-            shard(f"{bucket}/tars/shard-{{000000,000777}}.tar", tmp_path / "none")
-        shard(f"{bucket}/parquet", tmp_path / "1")
-        assert "is finished already" in messages()
-        with pytest.raises(SourceError, match=r"labels = s3://.*/nothing\.csv must be a \.csv"):
-            shard(f"{bucket}/pictures", tmp_path / "none", labels=f"{bucket}/nothing.csv")
-        assert s3.faults.injected.total() > 10
+    expected = shard(folder, tmp_path / "expected")
+    for path in expected.path.glob("*.tar"):
+        there.put(path, f"tars/{path.name}")
+    copy_corpus(CopySettings(source=str(expected.path), destination=f"{bucket}/corpus"))
+    s3.faults.rates = {"slow_down": 0.1, "reset": 0.05, "short": 0.1}
+    images = {image for image, _ in contents(expected).values()}
+    count = len(expected.manifest["shards"])
+    for number, place in enumerate(
+        (
+            "pictures/table.csv", "parquet", "parquet/part-0.parquet", "corpus",
+            "tars", "tars/shard-00000[0-9].tar", f"tars/shard-{{000000..{count - 1:06d}}}.tar",
+        )
+    ):  # fmt: skip
+        corpus = shard(f"{bucket}/{place}", tmp_path / str(number))
+        found = {image for image, _ in contents(corpus).values()}
+        assert found < images if "part-0" in place else found == images, place
+    assert tars_of(shard(f"{bucket}/corpus", tmp_path / "again")) == tars_of(expected)
+    with pytest.raises(SourceError, match=r"no tar that matches shard-000777\.tar in s3://"):
+        shard(f"{bucket}/tars/shard-{{000000,000777}}.tar", tmp_path / "none")
+    shard(f"{bucket}/parquet", tmp_path / "1")
+    assert "is finished already" in messages()
+    with pytest.raises(SourceError, match=r"labels = s3://.*/nothing\.csv must be a \.csv"):
+        shard(f"{bucket}/pictures", tmp_path / "none", labels=f"{bucket}/nothing.csv")
+    assert s3.faults.injected.total() > 10
 
 
 def test_the_truth_of_validation_images_may_be_on_s3_with_what_it_means_beside_it(tmp_path, s3):
@@ -87,9 +87,8 @@ def test_the_truth_of_validation_images_may_be_on_s3_with_what_it_means_beside_i
         list_source(SourceSettings(source=place, truth=f"{there}/kit/{numbers.name}"))
     write_meta(tmp_path / "meta.mat")
     there.put(tmp_path / "meta.mat", "kit/meta.mat")
-    with ray_session():
-        corpus = shard(place, tmp_path / "corpus", truth=f"{there}/kit/{numbers.name}")
-        expected = shard(tmp_path / "in_folders", tmp_path / "expected")
+    corpus = shard(place, tmp_path / "corpus", truth=f"{there}/kit/{numbers.name}")
+    expected = shard(tmp_path / "in_folders", tmp_path / "expected")
     assert corpus.classes == expected.classes
     assert contents(corpus) == contents(expected)
 
@@ -99,8 +98,7 @@ def test_the_small_files_beside_a_source_may_be_on_s3(tmp_path, s3):
     there = folder_at(s3.bucket(), "test")
     there.write_bytes("words.txt", b"c0\ttench\nc1\tgoldfish\nc2\thammerhead\n")
     there.write_bytes("names/order.txt", b"c2\nc0\n")
-    with ray_session():
-        corpus = shard(source, tmp_path / "corpus", words=f"{there}/words.txt", classes=f"{there}/names/order.txt")
+    corpus = shard(source, tmp_path / "corpus", words=f"{there}/words.txt", classes=f"{there}/names/order.txt")
     assert (corpus.classes, corpus.manifest["class_descriptions"]) == (["c2", "c0"], ["hammerhead", "tench"])
     with pytest.raises(StorageError, match=r"s3://.*/nothing\.txt cannot be read: there is no such object"):
         shard(source, tmp_path / "none", words=f"{there}/nothing.txt")
@@ -112,15 +110,14 @@ def test_gzip_tars_on_s3_give_the_same_corpus_and_are_decoded_once(tmp_path, s3,
     source = gzip_tar(root, form)
     there = folder_at(s3.bucket(), "test")
     there.put(source, source.name)
-    with ray_session():
-        expected = shard(root, tmp_path / "expected", shard_mb=8)
-        s3.faults.rates = {"slow_down": 0.1, "reset": 0.05, "short": 0.1}
-        corpus = shard(f"{there}/{source.name}", tmp_path / "corpus", shard_mb=8)
-        assert tars_of(corpus) == tars_of(expected)
-        assert s3.faults.injected.total() > 5
-        s3.faults.rates = {}
-        assert shard(f"{there}/{source.name}", tmp_path / "again", shard_mb=8).corpus_hash == corpus.corpus_hash
-        assert "is known from before" in messages()
+    expected = shard(root, tmp_path / "expected", shard_mb=8)
+    s3.faults.rates = {"slow_down": 0.1, "reset": 0.05, "short": 0.1}
+    corpus = shard(f"{there}/{source.name}", tmp_path / "corpus", shard_mb=8)
+    assert tars_of(corpus) == tars_of(expected)
+    assert s3.faults.injected.total() > 5
+    s3.faults.rates = {}
+    assert shard(f"{there}/{source.name}", tmp_path / "again", shard_mb=8).corpus_hash == corpus.corpus_hash
+    assert "is known from before" in messages()
 
 
 def test_a_gzip_tar_of_which_the_store_refuses_a_part_is_one_error_of_the_store(tmp_path, s3):
@@ -152,18 +149,15 @@ def test_tars_of_others_on_s3_become_a_corpus_as_they_are(tmp_path, s3, monkeypa
     for path in expected.path.glob("*.tar"):
         folder_at(bucket, "test").put(path, f"tars/{path.name}")
     source = f"{bucket}/tars/shard-0000*.tar"
-    with ray_session():
-        s3.faults.rates = {"slow_down": 0.1, "short": 0.1}
-        for number, destination in enumerate((str(tmp_path / "there"), f"{bucket}/corpus")):
-            corpus = index_corpus(IndexSettings(source=source, destination=destination, tars="copy"))
-            assert not list(verify(corpus)), number
-            assert {image for image, _ in contents(corpus).values()} == {
-                image for image, _ in contents(expected).values()
-            }
-        with pytest.raises(SourceError, match=r"cannot be hard-linked into .* give tars=copy"):
-            index_corpus(IndexSettings(source=source, destination=str(tmp_path / "linked")))
-        with pytest.raises(SourceError, match="there is no tar that matches nothing"):
-            index_corpus(IndexSettings(source=f"{bucket}/tars/nothing-*.tar", destination=str(tmp_path / "none")))
+    s3.faults.rates = {"slow_down": 0.1, "short": 0.1}
+    for number, destination in enumerate((str(tmp_path / "there"), f"{bucket}/corpus")):
+        corpus = index_corpus(IndexSettings(source=source, destination=destination, tars="copy"))
+        assert not list(verify(corpus)), number
+        assert {image for image, _ in contents(corpus).values()} == {image for image, _ in contents(expected).values()}
+    with pytest.raises(SourceError, match=r"cannot be hard-linked into .* give tars=copy"):
+        index_corpus(IndexSettings(source=source, destination=str(tmp_path / "linked")))
+    with pytest.raises(SourceError, match="there is no tar that matches nothing"):
+        index_corpus(IndexSettings(source=f"{bucket}/tars/nothing-*.tar", destination=str(tmp_path / "none")))
 
 
 def test_what_opens_the_buckets_of_a_table_travels_with_its_images(tmp_path, s3):
@@ -201,12 +195,11 @@ def test_sources_on_s3_are_the_same_whatever_the_network_does(tmp_path, s3, monk
     folder_at(bucket, "test").put(tmp_path / "source.tar", "tars/source.tar")
     lines = [f"{bucket}/pictures/{p.relative_to(folder)},{p.parent.name}" for p in sorted(folder.rglob("*.JPEG"))]
     (tmp_path / "table.csv").write_text("\n".join(["path,label", *lines, f"{bucket}/pictures/none.jpg,c1"]) + "\n")
-    with ray_session():  # after the settings of the server are there: workers get them from this process
-        expected = shard(folder, tmp_path / "expected")
-        s3.faults.rates = {"slow_down": 0.1, "reset": 0.05, "short": 0.1}
-        assert tars_of(shard(f"{bucket}/pictures", tmp_path / "1")) == tars_of(expected)
-        assert tars_of(shard(f"{bucket}/tars/source.tar", tmp_path / "2")) == tars_of(expected)
-        third = shard(tmp_path / "table.csv", tmp_path / "3", image_kb=1)
-        assert [entry["reason"] for entry in third.quarantined()] == ["there is no such object"]
-        assert {image for image, _ in contents(third).values()} == {image for image, _ in contents(expected).values()}
-        assert s3.faults.injected.total() > 10
+    expected = shard(folder, tmp_path / "expected")
+    s3.faults.rates = {"slow_down": 0.1, "reset": 0.05, "short": 0.1}
+    assert tars_of(shard(f"{bucket}/pictures", tmp_path / "1")) == tars_of(expected)
+    assert tars_of(shard(f"{bucket}/tars/source.tar", tmp_path / "2")) == tars_of(expected)
+    third = shard(tmp_path / "table.csv", tmp_path / "3", image_kb=1)
+    assert [entry["reason"] for entry in third.quarantined()] == ["there is no such object"]
+    assert {image for image, _ in contents(third).values()} == {image for image, _ in contents(expected).values()}
+    assert s3.faults.injected.total() > 10

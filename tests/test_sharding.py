@@ -18,7 +18,6 @@ import pytest
 
 from cluster.command import Progress
 from cluster.folders import LocalFolder
-from cluster.ray_runtime import ray_session
 from cluster.settings import SettingsError, parse_command
 from cluster.storage import StorageError
 from data_prep.corpus import Corpus
@@ -29,12 +28,6 @@ from data_prep.verify import verify
 from tests.corpora import encoded, image_folder
 
 ROOT = Path(__file__).resolve().parents[1]
-
-
-@pytest.fixture(scope="module")
-def ray():
-    with ray_session():
-        yield
 
 
 def shard(source, destination, **settings) -> Corpus:

@@ -15,17 +15,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from cluster.ray_runtime import ray_session
 from data_prep.corpus import Corpus
 from data_prep.shard import ShardSettings, shard_corpus
 from data_prep.verify import verify
 from tests.corpora import encoded, image_folder
 
-
-@pytest.fixture(scope="module", autouse=True)
-def ray():
-    with ray_session():
-        yield
+pytestmark = pytest.mark.usefixtures("ray")
 
 
 @pytest.fixture(autouse=True)

@@ -11,7 +11,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cluster.folders import Folder, folder_at
-from cluster.ray_runtime import ray_session
 from cluster.settings import SettingsError
 from data_prep.copy_corpus import CopySettings, copy_corpus
 from data_prep.corpus import Corpus
@@ -224,12 +223,6 @@ def test_a_part_needs_its_shards_as_they_were(base, tmp_path):
         Corpus.open(str(tmp_path / "alone" / "parts" / "train"))
     with pytest.raises(CorpusError, match="holds another corpus"):
         parts_of(other, tmp_path / "moved" / "parts", holdout=0.2)
-
-
-@pytest.fixture(scope="module")
-def ray():
-    with ray_session():
-        yield
 
 
 def test_a_part_is_copied_whole_and_sharded_anew(ray, base, tmp_path):

@@ -9,7 +9,6 @@ import pytest
 import simplejpeg
 from PIL import Image
 
-from cluster.ray_runtime import ray_session
 from data_prep import source_reader
 from data_prep.corpus import Corpus
 from data_prep.corpus_format import QUARANTINE
@@ -22,13 +21,6 @@ from data_prep.verify import verify
 from tests.corpora import encoded, image_folder
 from tests.running import REPOSITORY, environment
 from tests.test_sharding import shard
-
-
-@pytest.fixture(scope="module")
-def ray():
-    with ray_session():
-        yield
-
 
 CRASHING = """
 import os, signal

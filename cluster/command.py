@@ -2,6 +2,7 @@
 
 import atexit
 import gc
+import io
 import logging
 import os
 import signal
@@ -10,7 +11,10 @@ import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import NoReturn
+from types import TracebackType
+from typing import Any, NoReturn
+
+from cluster.redact import printable, without_credentials
 
 log = logging.getLogger("vitforge")
 
@@ -18,10 +22,29 @@ USER_ERROR = 2
 """Exit status for what the user can put right; anything unforeseen leaves with 1 and a stack trace."""
 
 
+class LogFormatter(logging.Formatter):
+    """The time of day and a message, without credentials, in one line whatever names from outside stand in it."""
+
+    def __init__(self) -> None:
+        super().__init__("%(asctime)s %(message)s", datefmt="%H:%M:%S")
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - logging's name
+        record.message = printable(without_credentials(record.message))
+        return super().formatMessage(record)
+
+    def formatException(self, ei: Any) -> str:  # noqa: N802 - logging's name
+        return shown(super().formatException(ei))
+
+
+def shown(text: str) -> str:
+    """A message of several lines as it may be shown: without credentials and control characters."""
+    return printable(without_credentials(text), keep="\n")
+
+
 def set_up_logging(level: int = logging.INFO) -> None:
     """Send the project's log to standard error, one line an event, with the time of day."""
     handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", datefmt="%H:%M:%S"))
+    handler.setFormatter(LogFormatter())
     log.handlers[:] = [handler]
     log.setLevel(level)
     log.propagate = False
@@ -38,6 +61,9 @@ def run_command(main: Callable[[], None]) -> NoReturn:
     With VITFORGE_TRACEBACK=1 the stack trace is shown too.
     """
     set_up_logging(logging.INFO if leads() else logging.ERROR)
+    sys.excepthook = _show_trace
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a name that the terminal has no letters for ends nothing
     # Python's last act is to search every object of every library for garbage, which takes seconds for nothing.
     atexit.register(gc.freeze)
     # `ray job stop` and torchrun end a process so; as an exception it lets the command close what it has open.
@@ -46,8 +72,8 @@ def run_command(main: Callable[[], None]) -> NoReturn:
         main()
     except ValueError as error:
         if os.environ.get("VITFORGE_TRACEBACK") == "1":
-            traceback.print_exc()
-        print(f"error{_where()}: {error}", file=sys.stderr, flush=True)
+            print(shown(traceback.format_exc()), file=sys.stderr)
+        print(shown(f"error{_where()}: {error}"), file=sys.stderr, flush=True)
         sys.exit(USER_ERROR)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # `... --help | head`: nobody reads on
@@ -56,6 +82,11 @@ def run_command(main: Callable[[], None]) -> NoReturn:
         print("interrupted", file=sys.stderr, flush=True)
         sys.exit(130)
     sys.exit(0)
+
+
+def _show_trace(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Python's trace of what nobody foresaw; messages of libraries hold what they were given, addresses too."""
+    print(shown("".join(traceback.format_exception(kind, error, trace)).rstrip("\n")), file=sys.stderr, flush=True)
 
 
 def _where() -> str:

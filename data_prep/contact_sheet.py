@@ -11,6 +11,7 @@ from numpy.typing import ArrayLike
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from cluster import storage
+from cluster.redact import printable
 from data_prep.corpus import Corpus
 from data_prep.distributions import Distribution
 from data_prep.mixture import Mixture
@@ -130,7 +131,7 @@ def _font(size: int) -> ImageFont.FreeTypeFont:
 
 def _fitting(text: str, font: ImageFont.FreeTypeFont, width: int) -> str:
     """As much of a text as fits in a width, in pixels."""
-    text = " ".join(text.split())
+    text = printable(" ".join(text.split()))
     if font.getlength(text) <= width:
         return text
     while text and font.getlength(text + "…") > width:

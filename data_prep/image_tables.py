@@ -14,10 +14,11 @@ from numpy.typing import NDArray
 
 from cluster.command import Progress, log
 from cluster.folders import Folder, LocalFolder
+from cluster.redact import address_without_credentials
 from data_prep.class_names import numbers_as_names
 from data_prep.columns import LABEL_DTYPE, Labels, Strings
 from data_prep.listing import Listing, SourceError
-from data_prep.remote_images import FetchPolicy, RemoteImages, without_credentials
+from data_prep.remote_images import FetchPolicy, RemoteImages
 from data_prep.source_reader import FileImages, Images
 from data_prep.table_files import Columns, TableFile, TableRows, class_names_of, read_rows_of
 from data_prep.table_labels import checked_order, numbers_among, say_chosen
@@ -210,7 +211,7 @@ def _locate(
         "%s of %s images are fetched where the table says; shards are cut as if each had %s bytes (image_kb)",
         f"{int(far.sum()):,}", f"{len(paths):,}", f"{options.assumed_bytes:,}",
     )  # fmt: skip
-    return [without_credentials(path) for path in paths], assumed, images, np.zeros(len(paths), np.bool_)
+    return [address_without_credentials(path) for path in paths], assumed, images, np.zeros(len(paths), np.bool_)
 
 
 def _sizes(root: Folder, paths: Sequence[str]) -> NDArray[np.int64]:

@@ -6,7 +6,6 @@ what cannot be had (no such object, no permission, a server that stays broken) i
 
 import os
 import random
-import re
 import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -27,11 +26,6 @@ _GROUP = 32
 _TRIED_AGAIN = {408, 425, 429, 500, 502, 503, 504}
 """HTTP statuses that pass."""
 _LONGEST_PAUSE = 30.0
-_SIGNING = re.compile(
-    "x-(amz|goog)-.*|awsaccesskeyid|googleaccessid|signature|expires|policy|key-pair-id|sig|(access_?|auth_?)?token",
-    re.IGNORECASE,
-)
-"""Parameters of signed addresses: of Amazon, Google, Azure, content networks. They open what they name."""
 NOT_FETCHED = "could not be fetched"
 """How the reason begins for which an image is left out that another day may give."""
 MAX_BYTES = 1 << 30
@@ -165,19 +159,6 @@ class _Fetcher:
         except OSError as error:
             passing = not isinstance(error, FileNotFoundError)
             raise UnusableImage(f"{UNREADABLE}: {error.strerror}", may_pass=passing) from error
-
-
-def without_credentials(address: str) -> str:
-    """An address as it may be written down: without user, password, and what a signed one is signed with."""
-    start, far, rest = address.partition("://")
-    if not far:
-        return address
-    host, slash, path = rest.partition("/")
-    path, question, query = path.partition("?")
-    kept = [part for part in query.split("&") if part and not _SIGNING.fullmatch(part.partition("=")[0])]
-    if len(kept) < len(query.split("&")):
-        question, query = "?" if kept else "", "&".join(kept)
-    return f"{start}://{host.rpartition('@')[2]}{slash}{path}{question}{query}"
 
 
 def _bucket_and_name(address: str) -> tuple[str, str]:

@@ -14,6 +14,7 @@ from pydantic import Field
 
 from cluster import storage
 from cluster.command import absolute_path, log, run_command
+from cluster.redact import printable
 from cluster.settings import Settings, parse_command
 from data_prep.contact_sheet import draw_contact_sheet, draw_histograms
 from data_prep.corpus import Corpus
@@ -57,9 +58,11 @@ def main() -> None:
     output = storage.local_path(absolute_path(settings.output, "output"), "output")
     corpus = Corpus.open(absolute_path(settings.corpus, "corpus"))
     distributions = measure(corpus)
-    print("\n".join(describe(corpus, distributions, settings.classes)), flush=True)
+    for line in describe(corpus, distributions, settings.classes):
+        print(printable(line))
+    sys.stdout.flush()
     for path in draw(corpus, distributions, output, settings.images, settings.seed):
-        print(f"drew {path}")
+        print(printable(f"drew {path}"))
 
 
 def draw(corpus: Corpus, distributions: Sequence[Distribution], output: Path, images: int, seed: int) -> list[Path]:

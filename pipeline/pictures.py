@@ -6,6 +6,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from cluster.redact import printable
+
 
 def draw_batch(
     images: torch.Tensor, mean: tuple[float, ...], std: tuple[float, ...], names: list[str], path: Path
@@ -30,7 +32,8 @@ def draw_batch(
         axis.axis("off")
         if index < count:
             axis.imshow(pixels[index].clip(0, 1))
-            axis.set_title(names[index][:18], fontsize=8)
+            # A class's name is text: `$` in it begins no formula.
+            axis.set_title(printable(names[index])[:18], fontsize=8, parse_math=False)
     figure.tight_layout()
     figure.savefig(path, dpi=80)
     pyplot.close(figure)

@@ -14,6 +14,7 @@ from cluster import storage
 from cluster.redact import printable
 from data_prep.corpus import Corpus
 from data_prep.distributions import Distribution
+from data_prep.image_pixels import open_upright
 from data_prep.mixture import Mixture
 
 _CELL = 160
@@ -114,12 +115,9 @@ def _class_names(corpus: Mixture, ids: np.ndarray) -> list[str]:
 
 
 def _thumbnail(data: bytes) -> Image.Image:
-    with Image.open(io.BytesIO(data)) as image:
-        image.draft("RGB", (2 * _CELL, 2 * _CELL))  # a JPEG of many megapixels is decoded at a fraction of its size
-        upright = ImageOps.exif_transpose(image)
-        if upright.mode.startswith("I"):  # 16 bits: conversion would clip instead of scaling
-            upright = Image.fromarray((np.asarray(upright).astype(np.float32) / 257).clip(0, 255).astype(np.uint8))
-        return ImageOps.contain(upright.convert("RGB"), (_CELL, _CELL), Image.Resampling.BICUBIC)
+    # a JPEG of many megapixels is decoded at a fraction of its size
+    shown = open_upright(data, shrink_to=2 * _CELL)
+    return ImageOps.contain(shown.convert("RGB"), (_CELL, _CELL), Image.Resampling.BICUBIC)
 
 
 def _font(size: int) -> ImageFont.FreeTypeFont:

@@ -5,16 +5,16 @@ keeps the coefficients (jpegtran) is in none of the libraries used here. The sam
 under the same versions of simplejpeg and Pillow, which the manifest names.
 """
 
-import io
-import warnings
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import simplejpeg
-from PIL import Image, ImageOps
+from PIL import Image
 
-from data_prep.image_check import ImageFacts, UnusableImage, jpeg_segments
+from data_prep.image_check import ImageFacts, UnusableImage
+from data_prep.image_pixels import open_upright
+from data_prep.orientation import TRANSPOSED, jpeg_segments, read_orientation
 
 BY_CHOICE = "left out: "
 """Begins the reason of an image that is whole, but not wanted."""
@@ -94,12 +94,8 @@ def _decode(image: bytes | memoryview, extension: str) -> tuple[Image.Image, str
     subsampling = "420"
     if extension == "jpg":
         subsampling = str(simplejpeg.decode_jpeg_header(image)[3])
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of metadata
-        with Image.open(io.BytesIO(image)) as opened:
-            upright = ImageOps.exif_transpose(opened)
-            turned = upright.size != opened.size
-            pixels = upright if upright.mode == "L" else upright.convert("RGB")
+    pixels = open_upright(image)
+    turned = read_orientation(image, extension) in TRANSPOSED
     if subsampling not in _SUBSAMPLINGS or turned:
         subsampling = "444" if subsampling == "444" else "420"
     return pixels, subsampling

@@ -4,7 +4,6 @@ A decoder that crashes takes its process along, and with it the shard that it wo
 would cost as much as the decoding, so this is for the shards on which processes have ended before.
 """
 
-import io
 import os
 import signal
 import subprocess
@@ -13,9 +12,8 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
-from PIL import Image
-
 from data_prep.image_check import UnusableImage, check_image
+from data_prep.image_pixels import open_upright
 
 _LENGTH = 8
 """Bytes of the number before each image."""
@@ -117,5 +115,5 @@ def serve() -> None:
             warnings.simplefilter("ignore")
             check_image(image)  # what it refuses nothing else decodes
             describe_images([image])
-            Image.open(io.BytesIO(image)).convert("RGB")
+            open_upright(image)
         say_done()

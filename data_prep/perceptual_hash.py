@@ -12,18 +12,17 @@ the shapes agree too: the correlation of the lowest 16 x 16 frequencies, whitene
 figures that the limits rest on are in tests/bench_duplicates.py.
 """
 
-import io
-import warnings
 from collections.abc import Sequence
 
 import numpy as np
 import simplejpeg
 import xxhash
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image
 
 from data_prep.decoder_process import refuse_deadly
 from data_prep.image_check import MAX_PIXELS, UnusableImage, check_image
+from data_prep.image_pixels import open_upright
 
 VERSION = 3
 """Of all in this module that decides a descriptor: kept hashes of another version are not used."""
@@ -123,17 +122,9 @@ def _reduced(data: bytes | memoryview) -> NDArray[np.float32] | None:
         except ValueError:
             pass  # CMYK, or harmless oddities that Pillow does not mind
     try:
-        check_image(data)  # Pillow decodes what sharding leaves out, and its whole copy must not go for such an image
-    except UnusableImage:
-        return None
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            with Image.open(io.BytesIO(data)) as image:
-                image.draft("RGB", (2 * _DECODED, 2 * _DECODED))
-                upright = ImageOps.exif_transpose(image)
-                # by way of RGB: palettes and sixteen bits become what training sees
-                gray = upright.convert("RGB").convert("L")
+        check_image(data)  # Pillow decodes what sharding leaves out
+        # by way of RGB: palettes and sixteen bits become what training sees
+        gray = open_upright(data, shrink_to=2 * _DECODED).convert("RGB").convert("L")
     except Exception:  # whatever Pillow's plugins run into
         return None
     return _resized(gray, gray.width, gray.height)

@@ -4,9 +4,11 @@ This file imports torch, numpy and Pillow only: like vit.py, a copy of it travel
 package, so that a consumer's pixels are the ones that evaluation saw.
 """
 
+import contextlib
 import dataclasses
 import io
 import math
+import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -14,11 +16,28 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageChops, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 Pixels = npt.NDArray[np.uint8]
 """uint8 [H, W, 3], RGB."""
+
+
+Decoding = Literal["pillow", "dali"]
+"""Whose reading of orientation and colours counts; see `decode`."""
+
+_ORIENTATION = 274
+"""EXIF's tag."""
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""What turns an image upright that is stored in an EXIF orientation."""
 
 
 class ImageError(ValueError):
@@ -48,6 +67,8 @@ class Preprocessing:
     """Per channel, of pixels scaled to 0..1. 0.5 is what Google's ViTs use."""
     std: tuple[float, float, float] = (0.5, 0.5, 0.5)
     """Per channel, of pixels scaled to 0..1."""
+    decoding: Decoding = "pillow"
+    """How orientation and colours are read: see `decode`. Packages that do not say it were evaluated with "pillow"."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "mean", tuple(self.mean))
@@ -60,6 +81,7 @@ class Preprocessing:
             fits = type(self.resize_to) is int and self.resize_to >= self.size
             _require(fits, f"resize_to = {self.resize_to!r} must be at least size = {self.size}")
         _require(self.interpolation == "bilinear", f"interpolation = {self.interpolation!r}: only 'bilinear' is there")
+        _require(self.decoding in ("pillow", "dali"), f"decoding = {self.decoding!r} must be 'pillow' or 'dali'")
         for name, values in (("mean", self.mean), ("std", self.std)):
             numbers = len(values) == 3 and all(type(v) in (int, float) and math.isfinite(v) for v in values)
             _require(numbers, f"{name} = {values!r} must be three numbers")
@@ -90,7 +112,7 @@ class Preprocessing:
         batch = np.empty((len(images), self.size, self.size, 3), np.uint8)
         for row, image in enumerate(images):
             try:
-                batch[row] = self.resized(decode(image))
+                batch[row] = self.resized(decode(image, self.decoding))
             except ImageError as error:
                 raise ImageError(f"image {row} of {len(images)}: {error}") from error
         pixels = torch.from_numpy(batch).permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)
@@ -116,12 +138,18 @@ class Preprocessing:
         return length / 2 + (crop - resized / 2) / scale, self.size / scale
 
 
-def decode(image: "bytes | npt.NDArray[Any]") -> Pixels:
+def decode(image: "bytes | npt.NDArray[Any]", decoding: Decoding = "dali") -> Pixels:
     """An image as uint8 [H, W, 3].
 
     Encoded images (JPEG, PNG, WebP and what else Pillow reads) are turned upright by their EXIF orientation; gray,
     palette and CMYK become RGB, 16 bits become 8, alpha is dropped. Arrays are uint8 [H, W, 3], [H, W, 4] (alpha
     is dropped), [H, W, 1] or [H, W] (gray), RGB and upright.
+
+    Args:
+        decoding: "dali": what training and evaluation do with NVIDIA DALI. The orientation is that of the EXIF block
+            alone: the first entry of its first directory, and of that the first two bytes whatever type it says. JPEGs
+            of four colours are inverted if they have Adobe's marker. "pillow": what packages of before this field do,
+            as Pillow does it: XMP and text chunks of PNG count too, and all JPEGs of four colours are inverted.
 
     Raises:
         ImageError: no image, a broken one, or an array of another shape or type.
@@ -130,23 +158,57 @@ def decode(image: "bytes | npt.NDArray[Any]") -> Pixels:
         return _decode_array(image)
     if not isinstance(image, (bytes, bytearray, memoryview)):
         raise ImageError(f"bytes of an encoded image or a uint8 array are wanted, not {type(image).__name__}")
+    upright = _upright_as_dali if decoding == "dali" else ImageOps.exif_transpose
     try:
         with Image.open(io.BytesIO(image)) as opened:
             kind = opened.tile[0].args if opened.format == "PNG" and opened.tile else None
-            upright = ImageOps.exif_transpose(opened)
-            if upright.mode.startswith("I"):
-                return _from_16_bits(np.asarray(upright, np.float32))
+            pixels = upright(opened)
+            if pixels.mode.startswith("I"):
+                return _from_16_bits(np.asarray(pixels, np.float32))
             if kind not in ("RGB;16B", "RGBA;16B"):
-                return np.asarray(upright.convert("RGB"))
+                return np.asarray(pixels.convert("RGB"))
         # Pillow has no image of 16-bit colours: it gives the upper bytes. Read again, the lower ones for the rounding.
         with Image.open(io.BytesIO(image)) as again:
             again.tile = [tile._replace(args=f"{kind[:-1]}L") for tile in again.tile]
-            lower = np.asarray(ImageOps.exif_transpose(again), np.float32)
-        return _from_16_bits(np.asarray(upright, np.float32) * 256 + lower)
+            lower = np.asarray(upright(again), np.float32)
+        return _from_16_bits(np.asarray(pixels, np.float32) * 256 + lower)
     except UnidentifiedImageError as error:
         raise ImageError(f"{len(image)} bytes that are no image Pillow knows") from error
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except (OSError, SyntaxError, ValueError, struct.error, Image.DecompressionBombError) as error:
         raise ImageError(f"does not decode: {error}") from error
+
+
+def _upright_as_dali(opened: Image.Image) -> Image.Image:
+    """An opened image, loaded, with DALI's orientation and colours; still in its own mode."""
+    opened.info.pop("xmp", None)  # by which Pillow turns a TIFF while it loads it
+    opened.load()
+    if opened.format in ("JPEG", "MPO") and opened.mode == "CMYK" and "adobe_transform" not in opened.info:
+        opened = ImageChops.invert(opened)  # Pillow has inverted it already
+    turn = None if opened.format == "TIFF" else _TURNS.get(_exif_orientation(opened))
+    return opened.copy() if turn is None else opened.transpose(turn)
+
+
+def _exif_orientation(opened: Image.Image) -> int:
+    """1 to 8, or whatever else the first EXIF block says that says any; 1 without."""
+    if opened.format in ("JPEG", "MPO"):  # whose blocks Pillow joins elsewhere
+        segments = [content for kind, content in getattr(opened, "applist", []) if kind == "APP1"]
+        blocks = [content[6:] for content in segments if content[:6] == b"Exif\0\0"]
+    else:
+        block = opened.info.get("exif", b"")
+        # of WebP it is as it stands in the file
+        blocks = [block if opened.format == "WEBP" else block.removeprefix(b"Exif\0\0")]
+    for block in blocks:
+        order = {b"II*\0": "<", b"MM\0*": ">"}.get(block[:4])
+        if order is None:
+            continue
+        with contextlib.suppress(struct.error):  # it ends before
+            (start,) = struct.unpack_from(order + "I", block, 4)
+            (count,) = struct.unpack_from(order + "H", block, start)
+            for entry in range(start + 2, start + 2 + 12 * count, 12):
+                tag, *_, value = struct.unpack_from(order + "HHIH", block, entry)
+                if tag == _ORIENTATION:
+                    return int(value)
+    return 1
 
 
 def _from_16_bits(values: npt.NDArray[np.float32]) -> Pixels:

@@ -252,6 +252,7 @@ def _hand_over(
                 resize_to=data.eval_resize,
                 mean=data.mean,
                 std=data.std,
+                decoding="dali",
             ),
             corpus.names,
             settings.loss.kind,

@@ -1,0 +1,72 @@
+"""An image's pixels as training and consumers see them, where the data half looks at them itself."""
+
+import io
+import warnings
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageChops
+
+from data_prep.orientation import read_orientation
+from data_prep.training_decoder import decode_as_training
+
+_EXTENSIONS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""What turns an image upright that is stored in an EXIF orientation."""
+
+
+def open_upright(data: bytes | memoryview, shrink_to: int | None = None) -> Image.Image:
+    """An image that `check_image` took, upright: L where it is stored as 8 or 16 bits gray, else RGB.
+
+    Args:
+        shrink_to: a JPEG may be decoded at a fraction of its size, down to this many pixels a side.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of metadata
+        with Image.open(io.BytesIO(data)) as image:
+            if is_deep(image):  # Pillow clips 16 bits of gray, and cuts those of colours
+                pixels = decode_as_training(data)
+                return Image.fromarray(pixels[:, :, 0] if image.mode.startswith("I") else pixels)
+            if shrink_to is not None:
+                image.draft("RGB", (shrink_to, shrink_to))
+            return upright(image, read_orientation(data, _EXTENSIONS.get(image.format or "", "")))
+
+
+def is_deep(image: Image.Image) -> bool:
+    """Whether an opened image, not loaded yet, has 16 bits a channel."""
+    tiles = getattr(image, "tile", [])
+    return image.mode.startswith("I") or bool(image.format == "PNG" and tiles and "16" in str(tiles[0].args))
+
+
+def upright(image: Image.Image, orientation: int) -> Image.Image:
+    """An opened image of 8 bits as L or RGB, turned; a TIFF is turned by Pillow when it is loaded.
+
+    The colours of four-coloured JPEGs are those of libjpeg-turbo and DALI: inverted if Adobe's marker is there. Pillow
+    takes all for inverted.
+    """
+    image.info.pop("xmp", None)  # by which Pillow turns a TIFF when it is loaded
+    if image.format in ("JPEG", "MPO") and image.mode == "CMYK" and "adobe_transform" not in image.info:
+        image = ImageChops.invert(image)
+    pixels = image if image.mode == "L" else image.convert("RGB")
+    if orientation in _TURNS:
+        return pixels.transpose(_TURNS[orientation])
+    return pixels.copy() if pixels is image else pixels
+
+
+def mean_difference(one: NDArray[np.uint8], other: NDArray[np.uint8]) -> float:
+    """Mean absolute difference of two images of the same shape, levels."""
+    if np.array_equal(one, other):
+        return 0.0
+    total = 0
+    for start in range(0, len(one), 64):  # not the memory of the whole image again
+        a, b = one[start : start + 64], other[start : start + 64]
+        total += int((np.maximum(a, b) - np.minimum(a, b)).sum(dtype=np.int64))
+    return total / one.size

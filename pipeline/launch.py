@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import torch.distributed as dist
 
+from cluster.authenticated_channel import new_secret
 from cluster.command import log
 from cluster.ownership import temporary_folder
 from cluster.ray_runtime import ray_session
@@ -159,7 +160,8 @@ class _Launcher:
 
         # On the driver's node: it must outlive every other. One that dies is there again at once, with nothing in it.
         here = {"ray.io/node-id": ray.get_runtime_context().get_node_id()}
-        mailbox = ray.remote(num_cpus=0, label_selector=here, max_restarts=-1, max_task_retries=-1)(Mailbox).remote()
+        actor = ray.remote(num_cpus=0, label_selector=here, max_restarts=-1, max_task_retries=-1)(Mailbox)
+        mailbox = actor.remote(new_secret())
         trainer = RanksTrainer(
             on_rank,
             train_loop_config={

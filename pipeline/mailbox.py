@@ -5,14 +5,23 @@ A Ray actor, in a process of its own that must start fast: nothing heavy is impo
 
 
 class Mailbox:
-    """Where the driver leaves its wish for the ranks, and the ranks their word for the driver. A Ray actor."""
+    """Where the driver leaves its wish for the ranks, and the ranks their word for the driver. A Ray actor.
 
-    def __init__(self) -> None:
+    Args:
+        secret: of the ranks. Here, and not in Ray Train's configuration: Ray keeps and exports that as text.
+    """
+
+    def __init__(self, secret: bytes) -> None:
+        self._secret = secret
         self._wish: str | None = None
         self._places: dict[int, str] = {}
         self._begun = False
         self._ended: bool | None = None
         self._verdict: str | None = None
+
+    def secret(self) -> bytes:
+        """What the ranks know each other by."""
+        return self._secret
 
     def ask(self, reason: str) -> None:
         """Ask the ranks to save and stop."""

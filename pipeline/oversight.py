@@ -29,7 +29,8 @@ class Oversight:
     def __init__(
         self, worker: Worker, control: Control, folder: Folder, run: str, lease: str | None, limit_s: float
     ) -> None:
-        self._control, self._watch, self._reason = control, Watch(worker, limit_s, control.hung), ""
+        self._control, self._reason = control, ""
+        self._watch = Watch(worker, limit_s, control.hung, control.secret)
         self._threads = [Every(0.5, self._ask, "stop")]
         self.heartbeat: Heartbeat | None = None
         if worker.leads:

@@ -16,6 +16,7 @@ class MailboxControl:
 
     def __init__(self, mailbox: Any, rank: int, attempt: int) -> None:
         self._mailbox, self._rank, self.attempt = mailbox, rank, attempt
+        self.secret: bytes | None = ray.get(mailbox.secret.remote(), timeout=300)
 
     def begin(self) -> None:
         if self._rank == 0:

@@ -20,6 +20,8 @@ class Control(Protocol):
 
     attempt: int
     """How often the ranks were started before, by the same command."""
+    secret: bytes | None
+    """What the ranks know each other by; None where who started them has no safe way to tell it."""
 
     def begin(self) -> None:
         """The first step is about to be taken: from now on there may be something to save."""
@@ -62,6 +64,7 @@ class SignalControl:
     """
 
     attempt = 0
+    secret: bytes | None = None
 
     def __init__(self, signals: StopSignal) -> None:
         self._signals, self._parent = signals, os.getppid()

@@ -1,29 +1,32 @@
 """Finds the rank that hangs, says which it is and where, and ends the ranks so that they can be started again.
 
 A collective that one rank does not join makes all wait, and none can say for whom. So each rank has a thread that
-writes what it is doing into a small store of rank 0 every second. A rank that stops writing is silent: its process
-is stopped, or its machine is gone. One that writes but does not move on is stuck; of several that wait, those that
-are furthest behind are meant. Rank 0 judges all, the others judge rank 0.
+tells rank 0 every second what it is doing. A rank that stops telling is silent: its process is stopped, or its machine
+is gone. One that tells but does not move on is stuck; of several that wait, those that are furthest behind are meant.
+Rank 0 judges all, the others judge rank 0.
+
+The ranks know each other by a secret (cluster/authenticated_channel.py). A verdict names ranks, not processes: each
+machine's ranks find in their own process table which of its processes those are (pipeline/rank_processes.py).
 """
 
 import contextlib
-import datetime
+import dataclasses
 import faulthandler
-import json
 import os
-import signal
 import sys
+import threading
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch.distributed as dist
 
+from cluster.authenticated_channel import Client, Server, new_secret
 from cluster.command import duration, log
-from cluster.ownership import HERE
+from pipeline.rank_processes import RankMark, end_ranks
 from pipeline.stopping import Every
-from pipeline.workers import Worker, from_all
+from pipeline.workers import Worker, from_all, listening_address, node
 
 HUNG = 71
 """Exit status of a rank that was ended because one of them hung."""
@@ -32,12 +35,13 @@ LONG = 4
 _SILENT_S = 60.0
 """Seconds without a sign of life, however short or long the limit for a step is."""
 _LONG_PHASES = ("start", "first step", "checkpoint")
-_PLACE = " ".join(HERE.values())
+_HEARD_S = 3.0
+"""Seconds in which every rank that runs has heard a verdict, and those that it names have said where they are."""
 
 
 @dataclass(frozen=True)
 class Sign:
-    """What a rank writes every second."""
+    """What a rank tells every second."""
 
     beat: int
     """Counts the signs."""
@@ -46,9 +50,21 @@ class Sign:
     phase: str
     step: int
     node: str
-    place: str
-    """Where process numbers mean what they mean on this rank."""
     pid: int
+    """For people: what is done never depends on it."""
+
+    @classmethod
+    def parse(cls, values: Any) -> "Sign":
+        """The sign in a message.
+
+        Raises:
+            ValueError, TypeError: it holds none.
+        """
+        sign = cls(**values)
+        for field in dataclasses.fields(sign):
+            if type(getattr(sign, field.name)) is not field.type:
+                raise ValueError(f"{field.name} of a sign is {getattr(sign, field.name)!r}")
+        return sign
 
     def __str__(self) -> str:
         return f"on {self.node} (process {self.pid}), in {self.phase} of step {self.step}"
@@ -60,32 +76,45 @@ class Watch:
     Args:
         limit_s: seconds that a phase of a step may take.
         told: is given the verdict before this rank ends; it must not fail.
+        secret: of the ranks, from who started them; None lets rank 0 make one, and tell it through the process group.
     """
 
-    def __init__(self, worker: Worker, limit_s: float, told: Callable[[str], None]) -> None:
+    def __init__(
+        self, worker: Worker, limit_s: float, told: Callable[[str], None], secret: bytes | None = None
+    ) -> None:
         self.worker, self.limit_s, self._told = worker, limit_s, told
         self._silent_s = min(_SILENT_S, limit_s)
         self._phase, self._step, self._moves, self._beat = "start", 0, 0, 0
         self._seen: dict[int, tuple[Sign, float, float]] = {}
         """Of each rank that is judged here: its last sign, when it last beat and when it last moved, by our clock."""
         self._judged = time.monotonic()
-        self._store: Any = None
+        self._board: _Board | None = None
+        """On rank 0."""
+        self._server: Server | None = None
+        self._client: Client | None = None
+        self._secret = b""
+        self._mark: RankMark | None = None
         if worker.world_size > 1:
-            timeout = datetime.timedelta(seconds=max(5.0, self._silent_s / 3))
-            host = os.environ["MASTER_ADDR"]
-            if worker.leads:
-                self._store = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=timeout)
-                self._store.set("verdict", "")
-            port = from_all(self._store.port if worker.leads else 0)[0]
-            self._connect: Callable[[], Any] = lambda: dist.TCPStore(host, port, is_master=False, timeout=timeout)
-            if not worker.leads:
-                self._store = self._connect()
-            self._store.set(f"sign/{worker.rank}", self._sign())
-            dist.barrier()
-        self._threads = [Every(1.0, self._look, "watch")]
-        if not worker.leads:
-            # Connecting anew to a process that is stopped may never return: judging it must not wait for that.
-            self._threads.append(Every(1.0, self._judge, "judge"))
+            self._connect(secret)
+        self._thread = Every(1.0, self._look, "watch")
+
+    def _connect(self, secret: bytes | None) -> None:
+        """Become one of those that watch each other. Every rank must call it."""
+        offer: tuple[tuple[str, int], bytes] | None = None
+        if self.worker.leads:
+            made = new_secret()
+            self._board = _Board(self.worker.world_size, self._sign())
+            self._server = Server(
+                listening_address(self.worker), secret or made, self._board.exchange, self.worker.world_size
+            )
+            offer = self._server.address, made
+        address, made = from_all(offer)[0]
+        self._secret = secret or made
+        self._mark = RankMark(self._secret, self.worker.rank)
+        if not self.worker.leads:
+            self._client = Client(address, self._secret, max(1.0, self._silent_s / 4))
+            self._exchange(self._client)
+        dist.barrier()
 
     def at(self, phase: str, step: int) -> None:
         """Say what this rank does now. All ranks must go through the same phases in the same order."""
@@ -94,41 +123,42 @@ class Watch:
 
     def close(self) -> None:
         """Stop watching."""
-        for thread in self._threads:
-            thread.close()
+        self._thread.close()
+        for part in (self._client, self._server, self._mark):
+            if part is not None:
+                part.close()
 
-    def _sign(self) -> str:
+    def _sign(self) -> Sign:
         self._beat += 1
-        sign = Sign(self._beat, self._moves, self._phase, self._step, HERE["host"], _PLACE, os.getpid())
-        return json.dumps(asdict(sign))
+        return Sign(self._beat, self._moves, self._phase, self._step, node(), os.getpid())
 
     def _look(self) -> None:
-        mine = self._sign()
-        signs: dict[int, str] = {self.worker.rank: mine}
-        try:
-            if self._store is not None:
-                self._store.set(f"sign/{self.worker.rank}", mine)
-                if self.worker.leads:
-                    keys = [f"sign/{rank}" for rank in range(self.worker.world_size)]
-                    signs = dict(enumerate(text.decode() for text in self._store.multi_get(keys)))
-                else:
-                    verdict, leader = (text.decode() for text in self._store.multi_get(["verdict", "sign/0"]))
-                    signs = {0: leader}
-                    if verdict:
-                        self._end(*json.loads(verdict))
-        except (RuntimeError, OSError):
-            # A connection that failed once may be out of step with its answers: a new one is made.
-            with contextlib.suppress(RuntimeError, OSError):
-                if not self.worker.leads:
-                    self._store = self._connect()
+        signs: dict[int, Sign] = {}
+        if self._client is not None:
+            # A connection that failed is made anew the next time.
+            with contextlib.suppress(OSError):
+                signs = {0: self._exchange(self._client)}
+        else:
+            mine = self._sign()
+            signs = self._board.signs(mine) if self._board is not None else {0: mine}
         self._note(signs)
-        if self.worker.leads:
-            self._judge()
+        self._judge()
 
-    def _note(self, signs: dict[int, str]) -> None:
+    def _exchange(self, client: Client) -> Sign:
+        """Tell rank 0 what this rank does; returns what rank 0 does. A verdict ends this process."""
+        answer = client.ask({"rank": self.worker.rank, "sign": dataclasses.asdict(self._sign())})
+        if answer["verdict"] is not None:
+            message, ranks = answer["verdict"]
+            if self.worker.rank in ranks:
+                _say_where(message)
+            else:
+                time.sleep(_HEARD_S)
+            self._end(ranks)
+        return Sign.parse(answer["leader"])
+
+    def _note(self, signs: dict[int, Sign]) -> None:
         now = time.monotonic()
-        for rank, text in signs.items():
-            sign = Sign(**json.loads(text))
+        for rank, sign in signs.items():
             last, beaten, moved = self._seen.get(rank, (None, now, now))
             if last is None or sign.beat != last.beat:
                 beaten = now
@@ -166,23 +196,46 @@ class Watch:
         )
         log.error("%s", message)
         self._told(message)
-        processes = [(self._seen[rank][0].place, self._seen[rank][0].pid) for rank in ranks]
-        if self._store is not None and self.worker.leads:
-            with contextlib.suppress(RuntimeError, OSError):
-                self._store.set("verdict", json.dumps([message, processes]))
-                time.sleep(3)  # the others read it before the store is gone
-        self._end(message, processes)
+        if self.worker.rank in ranks:
+            _say_where(message)  # before the others end this process
+        if self._board is not None:
+            self._board.verdict = message, ranks
+            time.sleep(_HEARD_S)
+        self._end(ranks)
 
-    def _end(self, message: str, processes: list[tuple[str, int]]) -> None:
+    def _end(self, ranks: list[int]) -> None:
         """End this process, and those of the hanging ranks on this machine that cannot do it themselves."""
-        for place, pid in processes:
-            if place != _PLACE:
-                continue
-            if pid == os.getpid():
-                print(f"{message}; its threads:", file=sys.stderr)
-                faulthandler.dump_traceback(file=sys.stderr)
-                sys.stderr.flush()
-            else:
-                with contextlib.suppress(OSError):
-                    os.kill(pid, signal.SIGKILL)
+        if self._secret:
+            end_ranks(self._secret, ranks)
         os._exit(HUNG)
+
+
+def _say_where(message: str) -> None:
+    """Write a verdict and the stacks of this process's threads to standard error."""
+    print(f"{message}; its threads:", file=sys.stderr)
+    faulthandler.dump_traceback(file=sys.stderr)
+    sys.stderr.flush()
+
+
+class _Board:
+    """What the ranks have told, on rank 0."""
+
+    def __init__(self, ranks: int, mine: Sign) -> None:
+        self._signs, self._lock = {0: mine}, threading.Lock()
+        self._ranks = ranks
+        self.verdict: tuple[str, list[int]] | None = None
+
+    def signs(self, mine: Sign) -> dict[int, Sign]:
+        """The last sign of each rank, after rank 0's own was put in."""
+        with self._lock:
+            self._signs[0] = mine
+            return dict(self._signs)
+
+    def exchange(self, told: Any) -> dict[str, Any]:
+        """Take the sign of a rank; the answer has rank 0's, and the verdict."""
+        rank, sign = told["rank"], Sign.parse(told["sign"])
+        if rank not in range(1, self._ranks):
+            raise ValueError(f"there is no rank {rank!r} to tell anything")
+        with self._lock:
+            self._signs[rank] = sign
+            return {"leader": dataclasses.asdict(self._signs[0]), "verdict": self.verdict}

@@ -98,6 +98,32 @@ def _address_towards(host: str) -> str | None:
     return None if address.startswith("127.") else address
 
 
+def listening_address(worker: Worker) -> str:
+    """The address on which this rank can be reached by the others, and by as few else as possible.
+
+    On one machine that is loopback. Between machines it is the address of the interface that gloo uses, else the one
+    towards the rank that they all know.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if worker.world_size == worker.local_world_size:
+        return "127.0.0.1"
+    interface = os.environ.get("GLOO_SOCKET_IFNAME", "").split(",")[0]
+    entries = psutil.net_if_addrs().get(interface, [])
+    for family in (socket.AF_INET, socket.AF_INET6):
+        for entry in entries:
+            if entry.family == family and not entry.address.startswith("fe80:"):  # that one needs its interface said
+                return entry.address
+    address = _address_towards(os.environ["MASTER_ADDR"])
+    if address is None:
+        raise ValueError(
+            f"{node()} has no address that the other ranks can reach (MASTER_ADDR is {os.environ['MASTER_ADDR']}): "
+            "name the network interface between them by the setting interface"
+        )
+    return address
+
+
 def join(timeout_s: int, interface: str | None = None) -> Worker:
     """Become a rank: choose the device and join the process group that the environment describes.
 

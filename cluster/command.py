@@ -14,6 +14,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, NoReturn
 
+from cluster.launch_environment import LaunchError, describe, launch, leads
 from cluster.redact import printable, without_credentials
 
 log = logging.getLogger("vitforge")
@@ -50,17 +51,12 @@ def set_up_logging(level: int = logging.INFO) -> None:
     log.propagate = False
 
 
-def leads() -> bool:
-    """Whether this process speaks for the command: under torchrun every rank runs it, and only the first does."""
-    return os.environ.get("RANK", "0") == "0"
-
-
 def run_command(main: Callable[[], None]) -> NoReturn:
     """Run an entry point: a ValueError is the user's to put right and is shown as one message, exit status 2.
 
     With VITFORGE_TRACEBACK=1 the stack trace is shown too.
     """
-    set_up_logging(logging.INFO if leads() else logging.ERROR)
+    set_up_logging()
     sys.excepthook = _show_trace
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a name that the terminal has no letters for ends nothing
@@ -69,6 +65,10 @@ def run_command(main: Callable[[], None]) -> NoReturn:
     # `ray job stop` and torchrun end a process so; as an exception it lets the command close what it has open.
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
+        if not leads():
+            log.setLevel(logging.ERROR)
+        if found := describe():
+            log.info("%s", found)
         main()
     except ValueError as error:
         if os.environ.get("VITFORGE_TRACEBACK") == "1":
@@ -91,9 +91,13 @@ def _show_trace(kind: type[BaseException], error: BaseException, trace: Tracebac
 
 def _where() -> str:
     """Which of several nodes this is, under torchrun: what is wrong may be so on this one only."""
-    if int(os.environ.get("WORLD_SIZE", "1")) <= int(os.environ.get("LOCAL_WORLD_SIZE", "1")):
+    try:
+        found = launch()
+    except LaunchError:  # the message itself says all that is known
         return ""
-    return f" on {os.uname().nodename} (rank {os.environ.get('RANK', '0')})"
+    if found.world_size <= found.local_world_size:
+        return ""
+    return f" on {os.uname().nodename} (rank {found.rank})"
 
 
 def in_unpacked_job() -> bool:

@@ -8,12 +8,15 @@ import logging
 import os
 import re
 import secrets
+import socket
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from cluster.command import in_unpacked_job, log
+from cluster.launch_environment import LaunchError, ray_address
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -26,12 +29,14 @@ the credentials of an object store travel inside pickled folders (cluster/object
 
 _STARTS = 3
 """Attempts at starting a private cluster."""
+_ANSWERS_S = 10.0
+"""Seconds in which a running one answers."""
 
 os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 # Ray warns on every start that it will one day stop hiding GPUs from tasks that ask for none; we want it so.
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-if "RAY_ADDRESS" not in os.environ and "RAY_AUTH_MODE" not in os.environ:
+if ray_address() is None and "RAY_AUTH_MODE" not in os.environ:
     # A private cluster gets a token of its own that is never written to disk. (Left to itself, Ray 2.60 runs
     # without any, and writes a token file that changes how later clusters of this user start.)
     os.environ["RAY_AUTH_MODE"] = "token"
@@ -48,7 +53,7 @@ def ray_session(min_cpus: int = 1) -> Iterator[None]:
     `min_cpus` logical CPUs even where the machine has fewer.
 
     Raises:
-        ValueError: RAY_ADDRESS names a cluster that does not answer.
+        LaunchError: RAY_ADDRESS names a cluster that does not answer, or none can be started here.
     """
     import ray
 
@@ -67,16 +72,10 @@ def ray_session(min_cpus: int = 1) -> Iterator[None]:
         "log_to_driver": True,
         "logging_level": logging.WARNING,
     }
-    address = os.environ.get("RAY_ADDRESS")
+    address = ray_address()
     try:
-        if address:
-            try:
-                ray.init(address=address, **common)
-            except ConnectionError as error:
-                raise ValueError(
-                    f"no Ray cluster answers at RAY_ADDRESS={address} ({str(error).splitlines()[0]}): start "
-                    "one with `ray start --head`, or unset RAY_ADDRESS to run on this machine alone"
-                ) from error
+        if address is not None:
+            _attach(address, common)
         else:
             _start_private(max(min_cpus, os.cpu_count() or 1), common)
         resources = ray.cluster_resources()
@@ -92,6 +91,62 @@ def ray_session(min_cpus: int = 1) -> Iterator[None]:
         ray.shutdown()
 
 
+def _attach(address: str, options: dict[str, Any]) -> None:
+    """Use a running cluster. Ray itself tries a dead address for a quarter of an hour: it is tried here first."""
+    import ray
+
+    why = _no_ray_at(address)
+    if why is None:
+        try:
+            ray.init(address=address, **options)
+            return
+        except (ConnectionError, RuntimeError, ray.exceptions.RayError) as error:
+            why = _first_line(error.__cause__ if isinstance(error.__cause__, Exception) else error)
+            if "uthent" in why or isinstance(error, ConnectionError):
+                # gRPC was answered there, and Ray does not say in the exception that it was the token.
+                why += "; where it takes a token, set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH"
+            raise LaunchError(_no_cluster(address, why)) from error
+    raise LaunchError(_no_cluster(address, why))
+
+
+def _no_cluster(address: str, why: str) -> str:
+    return (
+        f"no Ray cluster answers at RAY_ADDRESS={address} ({why}): start one with `ray start --head`, give the "
+        "HOST:PORT that it printed, or unset RAY_ADDRESS to run on this machine alone"
+    )
+
+
+def _no_ray_at(address: str) -> str | None:
+    """Why there can be no cluster at an address; None where there may be one. Takes some seconds at most."""
+    scheme, separator, rest = address.rpartition("://")
+    if address == "auto":
+        return None  # Ray looks on this machine, and says at once if there is none
+    if separator and scheme != "ray":
+        return f"{scheme}:// is what `ray job submit --address` takes; here it is HOST:PORT"
+    host, _, port = rest.rpartition(":")
+    if not host or not port.isdecimal() or not 0 < int(port) < 65_536:
+        return "it is not of the form HOST:PORT"
+    deadline, why = time.monotonic() + _ANSWERS_S, "it does not answer"
+    while (left := deadline - time.monotonic()) > 0:
+        try:
+            with socket.create_connection((host.strip("[]"), int(port)), timeout=left) as connection:
+                connection.settimeout(max(0.1, deadline - time.monotonic()))
+                return None if os.environ.get("RAY_USE_TLS") in ("1", "true") else _no_grpc_on(connection)
+        except OSError as error:
+            why = error.strerror or str(error)
+            time.sleep(0.5)  # a head that is just starting
+    return why
+
+
+def _no_grpc_on(connection: socket.socket) -> str | None:
+    """Why what listens there is not Ray, which speaks gRPC: that begins, as all of HTTP/2, with a frame of settings."""
+    connection.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0]))
+    began = b""
+    while len(began) < 9 and (some := connection.recv(9 - len(began))):
+        began += some
+    return None if len(began) == 9 and began[3] == 4 else "what listens there is not Ray"
+
+
 def _start_private(cpus: int, options: dict[str, Any]) -> None:
     """A cluster on this machine. Ray gives its start 30 s, which a very busy machine may need more than once."""
     import ray
@@ -100,8 +155,28 @@ def _start_private(cpus: int, options: dict[str, Any]) -> None:
         try:
             ray.init(address="local", num_cpus=cpus, include_dashboard=False, **options)
             return
-        except Exception as error:
-            if "timed out during startup" not in str(error) or attempt == _STARTS:
-                raise
+        except Exception as error:  # what Ray raises for a start that takes too long is no more special
+            late = "timed out during startup" in str(error)
+            if not late or attempt == _STARTS:
+                raise LaunchError(_not_started(error, attempt if late else 0)) from error
             log.warning("Ray did not start within its time on this busy machine; trying again")
             ray.shutdown()
+
+
+def _not_started(error: Exception, tries: int) -> str:
+    what = f"{tries} tries of 30 s" if tries else _first_line(error)
+    # Ray names the folder of a start by its time and by the process that makes it.
+    temporary = Path(os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or "/tmp") / "ray"
+    sessions = sorted(temporary.glob(f"session_*_{os.getpid()}"))
+    logs = f"; its logs are in {sessions[-1] / 'logs'}" if sessions else ""
+    advice = (
+        "run the same command again when the machine is less busy and has memory to spare"
+        if tries
+        else f"put right what it says (it works in {temporary}; RAY_TMPDIR names another folder)"
+    )
+    return f"Ray did not start on this machine ({what}): {advice}, or let torchrun start the ranks, without Ray{logs}"
+
+
+def _first_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]

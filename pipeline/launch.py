@@ -15,13 +15,13 @@ import torch.distributed as dist
 
 from cluster.authenticated_channel import new_secret
 from cluster.command import log
+from cluster.launch_environment import launch
 from cluster.ownership import temporary_folder
 from cluster.ray_runtime import ray_session
 from cluster.settings import SettingsError
 from cluster.storage import StorageError
 from pipeline.crew import Crew, Recruiter, Terms
 from pipeline.stopping import STOPPED, Control, Every, SignalControl, StopSignal
-from pipeline.workers import under_torchrun
 
 Target = Callable[[Any, Control], bool]
 """Runs on every rank; returns whether it came to its end (False: it saved and stopped because it was told to)."""
@@ -56,8 +56,9 @@ def run_ranks(
     """
     signals = StopSignal()
     signals.install()
-    if under_torchrun():
-        world = int(os.environ["WORLD_SIZE"])
+    started = launch()
+    if started.torchrun:
+        world = started.world_size
         if terms.workers is not None and not terms.workers[0] <= world <= terms.workers[1]:
             asked = _range(*terms.workers)
             raise SettingsError(f"torchrun started {world} ranks, the settings ask for {asked}: make them agree")

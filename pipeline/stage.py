@@ -13,8 +13,9 @@ from typing import Any
 
 import torch
 
-from cluster.command import absolute_path, leads, log
+from cluster.command import absolute_path, log
 from cluster.folders import Folder, at_hand, folder_at
+from cluster.launch_environment import leads, under_torchrun
 from cluster.lease import Lease
 from cluster.ray_runtime import REPOSITORY
 from cluster.settings import SettingsError
@@ -32,7 +33,6 @@ from pipeline.launch import run_ranks
 from pipeline.run_files import INITIAL_WEIGHTS, METRICS, producing
 from pipeline.schedules import Schedule
 from pipeline.train_loop import Job, train
-from pipeline.workers import under_torchrun
 
 
 @dataclass(frozen=True)

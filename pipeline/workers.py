@@ -11,6 +11,8 @@ import psutil
 import torch
 import torch.distributed as dist
 
+from cluster import launch_environment
+
 _OPEN_FILES = 65_536
 
 
@@ -57,11 +59,6 @@ def from_all(value: Any) -> list[Any]:
 def node() -> str:
     """The name of this machine, for messages."""
     return socket.gethostname()
-
-
-def under_torchrun() -> bool:
-    """Whether torchrun started this process: it is then a rank itself, and Ray is not needed."""
-    return "TORCHELASTIC_RUN_ID" in os.environ
 
 
 def choose_interface(named: str | None, address: str | None) -> None:
@@ -133,11 +130,10 @@ def join(timeout_s: int, interface: str | None = None) -> Worker:
         timeout_s: seconds after which a collective operation that does not finish is an error.
         interface: network interface towards the other ranks; None chooses it where there are several machines.
     """
-    alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
-    if "RANK" not in os.environ:
-        # DeepSpeed reads these itself and looks for MPI where they are missing.
-        os.environ.update(alone, MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
-    numbers = [int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")]
+    if not launch_environment.is_rank():
+        launch_environment.be_alone()  # DeepSpeed reads these itself and looks for MPI where they are missing
+    numbers = launch_environment.rank_numbers()
+    launch_environment.forget_other_launchers("torchrun" if launch_environment.under_torchrun() else "Ray")
     gpu_index = None
     if torch.cuda.is_available():
         # Ray shows a worker only its own GPU or all of the node's, depending on its version and settings.

@@ -28,7 +28,7 @@ def tiny(steps: int, save_every: int) -> list[str]:
 
 
 def environment(home: Path, **extra: str) -> dict[str, str]:
-    dropped = ("RAY_", "MLFLOW_", "VITFORGE_", "MASTER_", "TORCHELASTIC_")
+    dropped = ("RAY_", "MLFLOW_", "VITFORGE_", "MASTER_", "TORCHELASTIC_", "OMPI_", "PMI", "SLURM_")
     kept = {key: value for key, value in os.environ.items() if not key.startswith(dropped) and key not in RANK_NAMES}
     return {**kept, "VITFORGE_HOME": str(home), "OMP_NUM_THREADS": "1", **extra}
 

@@ -140,7 +140,7 @@ def test_only_processes_that_know_the_secret_are_ended() -> None:
         assert sorted(end_ranks(secret, [3, 5, 6])) == sorted([hung.pid, stopped.pid])
         assert [hung.wait(10), stopped.wait(10)] == [-signal.SIGKILL] * 2
         for process in processes[2:]:
-            assert process.communicate("", timeout=10) == ("", None)
+            process.communicate("", timeout=10)
             assert process.returncode == 0
     finally:
         mark.close()

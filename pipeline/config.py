@@ -282,17 +282,15 @@ class RegistrySettings(Settings):
 
     name: str | None = None
     """Registered model; null does not register."""
-    alias: Annotated[str, Field(pattern=r"^[A-Za-z][A-Za-z0-9_-]*$")] | None = None
+    alias: str | None = None
     """Alias that is moved to the new version, such as champion."""
 
     @model_validator(mode="after")
     def _check(self) -> "RegistrySettings":
-        if self.alias and not self.name:
+        if self.alias is not None and self.name is None:
             raise SettingsError(
                 f"registry.alias = {self.alias!r} needs registry.name, the registered model it points at"
             )
-        if self.name is not None and (not self.name or set(self.name) & set("/:@")):
-            raise SettingsError(f"registry.name = {self.name!r} must be a name without '/', ':' and '@'")
         return self
 
 

@@ -63,7 +63,7 @@ def evaluate(job: Job, control: Control) -> bool:
         log.setLevel("ERROR")
     corpus = Corpus.open(settings.corpus, check="sizes", cache_bytes=round(settings.cache_gb * 1e9))
     tracking.connect(Path(job.tracking_home), job.tracking_uri)
-    package = packages.load_package(job.model)
+    package = packages.load_package(job.model, quiet=True)
     dtype = torch.bfloat16 if settings.precision == "bf16" else torch.float32
     model = VisionTransformer(package.config)
     load_into(model, package.state)

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 from cluster.command import log, run_command
 from cluster.settings import SettingsError, parse_command
 from pipeline.config import RECIPES, FinetuneSettings
+from pipeline.registry_names import check_names
 
 if TYPE_CHECKING:
     from models.vit import VitConfig
@@ -50,7 +51,8 @@ def main() -> None:
     settings = parse_command(
         FinetuneSettings, prog="pipeline/finetune.py", description=__doc__ or "", recipes=RECIPES / "finetune"
     )
-    # Read before torch and the others are imported: a mistyped key is refused in the first second.
+    # Checked before torch and the others are imported: a mistyped key is refused in the first second.
+    check_names(settings.run.name, settings.registry.name, settings.registry.alias)
     from models.weights import adapt_for_finetuning
     from pipeline import packages, tracking
     from pipeline.corpora import open_corpora, with_places

@@ -6,7 +6,10 @@ A package is an MLflow model without pickle and without a dependency on this pro
     predictor.py                       pipeline/predictor.py as it was
     artifacts/weights.safetensors      the parameters
     artifacts/model.json               architecture, preprocessing, class names, activation
-    artifacts/code/vit.py, preprocess.py    models/ as it was
+    artifacts/code/vit.py, preprocess.py, classifier.py    models/ as it was
+
+MLflow runs the code inside a package when it loads one. What is here reads weights and description only, and compares
+all of the files with the digest that the version was published with.
 
 The registry is the one that `mlflow.set_tracking_uri` was told.
 """
@@ -30,6 +33,7 @@ from typing import Any, Literal
 import mlflow
 import pandas as pd
 import torch
+from mlflow.entities import LoggedModel, LoggedModelOutput, LoggedModelStatus
 from mlflow.entities.model_registry import ModelVersion, RegisteredModel
 from mlflow.exceptions import MlflowException
 from mlflow.models import Model, ModelSignature
@@ -37,17 +41,20 @@ from mlflow.types.schema import Array, ColSpec, DataType, ParamSchema, ParamSpec
 from PIL import Image
 from torch import Tensor
 
+import models.classifier
 import models.preprocess
 import models.vit
+from cluster.command import log
+from models.classifier import FORMAT_VERSION, ClassifierError, package_digest
 from models.preprocess import Preprocessing
 from models.vit import VisionTransformer, VitConfig
 from models.weights import check_fits, load_safetensors, save_safetensors
-
-FORMAT_VERSION = 1
-"""Of model.json; pipeline/predictor.py reads it at the consumer's."""
+from pipeline.registry_names import check_alias, check_model_name
 
 WEIGHTS_TAG = "vitforge.weights"
 """Tag of a model version: sha256 of its weights.safetensors."""
+PACKAGE_TAG = "vitforge.package"
+"""Tag of a model version: `package_digest` of all of its files. Versions of before have none."""
 
 Activation = Literal["softmax", "sigmoid"]
 
@@ -116,34 +123,27 @@ def publish(
         run_id: the MLflow run that the model comes from.
 
     Raises:
-        PackageError: the parts do not fit together, a name that the registry does not take, or the registry failed.
+        SettingsError: a name that the registry does not take.
+        PackageError: the parts do not fit together, or the registry failed.
     """
-    if not name.strip() or re.search(r"[/:'\"@\\]", name):
-        raise PackageError(f"a model cannot be called {name!r}: letters, digits, spaces, '-', '_' and '.' would do")
+    check_model_name(name)
+    if alias is not None:
+        check_alias(alias)
     _check_parts(state, config, preprocessing, classes, activation)
     with tempfile.TemporaryDirectory(prefix="vitforge-package-") as temporary, _registry_errors():
         folder = Path(temporary)
         artifacts = _write_parts(folder, state, config, preprocessing, classes, activation)
         tags = {**tags, WEIGHTS_TAG: _sha256(artifacts["weights"])}
-        version = _find_published(name, run_id, tags[WEIGHTS_TAG])
+        known = version = _find_published(name, run_id, tags[WEIGHTS_TAG])
         if version is None:
             experiment = mlflow.MlflowClient().get_run(run_id).info.experiment_id
             logged = mlflow.initialize_logged_model("model", source_run_id=run_id, experiment_id=experiment)
-            info = Model.log(
-                artifact_path=None,
-                flavor=mlflow.pyfunc,
-                run_id=run_id,
-                model_id=logged.model_id,
-                python_model=str(Path(__file__).with_name("predictor.py")),
-                artifacts={key: str(path) for key, path in artifacts.items()},
-                signature=_signature(len(classes)),
-                input_example=_example(config.image_size),
-                pip_requirements=[_pinned(package) for package in _REQUIREMENTS],
-            )
-            version = mlflow.register_model(info.model_uri, name, tags=tags)
+            example = _example(config.image_size)
+            digest = _store(logged, run_id, folder / "package", artifacts, _signature(len(classes)), example)
+            version = mlflow.register_model(f"models:/{logged.model_id}", name, tags={**tags, PACKAGE_TAG: digest})
         _require_ready(version)
-        if alias is not None:
-            _set_alias(name, alias, version)
+        stands = "" if alias is None else _set_alias(name, alias, version)
+    log.info("%s models:/%s/%s%s", "registered" if known is None else "there is already", name, version.version, stands)
     return PublishedVersion(name, str(version.version), dict(version.tags))
 
 
@@ -185,9 +185,51 @@ def _write_parts(
     }
     (folder / "model.json").write_text(json.dumps(description, indent=1, ensure_ascii=False), encoding="utf-8")
     (folder / "code").mkdir()
-    for module in (models.vit, models.preprocess):
+    for module in (models.vit, models.preprocess, models.classifier):
         shutil.copy(str(module.__file__), folder / "code")
     return {"weights": folder / "weights.safetensors", "model": folder / "model.json", "code": folder / "code"}
+
+
+def _store(
+    logged: LoggedModel,
+    run_id: str,
+    folder: Path,
+    artifacts: Mapping[str, Path],
+    signature: ModelSignature,
+    example: pd.DataFrame,
+) -> str:
+    """Write a package as an MLflow model, try it on an example, store it as `logged`; returns its `package_digest`.
+
+    What `Model.log` does in one, in parts: the digest is taken of the files as they are sent.
+    """
+    client = mlflow.MlflowClient()
+    try:
+        mlflow.pyfunc.save_model(
+            path=str(folder),
+            mlflow_model=Model(
+                artifact_path=logged.artifact_location,
+                model_uuid=logged.model_id,
+                run_id=run_id,
+                model_id=logged.model_id,
+            ),
+            python_model=str(Path(__file__).with_name("predictor.py")),
+            artifacts={key: str(path) for key, path in artifacts.items()},
+            signature=signature,
+            input_example=example,
+            pip_requirements=[_pinned(package) for package in _REQUIREMENTS],
+        )
+        mlflow.pyfunc.load_model(str(folder)).predict(example)
+        for compiled in folder.rglob("__pycache__"):
+            shutil.rmtree(compiled)
+        digest = package_digest(folder)
+        client.log_outputs(run_id, [LoggedModelOutput(logged.model_id, step=0)])
+        client.log_model_artifacts(logged.model_id, str(folder))
+    except BaseException:
+        with contextlib.suppress(Exception):
+            client.finalize_logged_model(logged.model_id, LoggedModelStatus.FAILED)
+        raise
+    client.finalize_logged_model(logged.model_id, LoggedModelStatus.READY)
+    return digest
 
 
 def _signature(num_classes: int) -> ModelSignature:
@@ -227,11 +269,16 @@ def _require_ready(version: ModelVersion) -> None:
         )
 
 
-def _set_alias(name: str, alias: str, version: ModelVersion) -> None:
+def _set_alias(name: str, alias: str, version: ModelVersion) -> str:
+    """Move an alias to a version, never back; says where it stands."""
     client = mlflow.MlflowClient()
     current = client.get_registered_model(name).aliases.get(alias)
-    if current is None or int(current) < int(version.version):
-        client.set_registered_model_alias(name, alias, str(version.version))
+    if current is not None and int(current) > int(version.version):
+        return f"; @{alias} stays at version {current}, which is newer"
+    if current is not None and int(current) == int(version.version):
+        return f", which is @{alias} already"
+    client.set_registered_model_alias(name, alias, str(version.version))
+    return f" as @{alias}" + (f", which was version {current}" if current is not None else "")
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -273,8 +320,11 @@ def resolve(uri: str) -> PublishedVersion:
     return PublishedVersion(name, wanted, dict(versions[wanted].tags))
 
 
-def load_package(uri: str) -> Package:
-    """A package from the registry (see `resolve`) or from a folder that holds one.
+def load_package(uri: str, *, quiet: bool = False) -> Package:
+    """A package from the registry (see `resolve`) or from a folder that holds one. None of its code is run.
+
+    Args:
+        quiet: do not say of a version of before that it has no digest of all of its files.
 
     Raises:
         PackageError: as `resolve`; or what is there is no such package, or a damaged one.
@@ -290,7 +340,27 @@ def load_package(uri: str) -> Package:
     with tempfile.TemporaryDirectory(prefix="vitforge-package-") as temporary:
         with _registry_errors():
             folder = mlflow.artifacts.download_artifacts(artifact_uri=version.uri, dst_path=temporary)
+        _check_digest(Path(folder), version, quiet)
         return _read_parts(Path(folder), version.uri, version.tags)
+
+
+def _check_digest(folder: Path, version: PublishedVersion, quiet: bool) -> None:
+    published = version.tags.get(PACKAGE_TAG)
+    if published is None:
+        if not quiet:
+            log.info(
+                "%s has no digest of all of its files (%s): only its weights are checked", version.uri, PACKAGE_TAG
+            )
+        return
+    try:
+        found = package_digest(folder)
+    except ClassifierError as error:
+        raise PackageError(f"{version.uri}: {error}") from error
+    if found != published:
+        raise PackageError(
+            f"the files of {version.uri} are not the ones that were published: its {PACKAGE_TAG} differs. Load none of "
+            "it with mlflow.pyfunc.load_model, which runs the code inside; find out who changed the store of the models"
+        )
 
 
 def _read_parts(folder: Path, uri: str, tags: dict[str, str]) -> Package:

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 from cluster.command import run_command
 from cluster.settings import SettingsError, parse_command
 from pipeline.config import RECIPES, PretrainSettings
+from pipeline.registry_names import check_names
 
 if TYPE_CHECKING:
     from models.vit import VitConfig
@@ -63,7 +64,8 @@ def main() -> None:
     settings = parse_command(
         PretrainSettings, prog="pipeline/pretrain.py", description=__doc__ or "", recipes=RECIPES / "pretrain"
     )
-    # Read before torch and the others are imported: a mistyped key is refused in the first second.
+    # Checked before torch and the others are imported: a mistyped key is refused in the first second.
+    check_names(settings.run.name, settings.registry.name, settings.registry.alias)
     from pipeline.corpora import open_corpora, with_places
     from pipeline.stage import Start, check_stage, print_result, run_stage
 

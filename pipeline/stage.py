@@ -266,7 +266,6 @@ def _hand_over(
             alias=settings.registry.alias,
         )
         result["model"] = published.uri
-        log.info("registered %s%s", published.uri, f" as @{settings.registry.alias}" if settings.registry.alias else "")
     folder.write_json("result.json", result)
     return result
 

@@ -4,6 +4,7 @@ import base64
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 import textwrap
@@ -19,13 +20,18 @@ import pytest
 import torch
 from mlflow.exceptions import MlflowException
 from mlflow.pyfunc import scoring_server
+from mlflow.store.artifact.utils.models import get_model_name_and_version as _get_model_name_and_version
 from PIL import Image
 
 import models.vit
+from cluster.settings import SettingsError
+from models.classifier import ClassifierError, load_classifier, package_digest
 from models.preprocess import Preprocessing
 from models.vit import VisionTransformer, VitConfig
 from models.weights import WeightsError, load_safetensors, save_safetensors
-from pipeline.packages import PackageError, PublishedVersion, load_package, publish, resolve
+from pipeline.packages import PACKAGE_TAG, PackageError, PublishedVersion, load_package, publish, resolve
+from pipeline.registry_names import check_names
+from tests.running import REPOSITORY
 
 CONFIG = VitConfig(image_size=32, patch_size=8, width=48, depth=2, mlp_dim=96, heads=4, num_classes=3)
 PREPROCESSING = Preprocessing(32, mean=(0.4, 0.5, 0.6), std=(0.2, 0.3, 0.25))
@@ -113,15 +119,18 @@ def test_a_package_comes_back_as_it_was_published(registry: Registry, dtype: tor
     assert not list(Path(folder).rglob("*.pkl"))
 
 
-def test_publishing_again_makes_no_second_version(registry: Registry):
+def test_publishing_again_makes_no_second_version(registry: Registry, messages: Callable[[], str]):
     run = registry.new_run()
     first = put("idempotent", run, alias="champion")
     assert put("idempotent", run, alias="champion") == first
     other_weights = put("idempotent", run, weights(seed=1), alias="champion")
     other_run = put("idempotent", registry.new_run(), weights(seed=1), alias="champion")
     assert [v.version for v in (first, other_weights, other_run)] == ["1", "2", "3"]
+    assert messages().splitlines()[-1] == "registered models:/idempotent/3 as @champion, which was version 2"
     assert put("idempotent", run, alias="champion") == first
     assert resolve("models:/idempotent@champion").version == "3", "a rerun must not take the alias back"
+    already = "there is already models:/idempotent/1; @champion stays at version 3, which is newer"
+    assert messages().splitlines()[-1] == already
     assert put("idempotent", run, alias="first") == first
     assert resolve("models:/idempotent@first").version == "1"
     models_logged = mlflow.search_logged_models([registry.experiment], output_format="list")
@@ -136,8 +145,9 @@ def test_publishing_again_makes_no_second_version(registry: Registry):
         ({"activation": "relu"}, "activation = 'relu'"),
         ({"config": replace(CONFIG, depth=3)}, r"another architecture: blocks\.2\.norm1\.weight is missing"),
         ({"state": weights() | {"norm.bias": torch.full((48,), torch.nan)}}, r"not finite: norm\.bias"),
-        ({"name": "a/b"}, "cannot be called 'a/b'"),
-        ({"name": ""}, "cannot be called ''"),
+        ({"name": "a/b"}, "registry.name = 'a/b' cannot be a model's name"),
+        ({"name": ""}, "registry.name = '' cannot be a model's name"),
+        ({"alias": "v2"}, "registry.alias = 'v2' cannot be an alias"),
         ({"run_id": "nowhere"}, "nowhere"),
     ],
 )
@@ -190,6 +200,9 @@ def test_altered_or_cut_packages_are_refused(registry: Registry):
     with pytest.raises(PackageError, match="not the ones that were published"):
         load_package(version.uri)
     path.write_bytes(whole[:-4])
+    with pytest.raises(PackageError, match="not the ones that were published"):
+        load_package(version.uri)
+    mlflow.MlflowClient().delete_model_version_tag(version.name, version.version, PACKAGE_TAG)
     with pytest.raises(WeightsError, match="not a complete safetensors file"):
         load_package(version.uri)
     path.write_bytes(whole)
@@ -199,6 +212,108 @@ def test_altered_or_cut_packages_are_refused(registry: Registry):
         load_package(version.uri)
     with pytest.raises(MlflowException, match="package format 99 is newer"):
         mlflow.pyfunc.load_model(version.uri)
+
+
+@pytest.mark.parametrize("change", ["code", "predictor.py", "MLmodel", "added", "removed", "link"])
+def test_a_package_with_any_other_file_than_was_published_is_refused(
+    registry: Registry, tmp_path: Path, change: str, messages: Callable[[], str]
+):
+    version, artifacts = stored(registry, f"changed {change}", seed=6)
+    root = artifacts.parent
+    assert load_package(version.uri).tags[PACKAGE_TAG] == package_digest(root)
+    mlflow.pyfunc.load_model(version.uri).predict(pd.DataFrame({"image": pictures(1)}))
+    assert load_package(version.uri), "what reading leaves in a local store is no change"
+    marker = tmp_path / "run"
+    evil = f"\nopen({str(marker)!r}, 'w').close()\n"
+    if change in ("code", "predictor.py"):
+        path = artifacts / "code" / "vit.py" if change == "code" else root / change
+        path.write_text(path.read_text(encoding="utf-8") + evil, encoding="utf-8")
+    elif change == "MLmodel":
+        (root / change).write_bytes((root / change).read_bytes() + b"\n")
+    elif change == "added":
+        (artifacts / "code" / "torch.py").write_text(evil, encoding="utf-8")
+    elif change == "removed":
+        (root / "requirements.txt").unlink()
+    else:
+        (artifacts / "more").symlink_to("/etc")
+    with pytest.raises(PackageError, match=r"vitforge\.package differs|outside the artifact directory"):
+        load_package(version.uri)
+    with pytest.raises(ClassifierError, match=r"not the package that was published|no regular file"):
+        load_classifier(root, digest=version.tags[PACKAGE_TAG])
+    assert not marker.exists()
+    mlflow.MlflowClient().delete_model_version_tag(version.name, version.version, PACKAGE_TAG)
+    if change != "link":
+        assert load_package(version.uri), "as versions of before are"
+        assert f"{version.uri} has no digest of all of its files" in messages()
+        load_classifier(root)
+    assert not marker.exists(), "neither runs the code of a package"
+
+
+READER = """
+import importlib.machinery, json, sys
+
+class NotInstalled(importlib.machinery.PathFinder):
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):
+        absent = {"mlflow", "ray", "safetensors", "pandas", "pydantic", "data_prep", "cluster", "pipeline"}
+        missing = name.partition(".")[0] in absent
+        return None if missing else super().find_spec(name, path, target)
+
+sys.meta_path[sys.meta_path.index(importlib.machinery.PathFinder)] = NotInstalled
+from models.classifier import load_classifier
+images = [open(path, "rb").read() for path in sys.argv[3:]]
+print(json.dumps(load_classifier(sys.argv[1], digest=sys.argv[2]).classify(images, top_k=3)))
+"""
+
+
+def test_our_own_code_answers_as_the_package_does_with_torch_and_pillow_alone(registry: Registry, tmp_path: Path):
+    version, artifacts = stored(registry, "read", seed=7)
+    files = []
+    for number, image in enumerate(pictures()):
+        files.append(tmp_path / f"{number}.png")
+        files[-1].write_bytes(png(image))
+    done = subprocess.run(
+        [sys.executable, "-c", READER, str(artifacts.parent), version.tags[PACKAGE_TAG], *map(str, files)],
+        cwd=REPOSITORY, timeout=300, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    answers = [dict(answer) for answer in json.loads(done.stdout)]
+    expected = logits_of(weights(7), pictures()).softmax(dim=1)
+    np.testing.assert_allclose([[answer[name] for name in CLASSES] for answer in answers], expected, atol=1e-5)
+
+
+NAMES = ["a", "Ünï.c0de-", "a b", "a#b", "a*b", "a$b", "a&b;c=d", "a~b+c,(d)[e]{f}|^!", "n" * 256, "<a>"]
+NO_NAMES = ["", " ", "a?b", "a%41b", "a@b", "a'b", 'a"b', "a`b", "a\\b", "a/b", "a:b", " a", "a\n", ".", "..",
+            "n" * 257, "a\x1bb", "a\tb"]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NAMES + NO_NAMES)
+def test_a_name_is_refused_in_the_beginning_or_works_to_the_end(registry: Registry, name: str):
+    client = mlflow.MlflowClient()
+    if name in NO_NAMES:
+        with pytest.raises(SettingsError, match=re.escape(f"registry.name = {name!r} cannot be a model's name")):
+            check_names("run", name, "champion")
+        return
+    check_names("run", name, "champion")
+    client.create_registered_model(name)
+    client.create_model_version(name, "file:///nowhere", registry.new_run())
+    client.set_registered_model_alias(name, "champion", "1")
+    assert resolve(f"models:/{name}@champion").uri == f"models:/{name}/1"
+    for uri in (f"models:/{name}/1", f"models:/{name}@champion"):
+        assert [str(part) for part in _get_model_name_and_version(client, uri)] == [name, resolve(uri).version]
+
+
+def test_what_mlflow_refuses_is_refused(monkeypatch: pytest.MonkeyPatch):
+    for alias in ("latest", "LATEST", "v2", "V10", "a b", "a/b", "a@b", "a'b", "", "a" * 256, "champion\n", "é!"):
+        with pytest.raises(SettingsError, match=r"registry\.alias = .* cannot be an alias"):
+            check_names("run", "model", alias)
+    for alias in ("champion", "a" * 255, "2x", "version2", "a-b_c"):
+        check_names("run", "model", alias)
+    with pytest.raises(SettingsError, match=r"run\.name has 251 characters"):
+        check_names("r" * 251, None, None)
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "e" * 501)
+    with pytest.raises(SettingsError, match="cannot be an experiment's name"):
+        check_names("run", None, None)
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -238,6 +353,18 @@ def test_a_batch_of_arrays_in_one(classifier: Any):
     np.testing.assert_allclose(as_matrix(classifier.unwrap_python_model().classify(batch)), expected, atol=1e-5)
 
 
+def test_one_image_is_one_image(classifier: Any):
+    image = pictures(1)[0]
+    expected = logits_of(weights(), [image]).softmax(dim=1)
+    for one in (image, png(image), bytearray(png(image)), [image]):
+        answer = classifier.unwrap_python_model().classify(one)
+        np.testing.assert_allclose(as_matrix(answer), expected, atol=1e-5)
+    with pytest.raises(MlflowException, match="looks like one row of an image"):
+        classifier.predict({"image": image})
+    with pytest.raises(MlflowException, match=r"one array of shape \[5, 4, 9\]"):
+        classifier.unwrap_python_model().classify(np.zeros((5, 4, 9), np.uint8))
+
+
 def test_many_images_and_the_index_of_the_frame(classifier: Any):
     images = pictures(3) * 50  # more than go through the model at once
     frame = pd.DataFrame({"image": images}, index=range(1000, 1150))
@@ -275,10 +402,12 @@ def test_bad_requests_are_answered_with_the_reason(classifier: Any, image: Any, 
         classifier.predict(pd.DataFrame({"image": [png(pictures(1)[0]), image]}), params=params)
 
 
+@pytest.mark.parametrize("breaks", [False, True], ids=["", "with line breaks"])
 @pytest.mark.parametrize("form", ["dataframe_split", "dataframe_records", "inputs", "instances"])
-def test_the_scoring_server_takes_base64(classifier: Any, form: str):
+def test_the_scoring_server_takes_base64(classifier: Any, form: str, breaks: bool):
     images = pictures()
-    texts = [base64.b64encode(png(image)).decode() for image in images]
+    encode = base64.encodebytes if breaks else base64.b64encode
+    texts = [encode(png(image)).decode().replace("\n", "\r\n" * breaks) for image in images]
     body = {
         "dataframe_split": {"columns": ["image"], "data": [[text] for text in texts]},
         "dataframe_records": [{"image": text} for text in texts],
@@ -351,6 +480,10 @@ def test_a_consumer_with_modules_of_our_names_loads_two_versions_of_the_code(
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "MLFLOW"))} | {
         "MLFLOW_TRACKING_URI": registry.uri,
         "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false",
+        # As on Windows: text files are not UTF-8 unless it is said.
+        "LC_ALL": "C",
+        "PYTHONUTF8": "0",
+        "PYTHONCOERCECLOCALE": "0",
     }
     done = subprocess.run(
         [sys.executable, "consume.py", ours.uri, theirs.uri],

@@ -176,9 +176,28 @@ def parse_override(word: str) -> tuple[list[str], Any]:
     if not separator or not all(re.fullmatch(r"[A-Za-z_]\w*", part) for part in path):
         raise SettingsError(f"{word!r} is not of the form key.sub=value (see --help for the keys)")
     try:
+        if (as_text := _cut_by_yaml(text)) is not None:
+            return path, as_text
         return path, yaml.load(text, _RecipeLoader)
     except yaml.YAMLError as error:
-        raise SettingsError(f"the value in {word!r} cannot be read: {error}") from error
+        raise SettingsError(
+            f"the value in {word!r} cannot be read (as text, write {key}=\"'{text}'\"): {error}"
+        ) from error
+
+
+def _cut_by_yaml(text: str) -> str | None:
+    """A value that YAML would take only a part of (`/x #2` up to a comment, `&a b`), whole; None where it takes all.
+
+    In a file these are YAML's; a word of the command line has neither comments nor anchors.
+    """
+    whole = text.strip()
+    if whole.startswith("#"):
+        return whole
+    node = yaml.compose(text, _RecipeLoader)
+    if not isinstance(node, yaml.ScalarNode) or node.style is not None:
+        return None
+    is_text = node.tag == "tag:yaml.org,2002:str" and not whole.startswith("!")
+    return whole if is_text or node.end_mark.index - node.start_mark.index < len(whole) else None
 
 
 def resolve(

@@ -117,6 +117,33 @@ def test_a_name_that_looks_like_a_date_is_a_name():
     assert demo("run.name=2026-01-01").run.name == "2026-01-01"
 
 
+@pytest.mark.parametrize(
+    "home",
+    [
+        "/x/hash #2",
+        "/x/a #1 # 2",
+        "#x",
+        "/x/#2",
+        "/x y/z",
+        "/ü/'#' #",
+        "&a /b",
+        "--- /x",
+        "/a\n#b",
+        "/x?y=%25",
+        "5 # x",
+    ],
+)
+def test_a_text_of_the_command_line_is_taken_whole(home):
+    assert demo(f"run.home={home}").run.home == home
+
+
+def test_numbers_and_lists_of_the_command_line_are_still_yaml():
+    settings = demo("run.workers=4", "data.augment.crop_area=[0.5, 1.0] # as in the paper", "run.home='/x #1'")
+    assert (settings.run.workers, settings.data.augment.crop_area, settings.run.home) == (4, (0.5, 1.0), "/x #1")
+    with pytest.raises(SettingsError, match="'4 # four'"):
+        demo("run.workers=4 # four")
+
+
 def test_every_wrong_key_is_named_at_once():
     with pytest.raises(SettingsError) as caught:
         demo("model.nam=x", "training.global_batch=x")

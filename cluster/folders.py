@@ -6,7 +6,6 @@ of the two it is. A file appears under its name whole or not at all, in both.
 
 import errno
 import fcntl
-import json
 import os
 import shutil
 import tempfile
@@ -16,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from cluster import storage
+from cluster import paths, storage
 from cluster.ownership import temporary_folder
 from cluster.storage import Sink, StorageError
 
@@ -27,7 +26,7 @@ _LOCK = ".swap-lock"
 class Folder(ABC):
     """A folder of files. It need not exist before something is written into it. Pickles, to travel to workers.
 
-    Names are relative to it and may hold slashes.
+    Names are relative to it and may hold slashes; one that leads out of it is refused (StorageError), whoever gave it.
 
     Attributes:
         url: as people write it: an absolute path, or s3://BUCKET/PREFIX.
@@ -162,12 +161,15 @@ class Folder(ABC):
         Raises:
             StorageError: it is missing or is not whole JSON.
         """
-        try:
-            return json.loads(self.read_bytes(name))
-        except ValueError as error:
-            if isinstance(error, StorageError):
-                raise
-            raise StorageError(f"{self.url}/{name} is damaged: it is not JSON ({error})") from error
+        return storage.parse_json(self.read_bytes(name), f"{self.url}/{name}")
+
+    def inside(self, name: str) -> str:
+        """`name`, if it is one of something in this folder.
+
+        Raises:
+            StorageError: it leads out of it, or can be no name.
+        """
+        return paths.check_inside(name, self.url, StorageError)
 
 
 class LocalFolder(Folder):
@@ -184,7 +186,7 @@ class LocalFolder(Folder):
         return hash(self.local)
 
     def child(self, name: str) -> "LocalFolder":
-        return LocalFolder(self.local / name)
+        return LocalFolder(self._at(name))
 
     def names(self) -> list[str]:
         return [name for name, is_folder in self._entries() if not is_folder]
@@ -209,7 +211,7 @@ class LocalFolder(Folder):
         return dict(sorted(found.items()))
 
     def size(self, name: str) -> int | None:
-        return storage.file_size(self.local / name)
+        return storage.file_size(self._at(name))
 
     def stamp(self, name: str) -> str:
         with self.open(name) as file:
@@ -217,14 +219,14 @@ class LocalFolder(Folder):
         return f"{stat.st_size} {stat.st_mtime_ns}"
 
     def open(self, name: str) -> BinaryIO:
-        path = self.local / name
+        path = self._at(name)
         try:
             return path.open("rb")
         except OSError as error:
             raise storage.unreadable(path, error) from error
 
     def read_bytes(self, name: str, offset: int = 0, length: int | None = None) -> bytes:
-        path = self.local / name
+        path = self._at(name)
         try:
             with self.open(name) as file:
                 file.seek(offset)
@@ -249,7 +251,7 @@ class LocalFolder(Folder):
             return True
 
     def remove_if(self, name: str, expected: bytes) -> bool:
-        path = self.local / name
+        path = self._at(name)
         if not path.exists():
             return False
         with _locked(path) as lock:
@@ -290,10 +292,10 @@ class LocalFolder(Folder):
 
     def get(self, name: str, path: Path) -> None:
         self.open(name).close()
-        LocalFolder(path.parent).put(self.local / name, path.name)
+        LocalFolder(path.parent).put(self._at(name), path.name)
 
     def remove(self, name: str) -> None:
-        (self.local / name).unlink(missing_ok=True)
+        self._at(name).unlink(missing_ok=True)
 
     def remove_tree(self) -> None:
         if self.local.is_dir():
@@ -309,8 +311,11 @@ class LocalFolder(Folder):
         place = next(place for place in (self.local, *self.local.parents) if place.is_dir())
         return shutil.disk_usage(place).free
 
+    def _at(self, name: str) -> Path:
+        return self.local / self.inside(name)
+
     def _place(self, name: str) -> Path:
-        path = self.local / name
+        path = self._at(name)
         path.parent.mkdir(parents=True, exist_ok=True)
         return path
 
@@ -347,6 +352,7 @@ def _is_hidden(name: str) -> bool:
 @contextmanager
 def at_hand(folder: Folder, name: str) -> Iterator[Path]:
     """A path of this machine under which a file of a folder can be read inside the block, as it is where it lies."""
+    folder.inside(name)
     if folder.local is not None:
         yield folder.local / name
         return

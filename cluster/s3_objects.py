@@ -13,6 +13,7 @@ from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
 from contextlib import suppress
 from typing import Any, NamedTuple, TypeVar
 
+from cluster import paths
 from cluster.command import log
 from cluster.s3_connection import Answer, ObjectStoreError, connection
 from cluster.storage import MissingError, StorageError
@@ -59,8 +60,12 @@ class Objects:
         self._start = f"{prefix}/" if prefix else ""
 
     def key(self, name: str) -> str:
-        """The key of a name."""
-        return self._start + name
+        """The key of a name.
+
+        Raises:
+            StorageError: the name leads out of the folder: what lies between here and the store may follow its dots.
+        """
+        return self._start + paths.check_inside(name, self.url, StorageError)
 
     def place(self, name: str) -> str:
         """An object as people write it."""
@@ -239,7 +244,7 @@ class Objects:
         """Remove all objects."""
         names = list(await self.tree())
         for start in range(0, len(names), 1000):
-            keys = [{"Key": self.key(name)} for name in names[start : start + 1000]]
+            keys = [{"Key": self._start + name} for name in names[start : start + 1000]]
             answer = await self._request("delete_objects", Delete={"Objects": keys, "Quiet": True})
             for refused in answer.get("Errors", []):
                 raise ObjectStoreError(f"s3://{self.bucket}/{refused['Key']} cannot be removed: {refused.get('Code')}")

@@ -155,11 +155,25 @@ def read_json(path: Path) -> Any:
         StorageError: it is missing or is not whole JSON.
     """
     try:
-        return json.loads(path.read_bytes())
+        content = path.read_bytes()
     except OSError as error:
         raise StorageError(f"{path} cannot be read: {error.strerror}") from error
-    except ValueError as error:
-        raise StorageError(f"{path} is damaged: it is not JSON ({error})") from error
+    return parse_json(content, str(path))
+
+
+def parse_json(content: bytes | str, where: str) -> Any:
+    """The value that JSON text says.
+
+    Args:
+        where: what holds it, for the message.
+
+    Raises:
+        StorageError: it is not whole JSON.
+    """
+    try:
+        return json.loads(content)
+    except (ValueError, RecursionError) as error:  # of lists in lists in lists it raises the latter
+        raise StorageError(f"{where} is damaged: it is not JSON ({error})") from error
 
 
 def hash_file(path: Path) -> str:

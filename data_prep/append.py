@@ -1,6 +1,5 @@
 """Adds images to a corpus: new shards under a new version of the manifest. The older versions stay as they are."""
 
-import json
 import re
 from collections.abc import Iterator
 from dataclasses import replace
@@ -12,13 +11,14 @@ from numpy.typing import NDArray
 
 from cluster.command import log
 from cluster.folders import Folder
-from cluster.storage import StorageError
 from data_prep.class_names import after, put_in_order
 from data_prep.columns import Labels
 from data_prep.convert import Conversion
 from data_prep.corpus import Corpus
-from data_prep.corpus_format import MANIFEST, PLAN, SHARDS_AT, CorpusError, file_of_version, manifest_of_version
+from data_prep.corpus_format import PLAN, SHARDS_AT, CorpusError, file_of_version, manifest_of_version
+from data_prep.left_out import RemovedImage, read_lines
 from data_prep.listing import Listing, SourceError
+from data_prep.manifest import newest_version, read_manifest, read_plan
 from data_prep.remote_images import NOT_FETCHED, RemoteImages
 from data_prep.removed import REMOVED, UNCOMPARED
 from data_prep.shard_plan import Appended, Plan
@@ -95,11 +95,8 @@ def _version_to_add_to(folder: Folder) -> Corpus:
         return Corpus.open(folder)
     except CorpusError as error:
         # shards of the newest version may be damaged: the same command makes it anew from the one before
-        try:
-            newest = int(folder.read_json(MANIFEST).get("version", 1))
-        except StorageError:
-            raise error from None
-        if newest == 1:
+        newest = newest_version(folder)
+        if newest is None or newest == 1:
             raise
         log.warning("%s; making version %d again", str(error).split(". ")[0], newest)
         return Corpus.open(folder, version=newest - 1)
@@ -125,7 +122,7 @@ def _were_converted(corpus: Corpus, conversion: Conversion) -> bool:
     """Whether images of a corpus, in any version, may have other bytes than their source."""
     if conversion.max_side or conversion.baseline:
         return True
-    versions = [corpus.folder.read_json(manifest_of_version(version)) for version in range(1, corpus.version)]
+    versions = [read_manifest(corpus.folder, manifest_of_version(version)) for version in range(1, corpus.version)]
     return any(manifest.get("converted") for manifest in (*versions, corpus.manifest))
 
 
@@ -162,8 +159,9 @@ def _origins(corpus: Corpus) -> Iterator[str]:
     for version in range(1, corpus.version + 1):
         name = file_of_version(REMOVED, version)
         if corpus.folder.size(name) is not None:
-            entries = map(json.loads, corpus.folder.read_bytes(name).splitlines())
-            yield from (entry["origin"] for entry in entries if entry["reason"] != UNCOMPARED)
+            lines = corpus.folder.read_bytes(name).splitlines()
+            entries = read_lines(RemovedImage, lines, f"{corpus.folder}/{name}")
+            yield from (entry.origin for entry in entries if entry.reason != UNCOMPARED)
 
 
 def _digest(origin: str) -> bytes:
@@ -182,8 +180,8 @@ def _first_shard(folder: Folder, before: Corpus) -> int:
         name = _SHARD_NAME.fullmatch(shard["name"])
         numbers.append(int(name[1]) + 1 if name else 0)
     for version in range(1, before.version + 1):
-        plan = folder.read_json(file_of_version(PLAN, version))
-        numbers.append(plan.get("appended", {}).get("first_shard", 0) + plan.get("shards", 0))
+        plan = read_plan(folder, version)
+        numbers.append(plan.appended.first_shard + plan.shards)
     return max(numbers)
 
 
@@ -192,17 +190,18 @@ def _drop_other_plan(folder: Folder, plan: Plan) -> None:
     name = file_of_version(PLAN, plan.version)
     if folder.size(name) is None:
         return
-    there = folder.read_json(name)
-    if there == plan.describe():
+    there = read_plan(folder, plan.version)
+    if folder.read_json(name) == plan.describe():
         return
-    newest = int(folder.read_json(MANIFEST).get("version", 1))
-    if newest >= plan.version:
+    newest = newest_version(folder)
+    if newest is None or newest >= plan.version:
         raise CorpusError(
             f"version {newest} of {folder} is damaged, and was made from other images or with other settings than "
             f"these: give those again to repair it"
         )
     log.warning("%s: an unfinished append of other images, or with other settings, is removed", folder)
-    first = there["appended"]["first_shard"]
-    for shard in range(first, first + there["shards"]):
-        remove_shard(folder, f"shard-{shard:06d}.tar")
+    first, count = there.appended.first_shard, there.shards
+    found = filter(None, (_SHARD_NAME.fullmatch(f"{file.partition('.')[0]}.tar") for file in folder.names()))
+    for tar in sorted({name[0] for name in found if first <= int(name[1]) < first + count}):
+        remove_shard(folder, tar)
     folder.remove(name)

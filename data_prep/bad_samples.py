@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cluster.storage import StorageError
+from data_prep.checked_rows import AlteredIndexError
 from data_prep.corpus_format import CorpusError, ShardError
 from data_prep.mixture import Mixture
 from data_prep.order import ATTEMPTS_IN_SHARD
@@ -46,7 +47,7 @@ class BadSamples:
         try:
             for place, image in zip(good, self._corpus.read(ids[good]), strict=True):
                 images[place] = image
-        except FetchError:
+        except (FetchError, AlteredIndexError):
             raise
         except (StorageError, OSError):  # one of them: look at each
             for place in good:
@@ -110,8 +111,8 @@ class BadSamples:
             return None
         try:
             return self._corpus.read([sample])[0]
-        except FetchError:
-            raise  # the store is away, or the disk full: no reason to show other samples from now on
+        except (FetchError, AlteredIndexError):
+            raise  # the store is away, the disk full, or no sample to be trusted: no reason to show others from now on
         except ShardError as error:
             self._shards[self._shard_of(sample)] = str(error)
         except (StorageError, OSError) as error:

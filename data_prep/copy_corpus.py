@@ -24,6 +24,7 @@ from cluster.command import Progress, absolute_path, duration, log, run_command
 from cluster.folders import Folder, folder_at
 from cluster.lease import FILE as LEASE
 from cluster.ownership import temporary_folder
+from cluster.paths import check_component
 from cluster.settings import Settings, parse_command
 from data_prep.corpus import Corpus
 from data_prep.corpus_format import (
@@ -31,10 +32,10 @@ from data_prep.corpus_format import (
     ORIGINS_CHECKSUM,
     SHARDS_AT,
     CorpusError,
-    read_manifest,
     shards_folder,
 )
 from data_prep.corpus_jobs import check_places, check_room, held, in_megabytes, names_in, run_tasks, written
+from data_prep.manifest import check_base, read_manifest
 from data_prep.shard_task import SHARD_FILES, record_name, shard_file
 
 DESCRIPTION = """
@@ -117,7 +118,10 @@ def _copy_into(destination: Folder, source: Folder, workers: int) -> Corpus:
     shards_at = shards_folder(source, manifest)
     left_out = (MANIFEST, _MARK, LEASE)
     sizes = {name: size for name, size in source.tree().items() if "/" not in name and name not in left_out}
+    for name in sizes:
+        check_component(name, f"{source}", CorpusError)
     if shards_at != source:  # a subset: the copy has the shards themselves
+        check_base(source, manifest, shards_at)
         wanted = {shard_file(shard["name"], suffix) for shard in manifest["shards"] for suffix in _OF_SUBSET}
         sizes |= {name: size for name, size in shards_at.tree().items() if name in wanted}
     there = destination.tree()
@@ -153,7 +157,8 @@ def _is_finished(manifest: Mapping[str, Any], destination: Folder) -> bool:
             f"destination {destination} is not empty and was not made by copying (it has {found[0]!r}): "
             f"give another folder"
         )
-    if destination.read_json(mark).get("corpus_hash") != manifest["corpus_hash"]:
+    there = destination.read_json(mark)
+    if not isinstance(there, dict) or there.get("corpus_hash") != manifest["corpus_hash"]:
         raise CorpusError(f"destination {destination} holds another corpus: give another folder, or remove that one")
     if mark == _MARK:
         return False

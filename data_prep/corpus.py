@@ -1,12 +1,11 @@
 """The corpus as training reads it: sharded images with an index. corpus_format.py says which files it has."""
 
 import errno
-import json
 import os
 import re
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -18,6 +17,7 @@ from numpy.typing import ArrayLike, NDArray
 from cluster import storage
 from cluster.folders import Folder, folder_at
 from cluster.storage import StorageError, patiently
+from data_prep.checked_rows import CheckedRows, Checks, hash_blocks
 from data_prep.columns import LABEL_DTYPE, ragged_take
 from data_prep.corpus_cache import cache_folder, fetch_files
 from data_prep.corpus_format import (
@@ -31,16 +31,16 @@ from data_prep.corpus_format import (
     SAMPLE_DTYPE,
     CorpusError,
     ShardError,
-    check_base,
     check_size,
     file_of_version,
     image_check,
-    older_manifest,
-    read_manifest,
     shards_folder,
     write_again,
 )
+from data_prep.left_out import LeftOut, read_lines
+from data_prep.manifest import check_base, older_manifest, read_manifest
 from data_prep.shard_cache import FetchError, ShardCache
+from data_prep.tar_headers import BLOCK
 
 CACHE_BYTES = 100 * 10**9
 """What the shards of object stores may take on a node where nothing else is said."""
@@ -100,24 +100,24 @@ class Corpus:
         folder: of it.
         path: where its index and labels are on this node: its folder, or for an object store what the cache holds.
         manifest: the content of manifest.json.
-        index: SAMPLE_DTYPE [N], memory-mapped.
+        index: rows of SAMPLE_DTYPE [N]; read at each access, and checked (checked_rows.py).
+        checks: of the blocks of its files of rows, for other processes that open the same corpus; empty where it was
+            opened without looking at their content.
     """
 
-    def __init__(self, folder: Folder, path: Path, manifest: dict[str, Any], cache_bytes: int) -> None:
+    def __init__(self, folder: Folder, path: Path, manifest: dict[str, Any], cache_bytes: int, checks: Checks) -> None:
         """Use `Corpus.open`."""
         self.folder = folder
         self.path = path
         self.manifest = manifest
+        self.checks = checks
         self._cache_bytes = cache_bytes
-        self.index: NDArray[np.void] = np.memmap(path / self.file_name(INDEX), SAMPLE_DTYPE, "r")
+        self.index = self._rows(self.file_name(INDEX), SAMPLE_DTYPE, self._validate)
         if self.label_kind == "multi":
-            self._label_pointers = np.memmap(path / self.file_name(LABEL_POINTERS), "<u8", "r")
-            # numpy maps no empty file, and a corpus may be without a single label
-            labels = path / self.file_name(LABELS)
-            has_labels = storage.file_size(labels)
-            self._labels = np.memmap(labels, LABEL_DTYPE, "r") if has_labels else np.empty(0, LABEL_DTYPE)
+            self._label_pointers = self._rows(self.file_name(LABEL_POINTERS), "<u8")
+            self._labels = self._rows(self.file_name(LABELS), LABEL_DTYPE, self._validate_labels)
         if PLACES in manifest["files"]:
-            self._places = np.memmap(path / PLACES, "<u4", "r")
+            self._places = self._rows(PLACES, "<u4")
         self._open_shards: OrderedDict[int, _OpenShard] = OrderedDict()
         self._origins: OrderedDict[int, list[str]] = OrderedDict()
         self._lock = threading.Lock()
@@ -129,6 +129,7 @@ class Corpus:
         check: Literal["content", "sizes"] = "content",
         cache_bytes: int = CACHE_BYTES,
         version: int | None = None,
+        checks: Checks | None = None,
     ) -> "Corpus":
         """Open a corpus after checking its manifest, its index and the presence and size of every shard.
 
@@ -142,6 +143,7 @@ class Corpus:
             check: how much is checked.
             cache_bytes: what the shards of object stores may take on this node.
             version: which one, where images were appended; None for the newest.
+            checks: with `check="sizes"`, those of the corpus that the parent opened.
 
         Raises:
             CorpusError: missing, unfinished, of another format version, cut short or altered.
@@ -156,7 +158,9 @@ class Corpus:
             folder = place
         manifest = read_manifest(folder)
         if version is not None and version != manifest.get("version", 1):
-            manifest = read_manifest(folder, older_manifest(folder, manifest, version))
+            manifest = read_manifest(folder, name := older_manifest(folder, manifest, version))
+            if manifest.get("version", 1) != version:
+                raise CorpusError(f"{folder}/{name} is the manifest of another version. {REPAIR}")
         shards_at = shards_folder(folder, manifest)
         if shards_at != folder:
             check_base(folder, manifest, shards_at)
@@ -165,19 +169,50 @@ class Corpus:
         if folder.local is not None:
             for where, name, size in sizes:
                 check_size(where, name, where.size(name), size)
-            for name, facts in manifest["files"].items():
-                if check == "content" and storage.hash_file(folder.local / name) != facts["xxh3_128"]:
-                    raise CorpusError(f"{folder}/{name} is damaged: its checksum is not the manifest's. {REPAIR}")
-            return cls(folder, folder.local, manifest, cache_bytes)
-        if check == "content":
-            there = {where.url: where.tree() for where in (folder, shards_at)}
-            for where, name, size in sizes:
-                check_size(where, name, there[where.url].get(name), size)
-        here = fetch_files(folder, manifest["files"], manifest["corpus_hash"], check=check == "content")
-        return cls(folder, here, manifest, cache_bytes)
+            here = folder.local
+        else:
+            if check == "content":
+                there = {where.url: where.tree() for where in (folder, shards_at)}
+                for where, name, size in sizes:
+                    check_size(where, name, there[where.url].get(name), size)
+            here = fetch_files(folder, manifest["files"], manifest["corpus_hash"], check=check == "content")
+        found = _check_content(folder, here, manifest) if check == "content" else checks or {}
+        return cls(folder, here, manifest, cache_bytes, found)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Corpus.open, (self.folder, "sizes", self._cache_bytes, self.version)
+        return Corpus.open, (self.folder, "sizes", self._cache_bytes, self.version, self.checks)
+
+    def _rows(self, name: str, dtype: Any, validate: Callable[[NDArray[Any]], None] = lambda rows: None) -> CheckedRows:
+        checks = self.checks.get(self.manifest["files"][name]["xxh3_128"])
+        where = f"{self.path}/{name}"
+        return CheckedRows(self.path / name, dtype, checks=checks, where=where, validate=validate)
+
+    def _validate(self, rows: NDArray[np.void]) -> None:
+        """Refuse rows of the index that lie in no shard, or have a class that is none."""
+        sizes = self._shard_bytes
+        shards, labels = rows["shard"], rows["label"]
+        least = -1 if self.label_kind == "multi" else 0
+        inside = (shards < len(sizes)) & (labels >= least) & (labels < len(self.manifest["classes"]))
+        # a tar header comes before an image; offsets are below 2**63 then, and the sum does not overflow
+        ends = sizes[np.where(inside, shards, 0)]
+        inside &= (rows["offset"] >= BLOCK) & (rows["offset"] <= ends)
+        inside &= rows["length"] <= ends - np.minimum(rows["offset"], ends)
+        if not inside.all():
+            wrong = rows[np.flatnonzero(~inside)[0]]
+            raise CorpusError(
+                f"{self}/{self.file_name(INDEX)} has a sample that is none of this corpus (shard {wrong['shard']}, "
+                f"{wrong['length']} bytes at {wrong['offset']}, class {wrong['label']}): shard the images again"
+            )
+
+    def _validate_labels(self, rows: NDArray[np.void]) -> None:
+        if not ((rows["class"] < len(self.manifest["classes"])) & np.isfinite(rows["weight"])).all():
+            raise CorpusError(
+                f"{self}/{self.file_name(LABELS)} has a label that is none of this corpus: shard the images again"
+            )
+
+    @cached_property
+    def _shard_bytes(self) -> NDArray[np.uint64]:
+        return np.array([shard["bytes"] for shard in self.manifest["shards"]], np.uint64)
 
     def __str__(self) -> str:
         return self.url
@@ -261,10 +296,16 @@ class Corpus:
         return str(self.manifest["corpus_hash"])
 
     def quarantined(self) -> Iterator[dict[str, str]]:
-        """Images that were left out: {"origin", "reason"}."""
-        if self.file_name(QUARANTINE) in self.manifest["files"]:
-            with (self.path / self.file_name(QUARANTINE)).open(encoding="utf-8") as lines:
-                yield from map(json.loads, lines)
+        """Images that were left out: {"origin", "reason"}.
+
+        Raises:
+            CorpusError: the list is damaged; names the line.
+        """
+        name = self.file_name(QUARANTINE)
+        if name in self.manifest["files"]:
+            with (self.path / name).open("rb") as lines:
+                for entry in read_lines(LeftOut, lines, f"{self}/{name}"):
+                    yield {"origin": entry.origin, "reason": entry.reason}
 
     @property
     def shard_sizes(self) -> list[int]:
@@ -284,10 +325,14 @@ class Corpus:
         """
         which = self._checked_ids(ids)
         if self.label_kind == "single":
-            classes = self.index["label"][which].astype(np.int64)
+            classes = self.index.take(which)["label"].astype(np.int64)
             return np.arange(len(which)), classes, np.ones(len(which), np.float32)
-        starts = self._label_pointers[which].astype(np.int64)
-        counts = self._label_pointers[which + 1].astype(np.int64) - starts
+        starts, ends = self._label_pointers.take(np.concatenate([which, which + 1])).reshape(2, -1)
+        if not ((starts <= ends) & (ends <= len(self._labels))).all():
+            raise CorpusError(
+                f"{self}/{self.file_name(LABEL_POINTERS)} points outside the labels: shard the images again"
+            )
+        starts, counts = starts.astype(np.int64), (ends - starts).astype(np.int64)
         labels = self._labels[ragged_take(starts, counts)]
         return np.repeat(np.arange(len(which)), counts), labels["class"].astype(np.int64), labels["weight"].copy()
 
@@ -298,7 +343,7 @@ class Corpus:
             CorpusError: the bytes are not those that were written; names the shard, the sample and its key.
         """
         which = self._checked_ids(ids)
-        rows = self.index[which]
+        rows = self.index.take(which)
         images = []
         columns = (rows["offset"].tolist(), rows["length"].tolist(), rows["shard"].tolist(), rows["check"].tolist())
         for place, (offset, length, shard, check) in enumerate(zip(*columns, strict=True)):
@@ -328,8 +373,7 @@ class Corpus:
         Raises:
             CorpusError: the shard's .origins file is missing or cut short.
         """
-        row = self.index[int(self._checked_ids([sample])[0])]
-        shard = int(row["shard"])
+        shard = int(self.index.take(self._checked_ids([sample]))[0]["shard"])
         with self._lock:
             lines = self._origins.get(shard)
         if lines is None:
@@ -343,9 +387,19 @@ class Corpus:
     def places_of(self, ids: ArrayLike) -> NDArray[np.int64]:
         """Which of the samples of its shard's tar each sample is (int64 [B]), counted from 0."""
         which = self._checked_ids(ids)
-        if PLACES in self.manifest["files"]:
-            return self._places[which].astype(np.int64)
-        return which - self._first_ids[self.index["shard"][which]]
+        shards = self.index.take(which)["shard"]
+        if PLACES not in self.manifest["files"]:
+            places = which - self._first_ids[shards]
+        else:
+            places = self._places.take(which).astype(np.int64)
+        if not ((places >= 0) & (places < self._samples_there[shards])).all():
+            raise CorpusError(f"{self}: a sample lies in another shard than its index says: shard the images again")
+        return places
+
+    @cached_property
+    def _samples_there(self) -> NDArray[np.int64]:
+        """Samples in the tar of each shard."""
+        return np.array([shard.get("samples_there", shard["samples"]) for shard in self.manifest["shards"]], np.int64)
 
     def origins(self) -> Iterator[str]:
         """Where each sample came from, in the order of the ids.
@@ -374,7 +428,10 @@ class Corpus:
             raise CorpusError(
                 f"{self.shards_folder}/{name} is damaged: it is not what was written. {write_again(facts['name'])}"
             )
-        lines = content.decode("utf-8").split("\n")[:-1]
+        try:
+            lines = content.decode("utf-8").split("\n")[:-1]
+        except UnicodeDecodeError as error:
+            raise CorpusError(f"{self.shards_folder}/{name} is no UTF-8 text (byte {error.start}). {REPAIR}") from error
         expected = facts.get("samples_there", facts["samples"])
         if len(lines) != expected:
             raise CorpusError(f"{self.shards_folder}/{name} has {len(lines)} lines for {expected} samples. {REPAIR}")
@@ -472,3 +529,30 @@ class Corpus:
             f"{self.shards_folder}/{name} is damaged: sample {sample} (member {member!r}, {len(image)} bytes at offset "
             f"{offset}) is not what was written. {write_again(name)}"
         )
+
+
+def _check_content(folder: Folder, here: Path, manifest: dict[str, Any]) -> dict[str, NDArray[np.uint32]]:
+    """Compare the files of a corpus with its manifest; returns the checksums of the blocks of those of rows.
+
+    Raises:
+        CorpusError: one is not what was written.
+    """
+    version = int(manifest.get("version", 1))
+    row_bytes = {
+        file_of_version(INDEX, version): SAMPLE_DTYPE.itemsize,
+        file_of_version(LABELS, version): LABEL_DTYPE.itemsize,
+        file_of_version(LABEL_POINTERS, version): 8,
+        PLACES: 4,
+    }
+    checks = {}
+    for name, facts in manifest["files"].items():
+        try:
+            if name in row_bytes:
+                whole, checks[facts["xxh3_128"]] = hash_blocks(here / name, row_bytes[name])
+            else:
+                whole = storage.hash_file(here / name)
+        except OSError as error:
+            raise storage.unreadable(here / name, error) from error
+        if whole != facts["xxh3_128"]:
+            raise CorpusError(f"{folder}/{name} is damaged: its checksum is not the manifest's. {REPAIR}")
+    return checks

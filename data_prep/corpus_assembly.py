@@ -13,7 +13,6 @@ import xxhash
 from cluster import storage
 from cluster.ahead import ahead
 from cluster.folders import Folder
-from cluster.storage import StorageError
 from data_prep.columns import LABEL_DTYPE, Labels
 from data_prep.corpus import Corpus
 from data_prep.corpus_format import (
@@ -28,6 +27,7 @@ from data_prep.corpus_format import (
     manifest_hash,
     manifest_of_version,
 )
+from data_prep.manifest import newest_version
 from data_prep.removed import REMOVED, Removed
 from data_prep.shard_task import read_rows, remove_shard
 
@@ -104,13 +104,9 @@ class HashedFile:
 
 def _commit(folder: Folder, version: int, manifest: dict[str, Any]) -> None:
     """Write the manifest of a version; manifest.json stays that of the newest, and older ones are kept."""
-    try:
-        there = folder.read_json(MANIFEST) if folder.size(MANIFEST) is not None else {}
-    except StorageError:
-        there = {}  # cut short: this one takes its place
-    newest = there.get("version", 1)
-    if there and newest < version:
-        folder.write_json(manifest_of_version(newest), there)
+    newest = newest_version(folder) or version  # one that is cut short is replaced
+    if newest < version:
+        folder.write_json(manifest_of_version(newest), folder.read_json(MANIFEST))
     folder.write_json(manifest_of_version(version) if newest > version else MANIFEST, manifest)
 
 

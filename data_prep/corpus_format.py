@@ -110,27 +110,18 @@ def manifest_hash(manifest: dict[str, Any]) -> str:
 
 
 def shards_folder(folder: Folder, manifest: Mapping[str, Any]) -> Folder:
-    """Where the tars of a corpus are."""
+    """Where the tars of a corpus are. Only a subset says where, and only it may lead out of its folder, to be read.
+
+    Raises:
+        CorpusError: it says another bucket.
+    """
     if SHARDS_AT not in manifest:
         return folder
     scheme, separator, path = folder.url.rpartition("://")
-    return folder_at(scheme + separator + posixpath.normpath(posixpath.join(path, manifest[SHARDS_AT])), "corpus")
-
-
-def check_base(folder: Folder, manifest: dict[str, Any], shards_at: Folder) -> None:
-    """Whether the corpus that a subset shares shards with still has them as they were; it may have more by now."""
-    try:
-        there = {(shard["name"], shard["xxh3_128"]) for shard in read_manifest(shards_at)["shards"]}
-    except CorpusError as error:
-        raise CorpusError(
-            f"{folder} is a subset that shares the shards of {shards_at}, and needs it: {error}"
-        ) from error
-    changed = [shard["name"] for shard in manifest["shards"] if (shard["name"], shard["xxh3_128"]) not in there]
-    if changed:
-        raise CorpusError(
-            f"{folder} is a subset that shares the shards of {shards_at}, which is another corpus by now (its "
-            f"{changed[0]} is not the one of then): make the subset again"
-        )
+    place = posixpath.normpath(posixpath.join(path, manifest[SHARDS_AT]))
+    if scheme and place.split("/")[0] != path.split("/")[0]:
+        raise CorpusError(f"{folder}/{MANIFEST} says that its shards are in another bucket, {scheme}://{place}")
+    return folder_at(scheme + separator + place, "corpus")
 
 
 def check_size(folder: Folder, name: str, size: int | None, expected: int) -> None:
@@ -140,51 +131,3 @@ def check_size(folder: Folder, name: str, size: int | None, expected: int) -> No
         raise CorpusError(
             f"{folder}/{name} has {size} bytes where the manifest says {expected}: cut short or altered. {REPAIR}"
         )
-
-
-def older_manifest(folder: Folder, newest: dict[str, Any], version: int) -> str:
-    """Name of the manifest of an older version."""
-    name = manifest_of_version(version)
-    last = newest.get("version", 1)
-    if version > last or folder.size(name) is None:
-        raise CorpusError(f"{folder} has no version {version}: it has version{'s 1 to' if last > 1 else ''} {last}")
-    return name
-
-
-def read_manifest(folder: Folder, name: str = MANIFEST) -> dict[str, Any]:
-    """The manifest of a corpus.
-
-    Args:
-        folder: of the corpus.
-        name: of the manifest, where it is not that of the newest version.
-
-    Raises:
-        CorpusError: missing, of another format version, or altered.
-        StorageError: the object store cannot be reached.
-    """
-    path = f"{folder}/{name}"
-    if folder.size(name) is None:
-        if folder.local is not None and not folder.local.is_dir():
-            raise CorpusError(f"no corpus at {folder}: there is no such folder")
-        advice = (
-            "make one with `python data_prep/shard.py SOURCE DESTINATION`"
-            if folder.size(PLAN) is None
-            else "its sharding has not finished; run the same shard command again to go on"
-        )
-        raise CorpusError(f"no corpus at {folder}: {MANIFEST} is missing; {advice}")
-    try:
-        manifest = folder.read_json(name)
-    except OSError:
-        raise
-    except StorageError as error:
-        raise CorpusError(f"{error}. {REPAIR_MANIFEST}") from error
-    if not isinstance(manifest, dict) or "format_version" not in manifest:
-        raise CorpusError(f"{path} is not the manifest of a corpus. {REPAIR_MANIFEST}")
-    if manifest["format_version"] != FORMAT_VERSION:
-        raise CorpusError(
-            f"{path} has format version {manifest['format_version']}, this code reads {FORMAT_VERSION}: read it "
-            "with the code that wrote it, or shard the images again"
-        )
-    if manifest.get("corpus_hash") != manifest_hash(manifest):
-        raise CorpusError(f"{path} was altered: it does not match its own corpus_hash. {REPAIR_MANIFEST}")
-    return manifest

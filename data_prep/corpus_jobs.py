@@ -1,7 +1,6 @@
 """What every command that makes a corpus has around its work: the destination's checks, Ray tasks, the summary."""
 
 import heapq
-import json
 import random
 import time
 from collections import Counter
@@ -148,11 +147,12 @@ def finished_before(folder: Folder, plan: CorpusPlan) -> Corpus | None:
     return corpus if len(finished_records(folder, names, plan.plan_hash)) == len(names) else None
 
 
-def _in_words(plan: dict[str, Any]) -> str:
-    if "source" not in plan:
+def _in_words(plan: Any) -> str:
+    source = plan.get("source") if isinstance(plan, dict) else None
+    if not isinstance(source, dict):
         return "unreadable"
-    counts = [f"{count:,} {what}" for what, count in sorted(plan["source"].items()) if what != "kind"]
-    return ", ".join([*counts, str(plan["settings"])])
+    counts = [f"{count:,} {what}" for what, count in sorted(source.items()) if type(count) is int]
+    return ", ".join([*counts, str(plan.get("settings"))])
 
 
 def check_room(folder: Folder, needed: float) -> None:
@@ -331,8 +331,7 @@ def log_summary(corpus: Corpus, seconds: float) -> None:
         in_megabytes(manifest["num_bytes"]), duration(seconds),
     )  # fmt: skip
     if manifest["quarantined"]:
-        with (corpus.path / corpus.file_name(QUARANTINE)).open(encoding="utf-8") as lines:
-            reasons = Counter(json.loads(line)["reason"] for line in lines)
+        reasons = Counter(entry["reason"] for entry in corpus.quarantined())
         log.warning(
             "%s images are left out, listed in %s: %s",
             f"{manifest['quarantined']:,}", f"{corpus}/{corpus.file_name(QUARANTINE)}", reasons_in_words(reasons),

@@ -32,11 +32,11 @@ from cluster.ray_runtime import ray_session
 from cluster.storage import StorageError
 from data_prep.corpus import Corpus
 from data_prep.corpus_cache import cache_folder
-from data_prep.corpus_format import PLAN, file_of_version
 from data_prep.corpus_jobs import DUPLICATES, check_destination, run_tasks
 from data_prep.duplicate_search import HammingIndex, Pairs
 from data_prep.hash_task import HashTask, ImagesToDescribe, PartOfCorpus, PartOfListing, describe_part
 from data_prep.listing import Listing
+from data_prep.manifest import read_plan
 from data_prep.perceptual_hash import DESCRIPTOR, MIRROR, SIMILAR, UNSEEN, VERSION, similarity
 from data_prep.removed import UNCOMPARED, Removed, removed_in_words
 from data_prep.shard_task import one_line
@@ -137,8 +137,7 @@ def remove_duplicates(listing: Listing, search: DuplicateSearch, folder: Folder,
 def _warn_of_uncompared(onto: Corpus, corpora: Sequence[Corpus]) -> None:
     """Say which corpora an append excludes that what is there already was not compared with."""
     for version in range(1, onto.version + 1):
-        plan = onto.folder.read_json(file_of_version(PLAN, version))
-        known = plan.get("settings", {}).get("duplicates", {}).get("exclude", [])
+        known = read_plan(onto.folder, version).excluded
         if missing := [corpus.url for corpus in corpora if corpus.corpus_hash not in known]:
             log.warning(
                 "only the new images are compared with %s: those of version %d of %s stay, whether they are in it or "
@@ -160,7 +159,8 @@ def _decided_before(folder: Folder, settings: dict[str, Any]) -> bytes | None:
         lines = name.replace("plan", "removed", 1).replace(".json", ".jsonl")
         if name.startswith("plan") and lines in names:
             there = folder.read_json(name)
-            if isinstance(there, dict) and there.get("settings", {}).get("duplicates") == settings:
+            asked = there.get("settings") if isinstance(there, dict) else None
+            if isinstance(asked, dict) and asked.get("duplicates") == settings:
                 return folder.read_bytes(lines)
     return None
 

@@ -1,12 +1,13 @@
 """What was taken out of a listing because it is there already, or is in an evaluation set."""
 
-import json
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from data_prep.left_out import RemovedImage, read_lines
 
 REMOVED = "removed.jsonl"
 """File beside the manifest: one line an image that was removed, see `Removed.lines`."""
@@ -30,26 +31,26 @@ class Removed:
     """Where the excluded corpora lie, by their corpus_hash."""
 
     @cached_property
-    def _entries(self) -> list[dict[str, Any]]:
-        return [json.loads(line) for line in self.lines.splitlines()]
+    def _entries(self) -> list[RemovedImage]:
+        return list(read_lines(RemovedImage, self.lines.splitlines(), REMOVED))
 
     @property
     def rows(self) -> NDArray[np.int64]:
         """Of the images in the listing, ascending."""
-        return np.array([entry["row"] for entry in self._entries], np.int64)
+        return np.array([entry.row for entry in self._entries], np.int64)
 
     @property
     def unseen(self) -> list[tuple[str, str]]:
         """Origin and reason of those that could not be compared with others, and so are left out."""
-        return [(entry["origin"], UNCOMPARED) for entry in self._entries if entry["reason"] == UNCOMPARED]
+        return [(entry.origin, UNCOMPARED) for entry in self._entries if entry.reason == UNCOMPARED]
 
     @property
     def counts(self) -> dict[str, int]:
         """How many were removed: in all, and for which reason."""
-        entries = [entry for entry in self._entries if entry["reason"] != UNCOMPARED]
-        inside = sum(entry["corpus"] is None for entry in entries)
-        exact = sum(entry["reason"] == "exact" for entry in entries)
-        mirrored = sum(bool(entry.get("mirrored")) for entry in entries)
+        entries = [entry for entry in self._entries if entry.reason != UNCOMPARED]
+        inside = sum(entry.corpus is None for entry in entries)
+        exact = sum(entry.reason == "exact" for entry in entries)
+        mirrored = sum(entry.mirrored for entry in entries)
         total = len(entries)
         return {
             "images": total,

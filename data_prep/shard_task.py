@@ -12,10 +12,11 @@ import xxhash
 from numpy.typing import NDArray
 
 from cluster.folders import Folder
+from cluster.records import Component, Count, Digest, Record, check_record
 from cluster.storage import StorageError
-from data_prep.columns import Labels
+from data_prep.columns import LABEL_DTYPE, Labels
 from data_prep.convert import convert
-from data_prep.corpus_format import ORIGINS_CHECKSUM, SAMPLE_DTYPE, image_check
+from data_prep.corpus_format import ORIGINS_CHECKSUM, SAMPLE_DTYPE, CorpusError, image_check, write_again
 from data_prep.decoder_process import refuse_deadly
 from data_prep.image_check import UnusableImage, check_image
 from data_prep.shard_plan import ShardTask
@@ -31,6 +32,24 @@ _PARSING = threading.Lock()
 
 MAX_IMAGE_BYTES = 2**32 - 1
 """What the index's column holds; a tar could hold twice as much."""
+
+
+class _Quarantined(Record):
+    origin: str
+    reason: str
+
+
+class _ShardRecord(Record):
+    """What a shard's record must say."""
+
+    name: Component
+    plan_hash: str
+    samples: Count
+    xxh3_128: Digest
+    origins_xxh3_128: Digest | None = None
+    sizes: dict[str, Count]
+    quarantined: list[_Quarantined]
+    converted: Count = 0
 
 
 def record_name(name: str) -> str:
@@ -62,13 +81,13 @@ def finished_records(folder: Folder, names: Sequence[str], plan_hash: str) -> di
             return None
         try:
             record: dict[str, Any] = folder.read_json(record_name(name))
-            sizes: dict[str, int] = record["sizes"]
-            intact = all(there.get(shard_file(name, suffix)) == sizes[suffix] for suffix in SHARD_FILES)
-            return record if record["plan_hash"] == plan_hash and intact else None
+            known = check_record(_ShardRecord, record, f"{folder}/{record_name(name)}", CorpusError)
         except OSError:
             raise
-        except (StorageError, KeyError, TypeError):
+        except StorageError:  # damaged: the shard is written again
             return None
+        intact = all(there.get(shard_file(name, suffix)) == known.sizes.get(suffix) for suffix in SHARD_FILES)
+        return record if known.plan_hash == plan_hash and known.name == name and intact else None
 
     with ThreadPoolExecutor(_RECORDS_AT_ONCE) as pool:
         records = pool.map(record_of, names)
@@ -169,13 +188,29 @@ def commit_shard(
 
 
 def read_rows(folder: Folder, name: str) -> tuple[NDArray[np.void], Labels | None]:
-    """A finished shard's part of the index (its column `shard` is not set) and, with many labels, its labels."""
-    content = folder.read_bytes(shard_file(name, ".rows.npz"))
-    # numpy parses a file's header as Python, which several threads cannot do at a time in Python 3.11
-    with _PARSING, np.load(io.BytesIO(content), allow_pickle=False) as arrays:
-        if "labels" not in arrays:
-            return arrays["rows"], None
-        return arrays["rows"], Labels(arrays["labels"], arrays["pointers"])
+    """A finished shard's part of the index (its column `shard` is not set) and, with many labels, its labels.
+
+    Raises:
+        CorpusError: the file is damaged.
+    """
+    file = shard_file(name, ".rows.npz")
+    content = folder.read_bytes(file)
+    try:
+        # numpy parses a file's header as Python, which several threads cannot do at a time in Python 3.11
+        with _PARSING, np.load(io.BytesIO(content), allow_pickle=False) as arrays:
+            rows = arrays["rows"]
+            labels = Labels(arrays["labels"], arrays["pointers"]) if "labels" in arrays else None
+    except Exception as error:  # numpy's and zipfile's readers raise whatever their parsing runs into
+        raise CorpusError(f"{folder}/{file} is damaged ({error}). {write_again(name)}") from error
+    fits = rows.dtype == SAMPLE_DTYPE and rows.ndim == 1
+    if labels is not None:
+        pointers = labels.pointers
+        fits &= labels.rows.dtype == LABEL_DTYPE and labels.rows.ndim == 1 and pointers.dtype == np.int64
+        fits &= pointers.shape == (len(rows) + 1,) and pointers[0] == 0 and pointers[-1] == len(labels.rows)
+        fits = bool(fits) and bool((np.diff(pointers) >= 0).all())
+    if not fits:
+        raise CorpusError(f"{folder}/{file} is damaged: it is not the rows of a shard. {write_again(name)}")
+    return rows, labels
 
 
 def _rows_file(rows: NDArray[np.void], labels: Labels | None) -> bytes:

@@ -1,6 +1,5 @@
 """What is in a corpus, in words and pictures: `python data_prep/show.py CORPUS [KEY=VALUE ...]`."""
 
-import json
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -118,8 +117,7 @@ def _left_out(corpus: Corpus) -> Iterator[str]:
     count = corpus.manifest["quarantined"]
     yield f"left out: {count:,} images" + (f", listed in {corpus}/{corpus.file_name(QUARANTINE)}" if count else "")
     if count:
-        with (corpus.path / corpus.file_name(QUARANTINE)).open(encoding="utf-8") as lines:
-            reasons = Counter(json.loads(line)["reason"] for line in lines)
+        reasons = Counter(entry["reason"] for entry in corpus.quarantined())
         for reason, number in reasons.most_common(_REASONS):
             yield f"  {number:,} x {reason}"
         if len(reasons) > _REASONS:

@@ -33,9 +33,9 @@ from data_prep.corpus_format import (
     SHARDS_AT,
     CorpusError,
     manifest_hash,
-    read_manifest,
 )
 from data_prep.corpus_jobs import check_places, held, written
+from data_prep.manifest import read_manifest
 from data_prep.stratify import apportion, random_places
 
 DESCRIPTION = """

@@ -94,7 +94,7 @@ def large_corpus(folder: Path) -> Path:
     (facts,) = small.manifest["shards"]
     place = folder / "large"
     place.mkdir()
-    write_index(place / INDEX, RESUMED, small.index)
+    write_index(place / INDEX, RESUMED, small.index[:])
     shards = []
     for number in range(RESUMED // SHARD):
         name = f"shard-{number:06d}.tar"

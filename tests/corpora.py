@@ -47,7 +47,8 @@ def make_corpus(source: Path, folder: Path, shard_mb: float = 0.01, labels: Path
 
 def overwrite(corpus: Corpus, sample: int, content: bytes, own_checksum: bool = False) -> None:
     """Puts other bytes at the beginning of a sample's image, and with `own_checksum` their checksum into the index."""
-    row = corpus.index[sample]
+    index = np.memmap(corpus.path / INDEX, SAMPLE_DTYPE, "r+")  # which the corpus itself would find altered
+    row = index[sample]
     tar = corpus.path / corpus.manifest["shards"][int(row["shard"])]["name"]
     with tar.open("r+b") as file:
         file.seek(int(row["offset"]))
@@ -56,6 +57,5 @@ def overwrite(corpus: Corpus, sample: int, content: bytes, own_checksum: bool = 
         file.seek(int(row["offset"]))
         image = file.read(int(row["length"]))
     if own_checksum:
-        index = np.memmap(corpus.path / INDEX, SAMPLE_DTYPE, "r+")
         index[sample]["check"] = image_check(image)
         index.flush()

@@ -71,9 +71,10 @@ def spoil(corpus: Corpus, kind: str) -> set[int]:
             overwrite(corpus, sample, bytes(image))
         return {7, 30}
     if kind == "undecodable":
+        beginning = corpus.read([40])[0].tobytes()[:200]
         overwrite(corpus, 3, HTML, own_checksum=True)
         overwrite(corpus, 4, bytes(10**6), own_checksum=True)
-        overwrite(corpus, 40, corpus.read([40])[0].tobytes()[:200] + bytes(10**6), own_checksum=True)
+        overwrite(corpus, 40, beginning + bytes(10**6), own_checksum=True)
         return {3, 4, 40}
     shard = 1
     (corpus.path / corpus.manifest["shards"][shard]["name"]).unlink()

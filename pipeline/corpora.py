@@ -8,6 +8,7 @@ import numpy as np
 
 from cluster.command import absolute_path
 from cluster.settings import SettingsError
+from data_prep.checked_rows import Checks
 from data_prep.corpus import Corpus
 from data_prep.mixture import MixedOrder, Mixture
 from data_prep.shard_cache import ShardCache
@@ -17,19 +18,22 @@ WINDOW_BYTES = 8 * 10**9
 """Largest window that is chosen where none is set: the first batch waits for it."""
 
 
-def open_corpora(data: DataSettings, check: Literal["content", "sizes"] = "content") -> tuple[Mixture, Mixture | None]:
+def open_corpora(
+    data: DataSettings, check: Literal["content", "sizes"] = "content", checks: Checks | None = None
+) -> tuple[Mixture, Mixture | None]:
     """What a stage trains on, and its held-out corpus with the classes numbered alike.
 
     Args:
         data: names them.
-        check: see `Corpus.open`.
+        check, checks: see `Corpus.open`.
 
     Raises:
         ValueError: one of them is missing or damaged, or their classes differ.
     """
 
     def opened(place: str, key: str) -> Corpus:
-        return Corpus.open(absolute_path(place, key), check, cache_bytes=round(data.cache_gb * 1e9))
+        cache_bytes = round(data.cache_gb * 1e9)
+        return Corpus.open(absolute_path(place, key), check, cache_bytes=cache_bytes, checks=checks)
 
     if data.mixture is None:
         assert data.corpus is not None
@@ -57,6 +61,12 @@ def open_corpora(data: DataSettings, check: Literal["content", "sizes"] = "conte
             "shard both from the same class names"
         )
     return corpus, Mixture([heldout], known=corpus.classes)
+
+
+def checks_of(*mixtures: Mixture | None) -> Checks:
+    """What ranks need to read the indices of corpora as they were looked at here."""
+    parts = [part for mixture in mixtures if mixture is not None for part in mixture.parts]
+    return {name: checks for part in parts for name, checks in part.checks.items()}
 
 
 def with_places(data: DataSettings, corpus: Mixture, heldout: Mixture | None) -> DataSettings:

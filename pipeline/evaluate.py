@@ -25,6 +25,7 @@ from cluster.launch_environment import leads
 from cluster.ownership import temporary_folder
 from cluster.settings import SettingsError, parse_command
 from cluster.storage import read_json, write_json
+from data_prep.checked_rows import Checks
 from data_prep.corpus import Corpus
 from models.vit import VisionTransformer
 from models.weights import load_into
@@ -48,6 +49,8 @@ class Job:
     """The model with its alias resolved."""
     corpora: tuple[Folder, ...]
     """Where the images are. With a folder travels what opens an object store."""
+    checks: Checks
+    """Of the index of the corpus as the driver saw it."""
     result: str
     """File that rank 0 writes the scores to."""
     tracking_home: str
@@ -61,7 +64,8 @@ def evaluate(job: Job, control: Control) -> bool:
     worker = workers.join(600, settings.interface)
     if not worker.leads:
         log.setLevel("ERROR")
-    corpus = Corpus.open(settings.corpus, check="sizes", cache_bytes=round(settings.cache_gb * 1e9))
+    cache_bytes = round(settings.cache_gb * 1e9)
+    corpus = Corpus.open(settings.corpus, check="sizes", cache_bytes=cache_bytes, checks=job.checks)
     tracking.connect(Path(job.tracking_home), job.tracking_uri)
     package = packages.load_package(job.model, quiet=True)
     dtype = torch.bfloat16 if settings.precision == "bf16" else torch.float32
@@ -119,7 +123,8 @@ def main() -> None:
         raise SettingsError(f"{package.uri} gives one class an image (softmax), {corpus} has many labels an image")
     settings = settings.model_copy(update={"corpus": corpus.place})
     with temporary_folder("evaluate", home / "tmp") as scratch:  # every node sees it
-        job = Job(settings, package.uri, (corpus.folder,), str(scratch / "scores.json"), str(home), uri)
+        result = str(scratch / "scores.json")
+        job = Job(settings, package.uri, (corpus.folder,), corpus.checks, result, str(home), uri)
         run_ranks(
             evaluate,
             job,

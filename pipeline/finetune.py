@@ -55,7 +55,7 @@ def main() -> None:
     check_names(settings.run.name, settings.registry.name, settings.registry.alias)
     from models.weights import adapt_for_finetuning
     from pipeline import packages, tracking
-    from pipeline.corpora import open_corpora, with_places
+    from pipeline.corpora import checks_of, open_corpora, with_places
     from pipeline.stage import Start, check_stage, home_folder, print_result, recorded_parent, run_stage
 
     corpus, heldout = open_corpora(settings.data)
@@ -84,7 +84,8 @@ def main() -> None:
         config.grid,
     )
     weights = adapt_for_finetuning(parent.state, parent.config, config)
-    start = Start(config, weights, parent.uri, parent.tags.get("vitforge.mlflow_run"))
+    made_by = parent.tags.get("vitforge.mlflow_run")
+    start = Start(config, weights, parent.uri, made_by, checks_of(corpus, heldout))
     print_result(run_stage("finetune", settings, start, corpus))
 
 

@@ -66,7 +66,7 @@ def main() -> None:
     )
     # Checked before torch and the others are imported: a mistyped key is refused in the first second.
     check_names(settings.run.name, settings.registry.name, settings.registry.alias)
-    from pipeline.corpora import open_corpora, with_places
+    from pipeline.corpora import checks_of, open_corpora, with_places
     from pipeline.stage import Start, check_stage, print_result, run_stage
 
     architecture(settings, num_classes=2)  # what is wrong with the model does not need the corpus to show
@@ -76,7 +76,7 @@ def main() -> None:
     )
     settings = settings.model_copy(update={"data": data})
     check_stage(settings, corpus)
-    start = Start(architecture(settings, len(corpus.classes)), None)
+    start = Start(architecture(settings, len(corpus.classes)), None, checks=checks_of(corpus, heldout))
     print_result(run_stage("pretrain", settings, start, corpus))
 
 

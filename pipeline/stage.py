@@ -7,7 +7,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from cluster.launch_environment import leads, under_torchrun
 from cluster.lease import Lease
 from cluster.ray_runtime import REPOSITORY
 from cluster.settings import SettingsError
+from data_prep.checked_rows import Checks
 from data_prep.mixture import Mixture
 from models.preprocess import Preprocessing
 from models.vit import VitConfig
@@ -46,6 +47,8 @@ class Start:
     """The resolved parent, models:/NAME/VERSION."""
     parent_run: str | None = None
     """The MLflow run that made the parent."""
+    checks: Checks = field(default_factory=dict)
+    """Of the indices of the corpora, as they were when they were looked at (data_prep/checked_rows.py)."""
 
 
 def home_folder(home: str) -> Path:
@@ -177,6 +180,7 @@ def _train(
         start.architecture.to_json(),
         folder,
         tuple(part.folder for part in corpus.parts),
+        start.checks,
         start.weights is not None,
         None if under_torchrun() else lease,
         str(home),

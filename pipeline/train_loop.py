@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from cluster.command import duration, log, set_up_logging
 from cluster.folders import Folder, at_hand
+from data_prep.checked_rows import Checks
 from data_prep.mixture import Mixture
 from models.losses import dense_targets, sigmoid_cross_entropy, softmax_cross_entropy
 from models.presets import train_flops
@@ -75,6 +76,8 @@ class Job:
     """The run's folder, which every rank sees."""
     corpora: tuple[Folder, ...]
     """Where the images are. With a folder travels what opens an object store."""
+    checks: Checks
+    """Of the indices of the corpora as the driver saw them; ranks read no row that is another."""
     initial_weights: bool
     """Whether the run starts from the weights in its folder; False draws them from the seed."""
     lease: str | None
@@ -113,7 +116,7 @@ def _train(job: Job, worker: workers.Worker, oversight: Oversight) -> bool:
 
     # ---- data ------------------------------------------------------------------------------------------------
     # The driver checked the content of the index; here the sizes do.
-    corpus, heldout = agreement.on_all_ranks(lambda: open_corpora(data, check="sizes"))
+    corpus, heldout = agreement.on_all_ranks(lambda: open_corpora(data, check="sizes", checks=job.checks))
     hashes = {"the training data": corpus.corpus_hash} | ({"data.heldout": heldout.corpus_hash} if heldout else {})
     agreement.check_ranks(hashes, worker)
     verdict = decoding.Verdict.for_all(workers.from_all(decoding.choose_backend(data, worker.gpu)))

@@ -18,8 +18,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import pydantic
-import yaml
 from pydantic.fields import FieldInfo
+
+from cluster.yaml_values import MOST_CHARACTERS, YamlTextError, read_word, read_yaml
 
 
 class SettingsError(ValueError):
@@ -30,11 +31,23 @@ class Settings(pydantic.BaseModel):
     """Base of all settings. The docstring under a field is its help text."""
 
     model_config = pydantic.ConfigDict(
-        strict=True, frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=()
+        strict=True,
+        frozen=True,
+        extra="forbid",
+        allow_inf_nan=False,
+        use_attribute_docstrings=True,
+        protected_namespaces=(),
     )
 
 
 S = TypeVar("S", bound=Settings)
+
+_DEEPEST_KEY = 8
+"""Parts of a dotted key."""
+_MOST_PROBLEMS = 20
+"""That are explained at once."""
+_LONGEST_SHOWN = 200
+"""Characters of a value in a message."""
 
 
 def since(default: Any, *, absent: Any) -> Any:
@@ -101,31 +114,6 @@ def _meaning_of_absence(field: FieldInfo) -> Any:
     return json.loads(json.dumps(default, default=lambda value: value.model_dump(mode="json")))
 
 
-class _RecipeLoader(yaml.SafeLoader):
-    """YAML as people write it: 1e-3 is a number (YAML 1.1 wants 1.0e-3) and a key may not stand twice."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[str] = set()
-        for key_node, _ in node.value:
-            key = str(key_node.value)
-            if key in seen:
-                raise SettingsError(f"key {key!r} stands twice (line {key_node.start_mark.line + 1})")
-            seen.add(key)
-        return super().construct_mapping(node, deep)
-
-
-# A name such as 2026-01-01 is text, not a date.
-_RecipeLoader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
-    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-_RecipeLoader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(\d[\d_]*\.?[\d_]*|\.\d+)([eE][-+]?\d+)$"),
-    list("-+.0123456789"),
-)
-
-
 def load_recipe(path: Path) -> dict[str, Any]:
     """Read a recipe file into nested dictionaries.
 
@@ -133,12 +121,14 @@ def load_recipe(path: Path) -> dict[str, Any]:
         SettingsError: the file is missing, is not YAML or is not a mapping.
     """
     try:
-        loaded = yaml.load(path.read_text(encoding="utf-8"), _RecipeLoader)
+        with path.open("rb") as file:
+            content = file.read(4 * MOST_CHARACTERS + 1)
+        loaded = read_yaml(content.decode("utf-8"))
     except OSError as error:
         raise SettingsError(f"recipe {path} cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise SettingsError(f"recipe {path} is not UTF-8 text (byte {error.start})") from error
-    except (yaml.YAMLError, SettingsError) as error:
+    except YamlTextError as error:
         raise SettingsError(f"recipe {path} is not valid YAML: {error}") from error
     if loaded is None:
         return {}
@@ -153,16 +143,16 @@ def find_recipe(name: str, folder: Path) -> Path:
     Raises:
         SettingsError: neither exists; the message lists the recipes that do.
     """
-    as_path = Path(name)
-    if as_path.is_file():
-        return as_path
-    shipped = folder / f"{name}.yaml"
-    if shipped.is_file():
-        return shipped
+    for path in (Path(name), folder / f"{name}.yaml"):
+        try:
+            if path.is_file():
+                return path
+        except OSError:  # of a name that is too long, or a folder that may not be read
+            continue
     known = sorted(path.stem for path in folder.glob("*.yaml"))
-    near = difflib.get_close_matches(name, known, n=1)
+    near = difflib.get_close_matches(name[:_LONGEST_SHOWN], known, n=1)
     hint = f"; did you mean {near[0]!r}?" if near else ""
-    raise SettingsError(f"no recipe {name!r}{hint} Shipped recipes: {', '.join(known)}; or give a file's path")
+    raise SettingsError(f"no recipe {_short(name)}{hint} Shipped recipes: {', '.join(known)}; or give a file's path")
 
 
 def parse_override(word: str) -> tuple[list[str], Any]:
@@ -173,31 +163,14 @@ def parse_override(word: str) -> tuple[list[str], Any]:
     """
     key, separator, text = word.partition("=")
     path = key.split(".")
-    if not separator or not all(re.fullmatch(r"[A-Za-z_]\w*", part) for part in path):
-        raise SettingsError(f"{word!r} is not of the form key.sub=value (see --help for the keys)")
+    if not separator or len(path) > _DEEPEST_KEY or not all(re.fullmatch(r"[A-Za-z_]\w*", part) for part in path):
+        raise SettingsError(f"{_short(word)} is not of the form key.sub=value (see --help for the keys)")
     try:
-        if (as_text := _cut_by_yaml(text)) is not None:
-            return path, as_text
-        return path, yaml.load(text, _RecipeLoader)
-    except yaml.YAMLError as error:
+        return path, read_word(text)
+    except YamlTextError as error:
         raise SettingsError(
-            f"the value in {word!r} cannot be read (as text, write {key}=\"'{text}'\"): {error}"
+            f"the value in {_short(word)} cannot be read (as text, write {key}=\"'{_short(text)[1:-1]}'\"): {error}"
         ) from error
-
-
-def _cut_by_yaml(text: str) -> str | None:
-    """A value that YAML would take only a part of (`/x #2` up to a comment, `&a b`), whole; None where it takes all.
-
-    In a file these are YAML's; a word of the command line has neither comments nor anchors.
-    """
-    whole = text.strip()
-    if whole.startswith("#"):
-        return whole
-    node = yaml.compose(text, _RecipeLoader)
-    if not isinstance(node, yaml.ScalarNode) or node.style is not None:
-        return None
-    is_text = node.tag == "tag:yaml.org,2002:str" and not whole.startswith("!")
-    return whole if is_text or node.end_mark.index - node.start_mark.index < len(whole) else None
 
 
 def resolve(
@@ -230,8 +203,21 @@ def resolve(
         # Validated as JSON: there strictness still lets a list stand for a tuple.
         return settings_type.model_validate_json(json.dumps(merged))
     except pydantic.ValidationError as error:
-        lines = [_explain(settings_type, dict(problem), from_command_line, origin) for problem in error.errors()]
+        problems = error.errors(include_url=False, include_context=False)
+        lines = [
+            _explain(settings_type, dict(problem), from_command_line, origin) for problem in problems[:_MOST_PROBLEMS]
+        ]
+        if len(problems) > _MOST_PROBLEMS:
+            lines.append(f"and {len(problems) - _MOST_PROBLEMS:,} more")
         raise SettingsError("\n".join(dict.fromkeys(lines))) from None
+
+
+def _short(value: Any) -> str:
+    """A value for messages: all of it unless it is very long."""
+    if isinstance(value, int) and value.bit_length() > 1000:  # Python writes no number of thousands of digits
+        return "a huge number"
+    shown = repr(value)
+    return shown if len(shown) <= _LONGEST_SHOWN else f"{shown[: _LONGEST_SHOWN - 3]}..."
 
 
 def _explain(
@@ -240,7 +226,7 @@ def _explain(
     from_command_line: set[tuple[str, ...]],
     origin: str,
 ) -> str:
-    location = tuple(str(part) for part in problem["loc"])
+    location = tuple(str(part)[:_LONGEST_SHOWN] for part in problem["loc"])
     named = [path for path in from_command_line if path[: len(location)] == location or location[: len(path)] == path]
     where = "on the command line" if named else f"in {origin}"
     key = ".".join(location)
@@ -260,8 +246,8 @@ def _explain(
     if problem["type"] in ("value_error", "assertion_error"):
         return f"{key}: {message}" if key else message
     value = problem["input"]
-    quoting = f" (as text, write {key}=\"'{value}'\")" if problem["type"] == "string_type" and named else ""
-    return f"{key} = {value!r} {where}: {message[0].lower() + message[1:]}{quoting}"
+    quoting = f" (as text, write {key}=\"'{_short(value)}'\")" if problem["type"] == "string_type" and named else ""
+    return f"{key} = {_short(value)} {where}: {message[0].lower() + message[1:]}{quoting}"
 
 
 def _settings_in(annotation: Any) -> type[Settings] | None:

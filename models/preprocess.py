@@ -39,6 +39,9 @@ _TURNS = {
 }
 """What turns an image upright that is stored in an EXIF orientation."""
 
+LARGEST = 1 << 14
+"""Pixels of a side of what the model sees; a description with more is a mistake or an attack."""
+
 
 class ImageError(ValueError):
     """Input that is no image this preprocessing can read; the message says why."""
@@ -71,21 +74,26 @@ class Preprocessing:
     """How orientation and colours are read: see `decode`. Packages that do not say it were evaluated with "pillow"."""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "mean", tuple(self.mean))
-        object.__setattr__(self, "std", tuple(self.std))
-        _require(type(self.size) is int and self.size >= 1, f"size = {self.size!r} must be a whole number above 0")
-        _require(self.resize in ("squash", "shorter"), f"resize = {self.resize!r} must be 'squash' or 'shorter'")
+        for name in ("mean", "std"):
+            _require(isinstance(getattr(self, name), (tuple, list)), f"{name} must be three numbers")
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        fits = type(self.size) is int and 1 <= self.size <= LARGEST
+        _require(fits, f"size = {_short(self.size)} must be a whole number from 1 to {LARGEST}")
+        _require(self.resize in ("squash", "shorter"), f"resize = {_short(self.resize)} must be 'squash' or 'shorter'")
         if self.resize == "squash":
-            _require(self.resize_to is None, f"resize_to = {self.resize_to!r} goes with resize = 'shorter' only")
+            _require(self.resize_to is None, f"resize_to = {_short(self.resize_to)} goes with resize = 'shorter' only")
         else:
-            fits = type(self.resize_to) is int and self.resize_to >= self.size
-            _require(fits, f"resize_to = {self.resize_to!r} must be at least size = {self.size}")
-        _require(self.interpolation == "bilinear", f"interpolation = {self.interpolation!r}: only 'bilinear' is there")
-        _require(self.decoding in ("pillow", "dali"), f"decoding = {self.decoding!r} must be 'pillow' or 'dali'")
+            fits = type(self.resize_to) is int and self.size <= self.resize_to <= 2 * LARGEST
+            bounds = f"at least size = {self.size} and at most {2 * LARGEST}"
+            _require(fits, f"resize_to = {_short(self.resize_to)} must be {bounds}")
+        _require(
+            self.interpolation == "bilinear", f"interpolation = {_short(self.interpolation)}: only 'bilinear' is there"
+        )
+        _require(self.decoding in ("pillow", "dali"), f"decoding = {_short(self.decoding)} must be 'pillow' or 'dali'")
         for name, values in (("mean", self.mean), ("std", self.std)):
-            numbers = len(values) == 3 and all(type(v) in (int, float) and math.isfinite(v) for v in values)
-            _require(numbers, f"{name} = {values!r} must be three numbers")
-        _require(min(self.std) > 0, f"std = {self.std!r} must be above 0")
+            numbers = len(values) == 3 and all(type(v) in (int, float) and abs(v) < 1e30 for v in values)
+            _require(numbers, f"{name} = {_short(values)} must be three numbers")
+        _require(min(self.std) > 0, f"std = {_short(self.std)} must be above 0")
 
     def to_json(self) -> dict[str, Any]:
         """All fields as JSON values."""
@@ -98,8 +106,9 @@ class Preprocessing:
         Raises:
             ValueError: an unknown field, or a value that does not fit; the message names it.
         """
-        unknown = sorted(set(values) - {field.name for field in dataclasses.fields(cls)})
-        _require(not unknown, f"unknown preprocessing field(s): {', '.join(unknown)}")
+        _require(isinstance(values, Mapping), f"a preprocessing is no {type(values).__name__}")
+        unknown = sorted(set(map(str, values)) - {field.name for field in dataclasses.fields(cls)})
+        _require(not unknown, f"unknown preprocessing field(s): {', '.join(name[:80] for name in unknown[:6])}")
         _require("size" in values, "preprocessing field missing: size")
         return cls(**values)
 
@@ -240,6 +249,13 @@ def _resize(pixels: Pixels, top: float, left: float, height: float, width: float
     top, left = top + before_y, left + before_x
     box = (left, top, left + width, top + height)
     return np.asarray(image.resize((size, size), Image.Resampling.BILINEAR, box=box))
+
+
+def _short(value: Any) -> str:
+    """A value for messages, of any length and type."""
+    if type(value) is int and value.bit_length() > 200:  # Python writes no number of thousands of digits
+        return "a huge number"
+    return repr(value) if len(repr(value)) <= 80 else f"{repr(value)[:77]}..."
 
 
 def _half_up(value: float) -> int:

@@ -15,6 +15,21 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+LARGEST = {
+    "image_size": 1 << 14,
+    "patch_size": 1 << 14,
+    "width": 1 << 16,
+    "depth": 1 << 10,
+    "mlp_dim": 1 << 18,
+    "heads": 1 << 10,
+    "num_classes": 1 << 20,
+    "channels": 1 << 10,
+    "representation_size": 1 << 16,
+    "tokens": 1 << 20,
+}
+"""Several times what the largest models in use have. A description with more, which may come with a package from
+anywhere, is a mistake or an attack, and building a model of it would take hours before memory ends."""
+
 
 @dataclass(frozen=True)
 class VitConfig:
@@ -59,7 +74,10 @@ class VitConfig:
         for field in dataclasses.fields(self):
             object.__setattr__(self, field.name, _checked(field.name, field.type, getattr(self, field.name)))
         for name in ("image_size", "patch_size", "width", "depth", "mlp_dim", "heads", "num_classes", "channels"):
-            _require(getattr(self, name) >= 1, f"{name} = {getattr(self, name)} must be at least 1")
+            _require(getattr(self, name) >= 1, f"{name} = {_short(getattr(self, name))} must be at least 1")
+        for name, most in LARGEST.items():
+            value = getattr(self, name) if name != "tokens" else self.tokens
+            _require(value is None or value <= most, f"{name} = {_short(value)}: at most {most} would do")
         if self.image_size % self.patch_size:
             below = self.image_size - self.image_size % self.patch_size
             raise ValueError(
@@ -101,8 +119,9 @@ class VitConfig:
             ValueError: an unknown field, a missing one, or a value that does not fit; the message names it.
         """
         fields = {field.name: field for field in dataclasses.fields(cls)}
-        unknown = sorted(set(values) - set(fields))
-        _require(not unknown, f"unknown architecture field(s): {', '.join(unknown)}")
+        _require(isinstance(values, Mapping), f"an architecture is no {type(values).__name__}")
+        unknown = sorted(set(map(str, values)) - set(fields))
+        _require(not unknown, f"unknown architecture field(s): {', '.join(name[:80] for name in unknown[:6])}")
         missing = [n for n, f in fields.items() if f.default is dataclasses.MISSING and n not in values]
         _require(not missing, f"architecture field(s) missing: {', '.join(missing)}")
         return cls(**values)
@@ -113,18 +132,27 @@ def _require(condition: bool, message: str) -> None:
         raise ValueError(message)
 
 
+def _short(value: Any) -> str:
+    """A value for messages, of any length and type."""
+    if type(value) is int and value.bit_length() > 200:  # Python writes no number of thousands of digits
+        return "a huge number"
+    return repr(value) if len(repr(value)) <= 80 else f"{repr(value)[:77]}..."
+
+
 def _checked(name: str, kind: Any, value: Any) -> Any:
     """`value` if it is of the annotated type, an int made a float where a float is wanted."""
     if kind is float:
-        _require(type(value) in (int, float) and math.isfinite(value), f"{name} = {value!r} must be a number")
+        finite = type(value) in (int, float) and abs(value) < 1e30  # and not NaN
+        _require(finite, f"{name} = {_short(value)} must be a number")
         return float(value)
     if kind is int:
-        _require(type(value) is int, f"{name} = {value!r} must be a whole number")
+        _require(type(value) is int, f"{name} = {_short(value)} must be a whole number")
     elif kind == int | None:
-        _require(value is None or type(value) is int, f"{name} = {value!r} must be a whole number or none")
+        _require(value is None or type(value) is int, f"{name} = {_short(value)} must be a whole number or none")
     else:
         choices = kind.__args__
-        _require(value in choices, f"{name} = {value!r} must be one of {', '.join(map(repr, choices))}")
+        known = isinstance(value, str) and value in choices
+        _require(known, f"{name} = {_short(value)} must be one of {', '.join(map(repr, choices))}")
     return value
 
 

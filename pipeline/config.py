@@ -14,6 +14,8 @@ from cluster.settings import Settings, SettingsError, refuse_unread
 from pipeline.data_config import DataSettings
 
 _UNITS = ("steps", "epochs", "images")
+_LONGEST_DURATION, _LARGEST_DURATION = 60, 1e15
+"""Characters of a duration, and its number."""
 
 
 def _check_duration(text: str) -> str:
@@ -22,12 +24,17 @@ def _check_duration(text: str) -> str:
 
 
 def _split_duration(text: str) -> tuple[float, str]:
-    match = re.fullmatch(r"\s*(\d{1,3}(?:,\d{3})+|\d[\d_]*\.?\d*|\.\d+)\s*([kKMG]?)\s*(\w+)\s*", text)
+    form = r"\s*(\d{1,3}(?:,\d{3})+|\d[\d_]*\.?\d*|\.\d+)\s*([kKMG]?)\s*(\w+)\s*"
+    match = re.fullmatch(form, text) if len(text) <= _LONGEST_DURATION else None
     unit = match and (match[3] if match[3].endswith("s") else match[3] + "s")
     if not match or unit not in _UNITS:
-        raise ValueError(f'{text!r} is not a duration: write "90 epochs", "10k steps" or "300M images"')
+        shown = repr(text[:_LONGEST_DURATION])
+        raise ValueError(f'{shown} is not a duration: write "90 epochs", "10k steps" or "300M images"')
     scale = {"": 1, "k": 1e3, "K": 1e3, "M": 1e6, "G": 1e9}[match[2]]
-    return float(re.sub("[_,]", "", match[1])) * scale, str(unit)
+    value = float(re.sub("[_,]", "", match[1])) * scale
+    if value > _LARGEST_DURATION:
+        raise ValueError(f"{text!r} is longer than anything that could be trained")
+    return value, str(unit)
 
 
 def _check_length(text: str) -> str:
@@ -44,7 +51,7 @@ Length = Annotated[str, AfterValidator(_check_length)]
 
 
 def _check_range(text: str) -> str:
-    match = re.fullmatch(r"([1-9]\d*)-([1-9]\d*)", text)
+    match = re.fullmatch(r"([1-9]\d{0,5})-([1-9]\d{0,5})", text)
     if not match or int(match[1]) > int(match[2]):
         raise ValueError(f'{text!r} is no number of ranks: write 8, or "4-16" for at least 4 and at most 16')
     return text
@@ -74,6 +81,11 @@ def duration_in_steps(text: str, global_batch: int, num_samples: int) -> int:
 RECIPES = Path(__file__).parent / "recipes"
 """The shipped recipes, in a folder for each stage."""
 
+Batch = Annotated[int, Field(gt=0, le=1 << 24)]
+"""Images; with the bound, what goes through its divisors does not take for ever."""
+MOST_SECONDS = 10**9
+Seconds = Annotated[int, Field(gt=0, le=MOST_SECONDS)]
+Ranks = Annotated[int, Field(gt=0, lt=1_000_000)]
 Probability = Annotated[float, Field(ge=0, lt=1)]
 Momentum = Annotated[float, Field(ge=0, lt=1)]
 
@@ -169,9 +181,9 @@ class TrainingSettings(Settings):
 
     duration: Length
     """How long to train."""
-    global_batch: PositiveInt
+    global_batch: Batch
     """Images an optimizer step, over all ranks."""
-    micro_batch: PositiveInt | None = None
+    micro_batch: Batch | None = None
     """Images a forward pass on one rank; null takes the largest that is expected to fit."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     """Seed of the order, the augmentation, the initialisation and dropout."""
@@ -209,7 +221,7 @@ class EvaluationSettings(Settings):
 
     every: Length | None = None
     """How often during training; null only at the end."""
-    batch: PositiveInt = 64
+    batch: Batch = 64
     """Images a forward pass on one rank."""
 
 
@@ -229,21 +241,21 @@ class RunSettings(Settings):
     """Folder of the run under HOME/runs: letters, digits, dot, dash and underscore. The same name resumes."""
     home: str = ""
     """Folder of runs, tracking database and artifacts. Empty: $VITFORGE_HOME, else ~/vitforge."""
-    workers: PositiveInt | WorkerRange | None = None
+    workers: Ranks | WorkerRange | None = None
     """Ranks, or fewest and most of them ("4-16": as many as there is room for). Null: every GPU, or 1 without one."""
     cpus_per_worker: PositiveInt | None = None
     """Ray's logical CPUs a rank; null shares the cluster's among the ranks."""
     max_failures: Annotated[int, Field(ge=0)] = 3
     """Crashes in a row, without a new checkpoint between them, that Ray starts the ranks again after."""
-    wait_s: Annotated[int, Field(ge=0)] = 1800
+    wait_s: Annotated[int, Field(ge=0, le=MOST_SECONDS)] = 1800
     """Seconds to wait for room on the cluster: for other jobs to end, or after a node was lost."""
-    resize_check_s: PositiveInt = 60
+    resize_check_s: Seconds = 60
     """Seconds between looks for room for more ranks, where run.workers allows more than there are."""
-    hang_timeout_s: PositiveInt = 300
+    hang_timeout_s: Seconds = 300
     """Seconds without progress, or a minute without a sign of life, after which a rank hangs and all start again."""
     allow_changes: bool = False
     """Go on from a checkpoint of other settings or another corpus; never of another architecture or global batch."""
-    collective_timeout_s: PositiveInt = 600
+    collective_timeout_s: Seconds = 600
     """Seconds after which a collective operation that does not finish ends the ranks."""
     interface: str | None = None
     """Network interface between the ranks, such as ib0; null takes the one that reaches the other machines."""
@@ -352,7 +364,7 @@ class EvaluateSettings(Settings):
     """The model to score: models:/NAME@ALIAS, models:/NAME/VERSION or a package's folder."""
     corpus: str
     """Folder of the corpus to score it on."""
-    batch: PositiveInt = 64
+    batch: Batch = 64
     """Images a forward pass on one rank."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """fp32, as consumers of the registry compute, or bf16."""
@@ -362,13 +374,13 @@ class EvaluateSettings(Settings):
     """Share of images that may be unreadable; they are left out and counted. More (and more than 10) are an error."""
     cache_gb: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 100.0
     """What shards from s3:// may take on a node, in $VITFORGE_CACHE or ~/.cache/vitforge; at most 80 % of the disk."""
-    workers: PositiveInt | None = None
+    workers: Ranks | None = None
     """Ranks; null takes every GPU of the cluster, or 1 where there is none."""
     cpus_per_worker: PositiveInt | None = None
     """Ray's logical CPUs a rank; null shares the cluster's among the ranks."""
     max_failures: Annotated[int, Field(ge=0)] = 1
     """Crashes of the ranks after which Ray starts them again."""
-    wait_s: Annotated[int, Field(ge=0)] = 1800
+    wait_s: Annotated[int, Field(ge=0, le=MOST_SECONDS)] = 1800
     """Seconds to wait for room on the cluster: for other jobs to end, or for an autoscaler's nodes."""
     interface: str | None = None
     """Network interface between the ranks, such as ib0; null takes the one that reaches the other machines."""

@@ -2,7 +2,7 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field, PositiveInt, model_validator
+from pydantic import Field, model_validator
 
 from cluster.settings import Settings, SettingsError, refuse_unread, since
 
@@ -96,10 +96,10 @@ class DataSettings(Settings):
     """Classes of the same name are one, numbered as they first appear, or each part keeps its own as PART:CLASS."""
     heldout: str | None = None
     """Corpus that is scored during and after training; it must have the same classes."""
-    image_size: PositiveInt = 224
+    image_size: Annotated[int, Field(gt=0, le=1 << 14)] = 224
     """Resolution in pixels (square). Must be a multiple of the patch size."""
     augment: AugmentSettings = AugmentSettings()
-    eval_resize: PositiveInt | None = None
+    eval_resize: Annotated[int, Field(gt=0, le=1 << 15)] | None = None
     """Evaluation and consumers: shorter side in pixels before the centre crop; null squashes the whole image."""
     mean: Triple | None = None
     """Subtracted from the pixels, scaled to 0 to 1, by channel. Null: the parent's, or 0.5 as in the original code."""
@@ -115,7 +115,7 @@ class DataSettings(Settings):
     """Where DALI decodes; auto tries the GPU in a subprocess first and falls back to the CPU."""
     hw_decoder_load: Annotated[float, Field(ge=0, le=1)] = 0.65
     """Share of the JPEGs that goes to a GPU's hardware decoder, if it has one (DALI's default); try what is fastest."""
-    decode_threads: PositiveInt | None = None
+    decode_threads: Annotated[int, Field(gt=0, le=4096)] | None = None
     """DALI's threads a rank; null shares the node's cores among its ranks."""
     rules: Literal[1, 2] = since(2, absent=1)
     """How images become pixels and how chances are drawn, to the last digit: 2, or 1 as runs began until November 2026.

@@ -4,6 +4,7 @@ The layout changes speed and memory, not which samples an optimizer step uses. M
 `state_bytes` and `activation_bytes`.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -227,7 +228,8 @@ def _micro_batches(share: int, pairs: bool) -> list[int]:
 
 
 def _divisors(number: int) -> list[int]:
-    return [candidate for candidate in range(1, number + 1) if number % candidate == 0]
+    small = [candidate for candidate in range(1, math.isqrt(number) + 1) if number % candidate == 0]
+    return sorted({*small, *(number // candidate for candidate in small)})
 
 
 def _some(numbers: list[int], near: int) -> str:

@@ -99,8 +99,20 @@ def keep_saved(settings: S, saved: Mapping[str, Any]) -> S:
         elif _came_later(field) and name not in settings.model_fields_set:
             before = saved.get(name, _meaning_of_absence(field))
             if before != value:
-                kept[name] = before
+                kept[name] = _valid(field, before, f"{name}, as it was saved,")
     return settings.model_copy(update=kept) if kept else settings
+
+
+def _valid(field: FieldInfo, value: Any, what: str) -> Any:
+    """A saved value, if the field can have it."""
+    annotation: Any = field.annotation
+    if field.metadata:
+        annotation = typing.Annotated[(annotation, *field.metadata)]
+    adapter: pydantic.TypeAdapter[Any] = pydantic.TypeAdapter(annotation)
+    try:
+        return adapter.validate_json(json.dumps(value), strict=True)
+    except pydantic.ValidationError as error:
+        raise SettingsError(f"{what} is {_short(value)}: {error.errors()[0]['msg']}") from None
 
 
 def _came_later(field: FieldInfo) -> bool:

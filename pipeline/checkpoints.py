@@ -10,7 +10,6 @@ What a restart needs beside these files is a function of the step: the data posi
 rate, the average's decay and the seed of dropout.
 """
 
-import json
 import re
 from dataclasses import dataclass
 from typing import Any
@@ -20,12 +19,15 @@ import xxhash
 
 from cluster.command import log
 from cluster.folders import Folder
+from cluster.paths import shown
+from cluster.records import check_record
 from cluster.settings import Settings, SettingsError, fill_saved
-from cluster.storage import StorageError, json_bytes
+from cluster.storage import StorageError, json_bytes, parse_json
 from models.vit import VitConfig
 from pipeline import elastic
+from pipeline.checkpoint_records import CheckpointManifest, ResumableState, check_part_files, elements
 from pipeline.optimizer import EMA
-from pipeline.parts import DamagedCheckpointError, Parts
+from pipeline.parts import DamagedCheckpointError, Parts, part_name
 
 FORMAT = 2
 MANIFEST = "manifest.json"
@@ -156,18 +158,9 @@ def _open(folder: Folder) -> Checkpoint:
         if folder.size(MANIFEST) is not None:
             raise  # it is there: the storage fails, which says nothing of what lies there
         raise DamagedCheckpointError(f"checkpoint {folder} is damaged: its {MANIFEST} is missing") from error
-    try:
-        manifest = json.loads(content)
-        found, parts = manifest["format"], manifest["parts"]
-        whole = manifest.get("digest") == _digest(manifest)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DamagedCheckpointError(f"checkpoint {folder} is damaged: its {MANIFEST} is no manifest") from error
-    if found != FORMAT:
-        raise SettingsError(f"checkpoint {folder} has format {found}, this version of Vitforge reads format {FORMAT}")
-    if not whole:
-        raise DamagedCheckpointError(f"checkpoint {folder} is damaged: {MANIFEST} is not what was written")
+    manifest = _parsed(folder, content)
     sizes = folder.tree()
-    for part in parts:
+    for part in manifest["parts"]:
         for name, size in part["files"].items():
             # What a failing storage leaves out of a list is asked for by name, which then is an error.
             there = sizes[name] if name in sizes else folder.size(name)
@@ -175,6 +168,33 @@ def _open(folder: Folder) -> Checkpoint:
                 what = "is missing" if there is None else f"has {there:,} bytes instead of {size:,}"
                 raise DamagedCheckpointError(f"checkpoint {folder} is damaged: {name} {what}")
     return Checkpoint(folder, manifest)
+
+
+def _parsed(folder: Folder, content: bytes) -> dict[str, Any]:
+    """What a manifest says: the one reader of it.
+
+    Raises:
+        DamagedCheckpointError: it is none, or not what was written.
+        SettingsError: it is of another format.
+    """
+    damaged = f"checkpoint {folder} is damaged: its {MANIFEST}"
+    try:
+        manifest = parse_json(content, MANIFEST)
+        found = manifest.get("format") if isinstance(manifest, dict) else None
+        whole = isinstance(manifest, dict) and manifest.get("digest") == _digest(manifest)
+    except (ValueError, RecursionError) as error:
+        raise DamagedCheckpointError(f"{damaged} is no manifest") from error
+    if type(found) is not int:
+        raise DamagedCheckpointError(f"{damaged} is no manifest")
+    if found != FORMAT:
+        raise SettingsError(f"checkpoint {folder} has format {found}, this version of Vitforge reads format {FORMAT}")
+    if not whole:
+        raise DamagedCheckpointError(f"{damaged} is not what was written")
+    record = check_record(CheckpointManifest, manifest, damaged, DamagedCheckpointError)
+    if (problem := check_part_files(record, part_name)) is not None:
+        raise DamagedCheckpointError(f"{damaged}: {problem}")
+    value: dict[str, Any] = manifest
+    return value
 
 
 def _digest(manifest: dict[str, Any]) -> str:
@@ -214,8 +234,8 @@ def retain(folder: Folder, newest: Folder, keep: int, keep_every: int | None, ke
             _remove(child)
             continue
         try:
-            opened.append(Checkpoint(child, child.read_json(MANIFEST)))
-        except StorageError as error:
+            opened.append(Checkpoint(child, _parsed(child, child.read_bytes(MANIFEST))))
+        except (StorageError, DamagedCheckpointError, SettingsError) as error:
             log.warning("%s stays: %s", child, error)
     stay = opened[-keep:]
     if keep_every is not None:
@@ -257,6 +277,12 @@ def full_weights(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
     """
     parts = checkpoint.parts()
     state = EMA if EMA in parts.states() else elastic.WEIGHT
+    for name, shape in checkpoint.state["shapes"].items():
+        if elements(shape) != parts.count(name, state):  # memory is taken for what is there
+            raise DamagedCheckpointError(
+                f"checkpoint {checkpoint.folder} is damaged: it has {parts.count(name, state):,} of the "
+                f"{elements(shape):,} elements of {state} of {name}"
+            )
     weights = {name: torch.empty(shape) for name, shape in checkpoint.state["shapes"].items()}
     parts.read([(name, state, 0, weight.view(-1)) for name, weight in weights.items()], "reading the weights,")
     return weights
@@ -277,6 +303,7 @@ def check_resumable(
         SettingsError: naming what differs and what would do.
     """
     where = f"checkpoint {checkpoint.folder}"
+    check_record(ResumableState, checkpoint.state, f"{where} is none of a run: its {MANIFEST}: state", SettingsError)
     found = {
         **checkpoint.state,
         "architecture": _complete_architecture(checkpoint.state["architecture"]),
@@ -322,5 +349,5 @@ def _differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> 
         if isinstance(before, dict) and isinstance(after, dict):
             changes += [_differences(before, after, f"{prefix}{key}.")] if before != after else []
         elif before != after:
-            changes.append(f"{prefix}{key} was {before!r}, is {after!r}")
+            changes.append(f"{prefix}{key} was {shown(before)}, is {shown(after)}")
     return "; ".join(changes)

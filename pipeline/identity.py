@@ -25,7 +25,8 @@ def as_begun(settings: Stage, state: Mapping[str, Any]) -> Stage:
     Args:
         state: of a checkpoint.
     """
-    return keep_saved(settings, state["settings"])
+    saved = state.get("settings")
+    return keep_saved(settings, saved if isinstance(saved, Mapping) else {})
 
 
 def settings_that_decide(settings: StageSettings) -> dict[str, Any]:

@@ -7,7 +7,6 @@ Every piece has its own checksum, so that a rank of another layout reads what it
 knows that it is what was written.
 """
 
-import json
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -20,7 +19,9 @@ import xxhash
 from cluster.ahead import ahead
 from cluster.command import Progress
 from cluster.folders import Folder
-from cluster.storage import StorageError, json_bytes, write_fully
+from cluster.records import check_record
+from cluster.storage import StorageError, json_bytes, parse_json, write_fully
+from pipeline.checkpoint_records import Listing
 from pipeline.elastic import Holdings, Piece
 
 READERS = 8
@@ -124,19 +125,27 @@ class Parts:
         with ThreadPoolExecutor(READERS) as pool:
             listings = list(pool.map(self._listing, range(len(parts)), [part["digest"] for part in parts]))
         for rank, listing in enumerate(listings):
-            self.scalars = listing["scalars"]
-            for name, start, count, places in listing["pieces"]:
+            self.scalars = listing.scalars
+            for name, start, count, places in listing.pieces:
                 stored = _Stored(f"{part_name(rank)}.bin", name, start, count, places)
                 self._stored.setdefault(name, []).append(stored)
         for pieces in self._stored.values():
             pieces.sort(key=lambda stored: stored.start)
 
-    def _listing(self, rank: int, digest: str) -> dict[str, Any]:
+    def _listing(self, rank: int, digest: str) -> Listing:
         name = f"{part_name(rank)}.json"
         content = self._bytes(name)
         if xxhash.xxh3_128_hexdigest(content) != digest:
             raise DamagedCheckpointError(f"checkpoint {self.folder} is damaged: {name} is not what was written")
-        listing: dict[str, Any] = json.loads(content)
+        where = f"checkpoint {self.folder} is damaged: {name}"
+        try:
+            value = parse_json(content, name)
+        except StorageError as error:
+            raise DamagedCheckpointError(f"{where} is not JSON ({error})") from error
+        listing = check_record(Listing, value, where, DamagedCheckpointError)
+        numbers = f"{part_name(rank)}.bin"
+        if listing.bytes != self._sizes[numbers]:
+            raise DamagedCheckpointError(f"{where} is not the list of {numbers}")
         return listing
 
     def _bytes(self, name: str, *where: int) -> bytes:
@@ -150,6 +159,10 @@ class Parts:
     def states(self) -> set[str]:
         """Names of the states that were saved."""
         return {state for pieces in self._stored.values() for stored in pieces for state in stored.places}
+
+    def count(self, name: str, state: str) -> int:
+        """Elements of a state of a parameter that are there."""
+        return sum(stored.count for stored in self._stored.get(name, []) if state in stored.places)
 
     def read(self, wanted: Iterable[tuple[str, str, int, torch.Tensor]], label: str) -> None:
         """Read elements and put them where they belong, each stored piece verified.
@@ -168,6 +181,8 @@ class Parts:
                 first, last = max(start, stored.start), min(start + len(target), stored.start + stored.count)
                 if first >= last or state not in stored.places:
                     continue
+                if first != start + covered:  # a gap, or elements that are there twice
+                    break
                 offset, digest = stored.places[state]
                 key = (stored.file, offset)
                 if key not in reads:

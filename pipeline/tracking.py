@@ -19,9 +19,9 @@ from cluster.command import log
 from cluster.folders import Folder, LocalFolder
 from cluster.ownership import MarkedFolder
 from cluster.storage import StorageError, write_bytes
+from pipeline import mlflow_environment
 from pipeline.run_files import METRICS
 
-EXPERIMENT = "vitforge"
 FLUSH_SECONDS = 5.0
 MAX_BATCH = 1000
 """Metric points that MLflow takes in one call."""
@@ -57,7 +57,7 @@ def connect(home: Path, uri: str | None = None) -> str:
                 f"MLflow's database {file} is not on node {platform.node()}, where it is written to: name a server by "
                 "MLFLOW_TRACKING_URI, or put VITFORGE_HOME where all nodes see it"
             )
-    named = os.environ.get("MLFLOW_TRACKING_URI") or None
+    named = mlflow_environment.tracking_uri()
     uri = uri or named or f"sqlite:///{home / 'mlflow.db'}"
     try:
         home.mkdir(parents=True, exist_ok=True)
@@ -74,11 +74,10 @@ def connect(home: Path, uri: str | None = None) -> str:
             if named is None:
                 # MLflow writes it there itself; what the user said must stay apart from what we chose.
                 os.environ.pop("MLFLOW_TRACKING_URI", None)
-            client = mlflow.MlflowClient()
-            if client.get_experiment_by_name(EXPERIMENT) is None:
-                place = (home / "mlartifacts").as_uri() if uri.startswith("sqlite") else None
-                client.create_experiment(EXPERIMENT, artifact_location=place)
-            mlflow.set_experiment(EXPERIMENT)
+            place = (home / "mlartifacts").as_uri() if uri.startswith("sqlite") else None
+            mlflow_environment.use_experiment(mlflow_environment.experiment(mlflow.MlflowClient(), place))
+    except mlflow_environment.MlflowEnvironmentError:
+        raise
     except Exception as error:  # MLflow lets those of SQLAlchemy, alembic and requests through
         raise TrackingError(
             f"MLflow at {uri} does not answer as it should ({_first_line(error)}): check MLFLOW_TRACKING_URI"
@@ -116,21 +115,13 @@ class Run:
         parent: str | None = None,
     ) -> None:
         import mlflow
-        from mlflow.entities import Param
 
         self.client = mlflow.MlflowClient()
+        self._ours = True
+        """Whether we made the run."""
         if run_id is None:
-            experiment = self.client.get_experiment_by_name(EXPERIMENT)
             links = {"mlflow.parentRunId": parent} if parent else {}
-            run = self.client.create_run(
-                experiment.experiment_id,
-                run_name=name,
-                tags={**(tags or {}), **links, "mlflow.source.name": "vitforge"},
-            )
-            run_id = run.info.run_id
-            params = [Param(key, str(value)[:6000]) for key, value in flatten(settings or {})]
-            for start in range(0, len(params), 100):
-                self.client.log_batch(run_id, params=params[start : start + 100])
+            run_id = self._begin(name, {**(tags or {}), **links, "mlflow.source.name": "vitforge"}, settings or {})
         else:
             try:
                 self.client.update_run(run_id, status="RUNNING")
@@ -152,6 +143,32 @@ class Run:
         self._pause = FLUSH_SECONDS
         self._known: dict[str, int] = {}
         """The last step that MLflow has of each metric, as far as it was asked."""
+
+    def _begin(self, name: str, tags: Mapping[str, str], settings: Mapping[str, Any]) -> str:
+        """Make the run, or begin with the one that somebody has made for us; returns its number."""
+        from mlflow.entities import Param, RunTag
+
+        run_id = mlflow_environment.run_id(self.client)
+        if run_id is None:
+            experiment = mlflow_environment.experiment(self.client, None)
+            run_id = self.client.create_run(experiment.experiment_id, run_name=name, tags=tags).info.run_id
+        else:
+            self._ours = False
+            log.info("tracked as the run that MLFLOW_RUN_ID names: %s", run_id)
+            self.client.update_run(run_id, status="RUNNING")
+            self.client.log_batch(run_id, tags=[RunTag(key, value) for key, value in tags.items()])
+        params = [Param(key, str(value)[:6000]) for key, value in flatten(settings)]
+        try:
+            for start in range(0, len(params), 100):
+                self.client.log_batch(run_id, params=params[start : start + 100])
+        except Exception as error:  # as in `connect`
+            if self._ours or getattr(error, "error_code", None) != "INVALID_PARAMETER_VALUE":
+                raise
+            raise ValueError(
+                f"MLFLOW_RUN_ID={run_id} names a run of MLflow that was begun with other settings "
+                f"({_first_line(error)}): unset it, and this run gets one of its own"
+            ) from error
+        return run_id
 
     def catch_up(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """Send what the run's own record has and MLflow lacks: points that died with a process before this one."""
@@ -226,7 +243,9 @@ class Run:
             log.warning("MLflow did not take that the run is %s (%s)", status, _first_line(error))
 
     def delete(self) -> None:
-        """Take the run out of MLflow's pages."""
+        """Take the run out of MLflow's pages, if we made it."""
+        if not self._ours:
+            return
         try:
             self.client.delete_run(self.run_id)
         except Exception as error:

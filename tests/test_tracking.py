@@ -1,5 +1,6 @@
 """What MLflow has of a run after restarts: every point once, none lost."""
 
+import os
 import threading
 from functools import partial
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -9,7 +10,7 @@ import pytest
 
 from cluster.folders import LocalFolder, folder_at
 from cluster.storage import StorageError
-from pipeline import tracking
+from pipeline import mlflow_environment, tracking
 
 
 @pytest.fixture
@@ -179,3 +180,92 @@ def test_a_database_of_another_machine_is_not_made_anew(home):
     with pytest.raises(ValueError, match=r"database /elsewhere/mlflow.db is not on node .* MLFLOW_TRACKING_URI"):
         tracking.connect(home, "sqlite:////elsewhere/mlflow.db")
     assert tracking.connect(home, f"sqlite:///{home / 'mlflow.db'}")
+
+
+@pytest.fixture
+def moved(tmp_path, monkeypatch):
+    """Works in a folder of its own, with no variable of MLflow set."""
+    for name in [name for name in os.environ if name.startswith("MLFLOW_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("named", "meant"),
+    [
+        ("sqlite:///mlflow.db", "sqlite:///{here}/mlflow.db"),
+        ("sqlite+pysqlite:///sub/m.db?timeout=20", "sqlite+pysqlite:///{here}/sub/m.db?timeout=20"),
+        ("./mlruns", "{here}/mlruns"),
+        ("file:mlruns", "file:{here}/mlruns"),
+        *((same, same) for same in ("sqlite:////srv/m.db", "http://127.0.0.1:5000", "file:///srv/mlruns", "/srv/mlruns",
+                                    "postgresql://u:p@h/db", "databricks", "databricks://profile")),
+    ],
+)  # fmt: skip
+def test_a_store_named_by_a_relative_path_is_the_same_for_workers_in_other_folders(moved, monkeypatch, named, meant):
+    for variable in ("MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI"):
+        monkeypatch.setenv(variable, named)
+    assert mlflow_environment.tracking_uri() == meant.format(here=moved)
+    assert os.environ["MLFLOW_TRACKING_URI"] == os.environ["MLFLOW_REGISTRY_URI"] == meant.format(here=moved)
+
+
+def test_a_database_that_workers_cannot_find_is_refused(moved, monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:///:memory:")
+    with pytest.raises(ValueError, match="in the memory of one process"):
+        tracking.connect(moved)
+    (moved / "working_dir_files").mkdir()
+    monkeypatch.chdir(moved / "working_dir_files")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:///mlflow.db")
+    with pytest.raises(ValueError, match=r"MLFLOW_TRACKING_URI = 'mlflow\.db' is relative, but this job"):
+        tracking.connect(moved)
+
+
+def test_the_experiment_that_the_environment_names_gets_the_runs(moved, monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:///mine.db")
+    uri = tracking.connect(moved)
+    client = mlflow.MlflowClient(uri)
+    assert (
+        client.get_experiment(client.get_run(tracking.Run("usual", None).run_id).info.experiment_id).name == "vitforge"
+    )
+    assert "MLFLOW_EXPERIMENT_ID" not in os.environ  # MLflow sets it, for processes with other wishes too
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "mine")
+    tracking.connect(moved)
+    named = client.get_run(tracking.Run("named", None).run_id).info.experiment_id
+    assert client.get_experiment(named).name == "mine"
+    assert client.get_experiment(named).artifact_location == (moved / "mlartifacts").as_uri()
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_ID", named)
+    tracking.connect(moved)
+    monkeypatch.delenv("MLFLOW_EXPERIMENT_NAME")
+    tracking.connect(moved)
+    assert client.get_run(tracking.Run("numbered", None).run_id).info.experiment_id == named
+    assert os.environ["MLFLOW_EXPERIMENT_ID"] == named
+
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "another")
+    with pytest.raises(ValueError, match="name two experiments"):
+        tracking.connect(moved)
+    client.delete_experiment(named)
+    monkeypatch.delenv("MLFLOW_EXPERIMENT_NAME")
+    with pytest.raises(ValueError, match="was deleted: restore it"):
+        tracking.connect(moved)
+    for number in ("4711", "none"):
+        monkeypatch.setenv("MLFLOW_EXPERIMENT_ID", number)
+        with pytest.raises(ValueError, match=f"MLFLOW_EXPERIMENT_ID={number}: MLflow has no experiment"):
+            tracking.connect(moved)
+
+
+def test_a_run_that_somebody_made_for_us_is_used_and_never_deleted(home, monkeypatch):
+    made = mlflow.MlflowClient().create_run("0", run_name="theirs").info.run_id
+    monkeypatch.setenv("MLFLOW_RUN_ID", made)
+    run = tracking.Run("ours", None, {"a": 1}, {"vitforge.stage": "pretrain"})
+    assert run.run_id == made
+    run.delete()
+    run.finish()
+    found = mlflow.get_run(made)
+    assert (found.info.status, found.info.lifecycle_stage) == ("FINISHED", "active")
+    assert found.data.params == {"a": "1"}
+    assert found.data.tags["vitforge.stage"] == "pretrain"
+    with pytest.raises(ValueError, match=f"MLFLOW_RUN_ID={made} names a run .* begun with other settings"):
+        tracking.Run("another", None, {"a": 2})
+    monkeypatch.setenv("MLFLOW_RUN_ID", "0" * 32)
+    with pytest.raises(ValueError, match="MLflow has no run of that number"):
+        tracking.Run("another", None)

@@ -76,11 +76,14 @@ class Folder(ABC):
         """
 
     @abstractmethod
-    def read_bytes(self, name: str, offset: int = 0, length: int | None = None) -> bytes:
+    def read_bytes(self, name: str, offset: int = 0, length: int | None = None, *, most: int | None = None) -> bytes:
         """The content of a file, or `length` bytes of it from `offset` on.
 
+        Args:
+            most: bytes that are taken at most.
+
         Raises:
-            StorageError: it is missing, cannot be read, or ends before that.
+            StorageError: it is missing, cannot be read, or ends before that; TooLargeError: it has more than `most`.
         """
 
     @abstractmethod
@@ -225,18 +228,20 @@ class LocalFolder(Folder):
         except OSError as error:
             raise storage.unreadable(path, error) from error
 
-    def read_bytes(self, name: str, offset: int = 0, length: int | None = None) -> bytes:
+    def read_bytes(self, name: str, offset: int = 0, length: int | None = None, *, most: int | None = None) -> bytes:
         path = self._at(name)
         try:
             with self.open(name) as file:
                 file.seek(offset)
-                content = file.read() if length is None else file.read(length)
+                content = file.read(-1 if most is None else most + 1) if length is None else file.read(length)
         except OSError as error:
             if isinstance(error, StorageError):
                 raise
             raise storage.unreadable(path, error) from error
         if length is not None and len(content) != length:
             raise StorageError(f"{path} ends before byte {offset + length}: it was cut short")
+        if most is not None and len(content) > most:
+            raise storage.TooLargeError(f"{path} has more than {most:,} bytes")
         return content
 
     def write_bytes(self, name: str, content: bytes | memoryview) -> None:

@@ -13,7 +13,7 @@ from cluster import s3_objects, storage
 from cluster.folders import Folder, Sink
 from cluster.s3_connection import SECRETS, connection
 from cluster.s3_objects import Objects, Upload
-from cluster.storage import MissingError, StorageError
+from cluster.storage import MissingError, StorageError, TooLargeError
 
 _T = TypeVar("_T")
 
@@ -73,7 +73,7 @@ class ObjectFolder(Folder):
             raise MissingError(f"{self._objects.place(name)} cannot be read: there is no such object")
         return known
 
-    def read_bytes(self, name: str, offset: int = 0, length: int | None = None) -> bytes:
+    def read_bytes(self, name: str, offset: int = 0, length: int | None = None, *, most: int | None = None) -> bytes:
         if length == 0:
             return b""
         parts: dict[int, bytes] = {}
@@ -82,6 +82,8 @@ class ObjectFolder(Folder):
             if at == 0:
                 parts.clear()
             parts[at] = part
+            if most is not None and sum(map(len, parts.values())) > most:
+                raise TooLargeError(f"{self._objects.place(name)} has more than {most:,} bytes")
 
         _run(self._objects.download(name, offset, length, take))
         return b"".join(parts[at] for at in sorted(parts))

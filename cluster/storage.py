@@ -42,6 +42,10 @@ class MissingError(StorageError):
     """There is no such object in the object store."""
 
 
+class TooLargeError(StorageError):
+    """A file of more bytes than its reader takes."""
+
+
 class ReadError(StorageError, OSError):
     """A file that could not be read for a moment; worth another try."""
 

@@ -29,6 +29,9 @@ MAX_SIDE = 65535
 """Pixels that a side may have: what the index can hold, and JPEG's own limit."""
 MAX_PIXELS = 2 * (1 << 30) // 4 // 3
 """Of an image: Pillow's limit against images that take all memory. Half a gigabyte of RGB wherever one is decoded."""
+MAX_BYTES = 1 << 29
+"""Of an encoded image: what nearly all within MAX_PIXELS need as bare pixels. (The index could hold 4 GiB.)"""
+TOO_MANY_BYTES = f"more than {MAX_BYTES >> 20} MiB: no image"
 
 _SIGNATURES = (
     (b"\xff\xd8\xff", "jpg"),

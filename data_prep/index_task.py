@@ -14,9 +14,9 @@ from cluster.folders import Folder, at_hand
 from data_prep.columns import Labels
 from data_prep.corpus_format import SAMPLE_DTYPE, image_check
 from data_prep.decoder_process import refuse_deadly
-from data_prep.image_check import UnusableImage, check_image
+from data_prep.image_check import MAX_BYTES, TOO_MANY_BYTES, UnusableImage, check_image
 from data_prep.listing import SourceError
-from data_prep.shard_task import MAX_IMAGE_BYTES, commit_shard, one_line
+from data_prep.shard_task import commit_shard, one_line
 from data_prep.tar_headers import TarError, iterate_members
 from data_prep.webdataset_tars import (
     TarSample,
@@ -112,8 +112,8 @@ def _read_sample(
     """A sample's row of the index, its labels, and its line in DALI's index."""
     image, label = sample.image(), sample.label(task.label_extension)
     pairs = parse_label(_read(descriptor, label.offset, label.size), task.label_extension, task.num_classes)
-    if image.size > MAX_IMAGE_BYTES:
-        raise UnusableImage(f"{image.size} bytes: an image may have at most {MAX_IMAGE_BYTES}")
+    if image.size > MAX_BYTES:
+        raise UnusableImage(TOO_MANY_BYTES)
     data = _read(descriptor, image.offset, image.size)
     refuse_deadly(data)
     facts = check_image(data)

@@ -6,20 +6,25 @@ what cannot be had (no such object, no permission, a server that stays broken) i
 
 import os
 import random
+import stat
+import threading
 import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from cluster.folders import Folder, folder_at
-from cluster.storage import MissingError, StorageError
+from cluster.storage import MissingError, StorageError, TooLargeError
 from data_prep.columns import Strings
-from data_prep.image_check import UnusableImage
+from data_prep.image_check import MAX_BYTES, TOO_MANY_BYTES, UnusableImage
 from data_prep.source_reader import UNREADABLE, Images
+
+if TYPE_CHECKING:
+    from data_prep.image_download import Answer, ImageDownloads
 
 _THREADS = 32
 _GROUP = 32
@@ -28,8 +33,6 @@ _TRIED_AGAIN = {408, 425, 429, 500, 502, 503, 504}
 _LONGEST_PAUSE = 30.0
 NOT_FETCHED = "could not be fetched"
 """How the reason begins for which an image is left out that another day may give."""
-MAX_BYTES = 1 << 30
-"""Of one image: an answer that is longer is something else."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,8 @@ class FetchPolicy:
     """Seconds without a byte after which an attempt has failed."""
     attempts: int = 6
     """Pauses between them grow from half a second to half a minute, or are what the server asks for."""
+    public_only: bool = False
+    """Whether only servers with public addresses are asked."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +91,8 @@ class _Fetcher:
 
     def __init__(self, policy: FetchPolicy, buckets: Iterable[Folder]) -> None:
         self._policy = policy
-        self._session: Any = None
+        self._downloads: ImageDownloads | None = None
+        self._lock = threading.Lock()
         self._buckets = {folder.url: folder for folder in buckets}
 
     def fetch(self, address: str) -> memoryview | UnusableImage:
@@ -95,7 +101,7 @@ class _Fetcher:
             if not far:
                 return memoryview(self._from_file(address))
             if scheme.lower() in ("http", "https"):
-                return memoryview(self._over_http(address))
+                return self._over_http(address)
             if scheme.lower() == "s3":
                 return memoryview(self._from_bucket(address))
             raise UnusableImage(f"{scheme}:// is no address that images are fetched from: http, https and s3 are")
@@ -103,33 +109,32 @@ class _Fetcher:
             return reason
 
     def close(self) -> None:
-        if self._session is not None:
-            self._session.close()
+        if self._downloads is not None:
+            self._downloads.close()
 
-    def _over_http(self, address: str) -> bytes:
+    def _over_http(self, address: str) -> memoryview:
         import requests
 
-        if self._session is None:
-            session = requests.Session()
-            for scheme in ("http://", "https://"):
-                session.mount(scheme, requests.adapters.HTTPAdapter(pool_connections=64, pool_maxsize=_THREADS))
-            session.headers["User-Agent"] = "vitforge"
-            self._session = session
+        from data_prep.image_download import PrivateAddressError, SlowServerError
+
         problem = ""
         for attempt in range(self._policy.attempts):
             pause = min(0.5 * 2**attempt, _LONGEST_PAUSE) * random.uniform(0.75, 1.25)
             try:
-                with self._session.get(address, timeout=self._policy.timeout, stream=True) as answer:
-                    if answer.ok:
-                        return _body(answer)
-                    problem = f"HTTP {answer.status_code}"
-                    if answer.status_code not in _TRIED_AGAIN:
-                        raise UnusableImage(f"cannot be fetched: {problem}")
-                    wish = answer.headers.get("Retry-After", "")
-                    if wish.isdigit():
-                        pause = min(float(wish), 2 * _LONGEST_PAUSE)
+                answer = self._download(address)
+                if answer.body is not None:
+                    return answer.body
+                problem = f"HTTP {answer.status}"
+                if answer.status not in _TRIED_AGAIN:
+                    raise UnusableImage(f"cannot be fetched: {problem}")
+                if answer.retry_after.isdigit():
+                    pause = min(float(answer.retry_after), 2 * _LONGEST_PAUSE)
             except UnusableImage:
                 raise
+            except PrivateAddressError as error:
+                raise UnusableImage(f"not fetched: {error}") from error
+            except SlowServerError as error:
+                problem = str(error)
             except (ValueError, requests.exceptions.TooManyRedirects) as error:  # of the address, at any depth
                 raise UnusableImage(f"cannot be fetched: {type(error).__name__}") from error
             except requests.exceptions.RequestException as error:
@@ -138,23 +143,39 @@ class _Fetcher:
                 time.sleep(pause)
         raise UnusableImage(f"{NOT_FETCHED}: {problem} in {self._policy.attempts} attempts", may_pass=True)
 
+    def _download(self, address: str) -> "Answer":
+        from data_prep.image_download import ImageDownloads
+
+        with self._lock:
+            if self._downloads is None:
+                self._downloads = ImageDownloads(self._policy.timeout, _THREADS, self._policy.public_only)
+        return self._downloads.get(address)
+
     def _from_bucket(self, address: str) -> bytes:
         bucket, name = _bucket_and_name(address)
         if not bucket or not name:
             raise UnusableImage("the address names no object")
         try:
-            return self._buckets[f"s3://{bucket}"].read_bytes(name)  # tries again by itself
+            return self._buckets[f"s3://{bucket}"].read_bytes(name, most=MAX_BYTES)  # tries again by itself
         except StorageError as error:
             if isinstance(error, OSError):
                 raise  # the store went on failing: worth another try later
             if isinstance(error, MissingError):
                 raise UnusableImage("there is no such object") from error
+            if isinstance(error, TooLargeError):
+                raise UnusableImage(TOO_MANY_BYTES) from error
             reason = str(error).removeprefix(f"s3://{bucket}/{name}").lstrip(": ")
             raise UnusableImage(f"cannot be fetched: {reason}") from error
 
     def _from_file(self, path: str) -> bytes:
         try:
-            with open(path, "rb") as file:  # noqa: PTH123 - a path of any bytes
+            # A pipe without a writer would be waited for, for ever.
+            with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
+                about = os.fstat(file.fileno())
+                if not stat.S_ISREG(about.st_mode):
+                    raise UnusableImage("no file, but a folder, a pipe or a device")
+                if about.st_size > MAX_BYTES:
+                    raise UnusableImage(TOO_MANY_BYTES)
                 return file.read()
         except OSError as error:
             passing = not isinstance(error, FileNotFoundError)
@@ -166,14 +187,3 @@ def _bucket_and_name(address: str) -> tuple[str, str]:
     scheme, _, rest = address.partition("://")
     bucket, _, name = rest.partition("/")
     return (bucket, name) if scheme.lower() == "s3" else ("", "")
-
-
-def _body(answer: Any) -> bytes:
-    """The whole of an answer; one that is cut short raises, by its length."""
-    parts, size = [], 0
-    for part in answer.iter_content(1 << 20):
-        parts.append(part)
-        size += len(part)
-        if size > MAX_BYTES:
-            raise UnusableImage(f"more than {MAX_BYTES} bytes: no image")
-    return b"".join(parts)

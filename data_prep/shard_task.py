@@ -18,7 +18,7 @@ from data_prep.columns import LABEL_DTYPE, Labels
 from data_prep.convert import convert
 from data_prep.corpus_format import ORIGINS_CHECKSUM, SAMPLE_DTYPE, CorpusError, image_check, write_again
 from data_prep.decoder_process import refuse_deadly
-from data_prep.image_check import UnusableImage, check_image
+from data_prep.image_check import MAX_BYTES, TOO_MANY_BYTES, UnusableImage, check_image
 from data_prep.shard_plan import ShardTask
 from data_prep.tar_shards import ShardWriter
 
@@ -29,9 +29,6 @@ _RECORDS_AT_ONCE = 16
 """Records that are read at a time: on an object store each waits for the network."""
 
 _PARSING = threading.Lock()
-
-MAX_IMAGE_BYTES = 2**32 - 1
-"""What the index's column holds; a tar could hold twice as much."""
 
 
 class _Quarantined(Record):
@@ -119,8 +116,8 @@ def write_shard(task: ShardTask) -> dict[str, Any]:
                     refuse_deadly(read)
                     image, facts = convert(read, check_image(read), task.conversion)
                     converted += image is not read
-                    if len(image) > MAX_IMAGE_BYTES:
-                        raise UnusableImage(f"{len(image)} bytes: an image may have at most {MAX_IMAGE_BYTES}")
+                    if len(image) > MAX_BYTES:
+                        raise UnusableImage(TOO_MANY_BYTES)
                 except UnusableImage as reason:
                     quarantined.append((origin, str(reason)))
                     continue

@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 from braceexpand import braceexpand
 from pydantic import Field
 
@@ -21,6 +22,7 @@ from cluster.settings import Settings, SettingsError
 from data_prep.class_names import put_in_order, read_classes, read_words, relabel
 from data_prep.corpus_jobs import LAID_DOWN
 from data_prep.embedded_images import lay_down_files, list_laid_down
+from data_prep.image_check import MAX_BYTES, TOO_MANY_BYTES
 from data_prep.image_folders import list_image_folder, list_loose_images
 from data_prep.image_tables import LabelKind, TableOptions, list_table
 from data_prep.image_tars import is_tar_name, list_flat_tar, list_tar
@@ -39,7 +41,7 @@ _READ_BY: dict[str, set[str]] = {
     "tar": {"truth", "synsets", "inside"},
     "table": {
         "labels", "path_column", "label_column", "weight_column", "image_column", "labels_per_image", "image_kb",
-        "fetch_timeout_s", "fetch_attempts",
+        "fetch_timeout_s", "fetch_attempts", "fetch_public_only",
     },
     "webdataset": set(),
     "corpus": set(),
@@ -79,9 +81,13 @@ class SourceSettings(Settings):
     image_kb: float = Field(100, gt=0)
     """Size to assume, when shards are cut, of images that must be fetched to know, in kilobytes."""
     fetch_timeout_s: float = Field(20, gt=0)
-    """How long a server may send nothing before an attempt to fetch an image has failed, in seconds."""
+    """How long a server may send nothing before an attempt to fetch an image has failed, in seconds. After that time it
+    must have sent 4 kB a second, too."""
     fetch_attempts: int = Field(6, ge=1)
     """How often an image is asked for where a server throttles or fails; the pauses grow from half a second to 30."""
+    fetch_public_only: bool = False
+    """Refuse http(s) addresses that lead, by any name or redirect, to this machine, a private or a link-local network:
+    for tables of people you do not know, which could name what only this machine reaches. No proxy is used then."""
     words: str | None = None
     """What people call the classes: lines CLASS<tab>NAMES (words.txt of ImageNet), or a JSON class index."""
     relabel: str | None = None
@@ -111,7 +117,16 @@ def list_source(settings: SourceSettings, workers: int = 0, destination: Folder 
         if isinstance(error, storage.StorageError):
             raise
         raise SourceError(f"source {place} cannot be read: {error.strerror} ({error.filename})") from error
-    return _with_chosen_classes(listing, settings)
+    return _with_chosen_classes(_without_giants(listing), settings)
+
+
+def _without_giants(listing: Listing) -> Listing:
+    """Without what has more bytes than an image can have: it would be read into memory to find that out."""
+    giants = listing.sizes > MAX_BYTES
+    if not giants.any():
+        return listing
+    left_out = [(os.fsdecode(listing.names[row]), TOO_MANY_BYTES) for row in np.flatnonzero(giants).tolist()]
+    return listing.take(np.flatnonzero(~giants), left_out)
 
 
 def source_folder(place: str) -> Folder:
@@ -250,7 +265,7 @@ def _list_table(place: str, settings: SourceSettings, workers: int, destination:
         if root.local is not None and not root.local.is_dir():
             what = "is not a folder: with labels= it is that of the images" if root.local.exists() else "does not exist"
             raise SourceError(f"source {root} {what}")
-    policy = FetchPolicy(settings.fetch_timeout_s, settings.fetch_attempts)
+    policy = FetchPolicy(settings.fetch_timeout_s, settings.fetch_attempts, settings.fetch_public_only)
     return list_table(
         files, root, columns, TableOptions(settings.labels_per_image, round(settings.image_kb * 1e3), policy)
     )

@@ -13,6 +13,8 @@ from typing import NamedTuple
 BLOCK = 512
 ReadAt = Callable[[int, int], bytes]
 """(size, offset) -> bytes, as os.pread of a file: fewer than `size` at its end."""
+MAX_NAME_BYTES = 1 << 20
+"""Of a GNU long name or a pax header, which are read whole: paths have 4096, the rest is for attributes."""
 MAX_MEMBER_SIZE = 8**11 - 1
 """Bytes, what eleven octal digits hold."""
 
@@ -79,6 +81,8 @@ def iterate_members(file: int | ReadAt, start: int, end: int, where: str) -> Ite
         if kind in (b"x", b"L", b"K", b"g"):
             if content + size > end:
                 raise TarError(f"{where} is cut short: the name at byte {at} ends beyond it")
+            if size > MAX_NAME_BYTES and kind in (b"x", b"L"):
+                raise TarError(f"{where} is damaged at byte {at}: a name of {size:,} bytes")
             if kind == b"L":
                 long_name = read_at(size, content).rstrip(b"\0")
             elif kind == b"x":
@@ -86,7 +90,8 @@ def iterate_members(file: int | ReadAt, start: int, end: int, where: str) -> Ite
         else:
             if kind == b"S" or any(key.startswith(b"GNU.sparse") for key in attributes):
                 raise TarError(f"{where} has a sparse member at byte {at}: make it without --sparse")
-            size = int(attributes.get(b"size", size))
+            if b"size" in attributes:
+                size = _decimal(attributes[b"size"], at, where)
             name = attributes.get(b"path") or long_name or _ustar_name(header)
             if content + size > end:
                 raise TarError(
@@ -105,6 +110,8 @@ def _check_and_size(header: bytes, at: int, where: str) -> int:
         size = _number(header[124:136])
     except ValueError:
         raise TarError(f"{where} is not a tar or is damaged at byte {at}") from None
+    if size < 0:
+        raise TarError(f"{where} is damaged at byte {at}: a member of {size} bytes")
     # The checksum is the sum of all bytes, those of its own field counted as spaces. Adler-32 has the sum in its lower
     # half, plus 1 and modulo 65521, and is ten times faster than sum().
     plain_sum = expected - 8 * 32 + sum(header[148:156])
@@ -126,18 +133,23 @@ def _ustar_name(header: bytes) -> bytes:
     return name
 
 
+def _decimal(digits: bytes, at: int, where: str) -> int:
+    if not digits.isdigit() or len(digits) > 19:
+        raise TarError(f"{where} is damaged at byte {at}: its pax header gives a size of {digits[:40]!r}")
+    return int(digits)
+
+
 def _pax(records: bytes, at: int, where: str) -> dict[bytes, bytes]:
     """The attributes in a pax header: records of `length key=value newline`."""
     attributes = {}
-    while records:
-        digits, separator, _ = records.partition(b" ")
-        try:
-            length = int(digits)
-        except ValueError:
-            length = 0
-        if not separator or not len(digits) + 1 < length <= len(records):
+    start = 0
+    while start < len(records):
+        space = records.find(b" ", start, start + 8)
+        digits = records[start:space] if space > 0 else b""
+        end = start + int(digits) if digits.isdigit() else 0
+        if not space + 1 < end <= len(records):
             raise TarError(f"{where} is damaged at byte {at}: its pax header cannot be read")
-        key, _, value = records[len(digits) + 1 : length - 1].partition(b"=")
+        key, _, value = records[space + 1 : end - 1].partition(b"=")
         attributes[key] = value
-        records = records[length:]
+        start = end
     return attributes

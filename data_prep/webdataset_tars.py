@@ -15,6 +15,7 @@ from data_prep.tar_headers import Member
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "tif", "tiff")
 _META = re.compile(rb"__[^/]*__($|/)")
 _MAX_CLASS = 10**6
+_MAX_LABEL_BYTES = 1 << 20
 """Above any class number in use; a larger one is something else, and a list of so many classes would fill memory."""
 
 
@@ -47,13 +48,15 @@ class TarSample:
         """The label, a member with this extension.
 
         Raises:
-            UnusableSample: there is none, or more than one.
+            UnusableSample: there is none, or more than one, or it is longer than labels are.
         """
         found = [member for name, member in self.members if name == extension]
         if len(found) != 1:
             raise UnusableSample(
                 f"no .{extension} next to the image" if not found else f"{len(found)} .{extension} under one key"
             )
+        if found[0].size > _MAX_LABEL_BYTES:
+            raise UnusableSample(f".{extension} has {found[0].size:,} bytes: no label")
         return found[0]
 
 

@@ -4,6 +4,9 @@ Philox4x32-10 (Salmon, Moraes, Dror, Shaw: "Parallel random numbers: as easy as 
 over samples. Whoever asks for the numbers of a sample gets the same ones, on any rank, worker or attempt.
 """
 
+import math
+from collections.abc import Sequence
+
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
@@ -13,6 +16,9 @@ _ROUNDS = 10
 _LOW = np.uint64(0xFFFFFFFF)
 _HALF = np.uint64(32)
 
+_BETA_TRIES = 16
+FOR_BETA = 2 * (1 + 3 * _BETA_TRIES)
+"""How many uniform numbers `beta` may use."""
 MAX_SEED = 2**64 - 1
 _MAX_STREAM = 2**16 - 2
 """The last one, 0xFFFF, is kept for the keys of permutations (data_prep/order.py)."""
@@ -77,3 +83,41 @@ def uniform(seed: int, epoch: ArrayLike, ids: ArrayLike, stream: int, n: int) ->
     high, low = (words[0::2] >> np.uint32(5)).astype(np.float64), (words[1::2] >> np.uint32(6)).astype(np.float64)
     numbers = (high * 2.0**26 + low) * 2.0**-53
     return np.ascontiguousarray(np.moveaxis(numbers, 0, -1)).reshape(len(sample), -1)[:, :n]
+
+
+def beta(alpha: float, uniforms: NDArray[np.float64]) -> float:
+    """A number from Beta(alpha, alpha), a function of uniform ones alone: numpy's may be another in another version.
+
+    It is x / (x + y) of two numbers from Gamma(alpha), in logarithms, which do not vanish for a small alpha.
+
+    Args:
+        alpha: above 0.
+        uniforms: [FOR_BETA] numbers in [0, 1).
+
+    Returns:
+        Between 0 and 1.
+    """
+    assert alpha > 0, alpha
+    x, y = (_log_gamma_variate(alpha, half.tolist()) for half in np.split(uniforms, 2))
+    # A difference beyond 700 is 0 or 1 in 64 bits.
+    return 1 / (1 + math.exp(min(y - x, 700.0)))
+
+
+def _log_gamma_variate(shape: float, uniforms: Sequence[float]) -> float:
+    """The logarithm of a number from Gamma(shape, 1): Marsaglia and Tsang, "A simple method for generating gamma
+    variables", ACM TOMS 26 (2000), for shape + 1, times U^(1/shape) (its section 6); normals by Box and Muller.
+
+    Args:
+        uniforms: 1 + 3 for each try, in [0, 1). A try is taken with a chance above 0.95.
+    """
+    d = shape + 1 - 1 / 3
+    c = 1 / math.sqrt(9 * d)
+    cube = 1.0  # the middle of the distribution, were every try refused: a chance below 1e-20
+    for first in range(1, len(uniforms), 3):
+        radius, angle, chance = uniforms[first : first + 3]
+        normal = math.sqrt(-2 * math.log(1 - radius)) * math.cos(2 * math.pi * angle)
+        tried = (1 + c * normal) ** 3
+        if tried > 0 and math.log(1 - chance) < 0.5 * normal**2 + d - d * tried + d * math.log(tried):
+            cube = tried
+            break
+    return math.log(d * cube) + math.log(1 - uniforms[0]) / shape

@@ -3,6 +3,8 @@
 They come from a counter-based generator, so that a sample of an epoch gets the same crop, flip and operations
 on whichever rank, in whichever batch, before or after a restart. DALI is fed `Draws` and applies them
 (pipeline/decoding.py); what comes after it is in pipeline/pixels.py.
+
+`rules` is data.rules: 2, or 1 for what runs drew that began under the old ones.
 """
 
 from dataclasses import dataclass
@@ -11,10 +13,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_prep import counter_rng
+from pipeline.crops import ATTEMPTS, draw_tensorflow_crop, inception_crop, rectangles
 from pipeline.data_config import AugmentSettings
+from pipeline.spaces import MAGNITUDES, space_of
 
-ATTEMPTS = 10
-"""Tries of a random rectangle before the fallback, as usual since the first published crops."""
+RULES = 2
+"""Of what begins now."""
 # Every kind of draw has a stream of its own, so that adding one kind leaves the others as they were.
 (
     _STREAM_CROP,
@@ -27,11 +31,6 @@ ATTEMPTS = 10
     _STREAM_ERASING,
     _STREAM_CUTMIX,
 ) = range(9)
-
-OPERATIONS = 14
-"""How many operations DALI's RandAugment and TrivialAugment have (checked where the decoding graph is built)."""
-MAGNITUDES = 31
-"""Strengths that TrivialAugment draws from, 0 to 30, as published; RandAugment's scale ends at 30 too."""
 
 GRAY, SOLARISE, BLUR = range(3)
 BLUR_SIGMA = (0.1, 2.0)
@@ -48,12 +47,25 @@ class Draws:
     """[B, 2] height and width of the crop."""
     mirror: NDArray[np.int32]
     """[B] 1 mirrors left to right."""
+    operations: "OperationDraws | None"
+    """Those that DALI carries out: under the old rules."""
+
+
+@dataclass(frozen=True)
+class OperationDraws:
+    """RandAugment's or TrivialAugment's L operations on each of B images (pipeline/spaces.py)."""
+
     operations: NDArray[np.int32]
-    """[B, L] indices into the operations of RandAugment or TrivialAugment."""
+    """[B, L] indices into the space's operations."""
     magnitudes: NDArray[np.int32]
-    """[B, L] their strengths, 0 to 30."""
+    """[B, L] on the space's scale."""
     signs: NDArray[np.int32]
-    """[B, L] 1 negates the operation's magnitude."""
+    """[B, L] 1 negates the parameter of an operation that has a direction."""
+    centres: NDArray[np.float64]
+    """[B, L, 2] of Cutout, down and across, shares of the side in [0, 1)."""
+
+    def __getitem__(self, rows: slice) -> "OperationDraws":
+        return OperationDraws(self.operations[rows], self.magnitudes[rows], self.signs[rows], self.centres[rows])
 
 
 @dataclass(frozen=True)
@@ -66,6 +78,8 @@ class ColorDraws:
     """[B] standard deviation of the blur, pixels."""
     jitter: NDArray[np.float32] | None
     """[B, 3] factors of brightness, contrast and saturation; None without colour jitter."""
+    order: NDArray[np.int64] | None
+    """[B, 3] which of these three comes first, second, third; None under the old rules, which do all three at once."""
 
 
 @dataclass(frozen=True)
@@ -106,9 +120,13 @@ def draw(
     ids: NDArray[np.int64],
     widths: NDArray[np.int64],
     heights: NDArray[np.int64],
+    rules: int = RULES,
 ) -> Draws:
-    """Augmentation parameters of B samples; every argument after `seed` is an array of length B."""
-    if settings.crop == "inception":
+    """Augmentation parameters of B samples; every argument from `epochs` to `heights` is an array of length B."""
+    if settings.crop == "tensorflow":
+        bounds = {"area": settings.crop_area, "aspect": settings.crop_aspect}
+        anchor, shape = draw_tensorflow_crop(seed, epochs, ids, _STREAM_CROP, widths, heights, **bounds)
+    elif settings.crop in ("torchvision", "inception"):
         uniforms = counter_rng.uniform(seed, epochs, ids, _STREAM_CROP, 4 * ATTEMPTS)
         anchor, shape = inception_crop(uniforms, widths, heights, settings.crop_area, settings.crop_aspect)
     elif settings.crop == "center":
@@ -121,94 +139,58 @@ def draw(
     mirror = np.zeros(len(ids), np.int32)
     if settings.flip:
         mirror = (counter_rng.uniform(seed, epochs, ids, _STREAM_FLIP, 1)[:, 0] < 0.5).astype(np.int32)
-    layers = settings.randaugment_layers
-    magnitudes = np.full((len(ids), layers), settings.randaugment_magnitude, np.int32)
-    uniforms = np.zeros((len(ids), 0))
-    if layers:
-        uniforms = counter_rng.uniform(seed, epochs, ids, _STREAM_RANDAUGMENT, 2 * layers)
-    elif settings.trivialaugment:
+    operations = draw_operations(settings, seed, epochs, ids) if dali_operates(settings, rules) else None
+    return Draws(anchor, shape, mirror, operations)
+
+
+def dali_operates(settings: AugmentSettings, rules: int) -> bool:
+    """Whether RandAugment's or TrivialAugment's operations are DALI's, not those of pipeline/operations.py."""
+    return rules == 1 and (settings.randaugment_layers > 0 or settings.trivialaugment)
+
+
+def draw_operations(
+    settings: AugmentSettings, seed: int, epochs: NDArray[np.int64], ids: NDArray[np.int64]
+) -> OperationDraws | None:
+    """Operations of B samples, or None if the settings have none."""
+    space = space_of(settings, side=1)
+    if space is None:
+        return None
+    if settings.trivialaugment:
         layers = 1
         uniforms = counter_rng.uniform(seed, epochs, ids, _STREAM_TRIVIALAUGMENT, 3)
         magnitudes = (uniforms[:, 2:] * MAGNITUDES).astype(np.int32)
-    operations = (uniforms[:, :layers] * OPERATIONS).astype(np.int32)
+        centres = np.zeros((len(ids), layers, 2))
+    else:
+        chosen = settings.randaugment
+        layers, magnitude = settings.randaugment_layers, settings.randaugment_magnitude
+        if chosen.kind != "none":
+            layers, magnitude = chosen.layers, chosen.magnitude
+        uniforms = counter_rng.uniform(seed, epochs, ids, _STREAM_RANDAUGMENT, 4 * layers)
+        magnitudes = np.full((len(ids), layers), magnitude, np.int32)
+        centres = uniforms[:, 2 * layers :].reshape(-1, layers, 2)
+    operations = (uniforms[:, :layers] * len(space.operations)).astype(np.int32)
     signs = (uniforms[:, layers : 2 * layers] < 0.5).astype(np.int32)
-    return Draws(anchor, shape, mirror, operations, magnitudes, signs)
-
-
-def inception_crop(
-    uniforms: NDArray[np.float64],
-    widths: NDArray[np.int64],
-    heights: NDArray[np.int64],
-    area: tuple[float, float],
-    aspect: tuple[float, float],
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Crops of random area and aspect ratio ("Going deeper with convolutions", arXiv 1409.4842).
-
-    The area is uniform over `area` (shares of the image) and the logarithm of width over height uniform over
-    `aspect`; the first of `ATTEMPTS` tries that fits is taken, and if none does, the largest centred crop
-    whose aspect ratio is allowed.
-
-    Args:
-        uniforms: [B, 4 * ATTEMPTS] numbers in [0, 1).
-        widths, heights: [B] pixels.
-
-    Returns:
-        [B, 2] top and left edge, and [B, 2] height and width, in pixels.
-    """
-    anchor, shape, fits = _rectangles(uniforms, widths, heights, area, aspect)
-    none = ~fits
-    if none.any():
-        fallback_w = np.minimum(widths, np.rint(heights * aspect[1]))
-        fallback_h = np.minimum(heights, np.rint(widths / aspect[0]))
-        fallback = np.stack([fallback_h, fallback_w], 1).astype(np.int64)
-        shape = np.where(none[:, None], fallback, shape)
-        anchor = np.where(none[:, None], (np.stack([heights, widths], 1) - fallback) // 2, anchor)
-    return anchor, shape
-
-
-def _rectangles(
-    uniforms: NDArray[np.float64],
-    widths: NDArray[np.int64],
-    heights: NDArray[np.int64],
-    area: tuple[float, float],
-    aspect: tuple[float, float],
-) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.bool_]]:
-    """The first of the tried rectangles that fits: [B, 2] top and left, [B, 2] height and width, [B] whether any did.
-
-    `aspect` is width over height; the rest is as in `inception_crop`.
-    """
-    tries = uniforms.reshape(len(uniforms), ATTEMPTS, 4)
-    wide, high = widths[:, None].astype(np.float64), heights[:, None].astype(np.float64)
-    areas = wide * high * (area[0] + (area[1] - area[0]) * tries[..., 0])
-    low, up = np.log(aspect[0]), np.log(aspect[1])
-    ratios = np.exp(low + (up - low) * tries[..., 1])
-    crop_w, crop_h = np.rint(np.sqrt(areas * ratios)), np.rint(np.sqrt(areas / ratios))
-    fits = (crop_w >= 1) & (crop_h >= 1) & (crop_w <= wide) & (crop_h <= high)
-    rows, first = np.arange(len(fits)), np.argmax(fits, axis=1)
-    crop_w, crop_h = crop_w[rows, first], crop_h[rows, first]
-    left = np.floor(tries[rows, first, 2] * (widths - crop_w + 1))
-    top = np.floor(tries[rows, first, 3] * (heights - crop_h + 1))
-    anchor, shape = np.stack([top, left], 1).astype(np.int64), np.stack([crop_h, crop_w], 1).astype(np.int64)
-    return anchor, shape, fits.any(axis=1)
+    return OperationDraws(operations, magnitudes, signs, centres)
 
 
 def draw_colors(
-    settings: AugmentSettings, seed: int, epochs: NDArray[np.int64], ids: NDArray[np.int64]
+    settings: AugmentSettings, seed: int, epochs: NDArray[np.int64], ids: NDArray[np.int64], rules: int = RULES
 ) -> ColorDraws | None:
     """Colour operations of B samples, or None if the settings have none.
 
     3-Augment (arXiv 2204.07118, section 3.3) takes one of its three with equal chance. The factors of colour jitter are
-    uniform over [1 - s, 1 + s], s the setting.
+    uniform over [1 - s, 1 + s], s the setting, and their order is random, as in torchvision's ColorJitter.
     """
-    three, jitter, sigma = None, None, np.zeros(len(ids), np.float32)
+    three, jitter, order, sigma = None, None, None, np.zeros(len(ids), np.float32)
     if settings.three_augment:
         uniforms = counter_rng.uniform(seed, epochs, ids, _STREAM_THREE_AUGMENT, 2)
         three = (uniforms[:, 0] * 3).astype(np.int64)
         sigma = (BLUR_SIGMA[0] + (BLUR_SIGMA[1] - BLUR_SIGMA[0]) * uniforms[:, 1]).astype(np.float32)
     if settings.color_jitter:
-        uniforms = counter_rng.uniform(seed, epochs, ids, _STREAM_JITTER, 3)
-        jitter = (1 + settings.color_jitter * (2 * uniforms - 1)).astype(np.float32)
-    return None if three is None and jitter is None else ColorDraws(three, sigma, jitter)
+        uniforms = counter_rng.uniform(seed, epochs, ids, _STREAM_JITTER, 6)
+        jitter = (1 + settings.color_jitter * (2 * uniforms[:, :3] - 1)).astype(np.float32)
+        order = np.argsort(uniforms[:, 3:], axis=1, kind="stable") if rules > 1 else None
+    return None if three is None and jitter is None else ColorDraws(three, sigma, jitter, order)
 
 
 def draw_erasures(
@@ -224,7 +206,7 @@ def draw_erasures(
     uniforms = counter_rng.uniform(seed, epochs, ids, _STREAM_ERASING, 4 * ATTEMPTS + 3)
     low, high = settings.erasing_aspect
     sides = np.full(len(ids), side)
-    anchors, shapes, fits = _rectangles(uniforms[:, 3:], sides, sides, settings.erasing_area, (1 / high, 1 / low))
+    anchors, shapes, fits = rectangles(uniforms[:, 3:], sides, sides, settings.erasing_area, (1 / high, 1 / low))
     erasures = []
     for row in np.flatnonzero(fits & (uniforms[:, 0] < settings.erasing)).tolist():
         where = Rectangle(*anchors[row].tolist(), *shapes[row].tolist())
@@ -235,7 +217,7 @@ def draw_erasures(
     return erasures
 
 
-def draw_mixing(settings: AugmentSettings, seed: int, window: int, side: int) -> Mixing | None:
+def draw_mixing(settings: AugmentSettings, seed: int, window: int, side: int, rules: int = RULES) -> Mixing | None:
     """How the images of a data window (what one optimizer step reads) are mixed; None if the settings mix nothing.
 
     One choice, weight and box for all pairs of a step: big_vision and timm's default mode (DeiT, DeiT III) draw them
@@ -247,21 +229,27 @@ def draw_mixing(settings: AugmentSettings, seed: int, window: int, side: int) ->
     """
     if not settings.mixes:
         return None
-    uniforms = counter_rng.uniform(seed, 0, np.asarray([window], np.int64), _STREAM_CUTMIX, 5)[0]
+    uniforms = counter_rng.uniform(seed, 0, np.asarray([window], np.int64), _STREAM_CUTMIX, 5 + counter_rng.FOR_BETA)[0]
     if settings.mixup and not (settings.cutmix and uniforms[0] < 0.5):
-        return Mixing(mixup_weight(settings.mixup, seed, window), None)
-    kept = float(np.random.Generator(_philox(uniforms[1:3])).beta(settings.cutmix, settings.cutmix))
+        return Mixing(mixup_weight(settings.mixup, seed, window, rules), None)
+    if rules > 1:
+        kept = counter_rng.beta(settings.cutmix, uniforms[5:])
+    else:
+        kept = float(np.random.Generator(_philox(uniforms[1:3])).beta(settings.cutmix, settings.cutmix))
     box = cutmix_box(kept, float(uniforms[3]), float(uniforms[4]), side)
     return Mixing(1 - box.height * box.width / side**2, box)
 
 
-def mixup_weight(alpha: float, seed: int, window: int) -> float:
+def mixup_weight(alpha: float, seed: int, window: int, rules: int = RULES) -> float:
     """Mixup's weight for a data window: max(lambda, 1 - lambda), lambda from Beta(alpha, alpha).
 
     The larger of the two, as in big_vision; where pairs mix both ways it makes no other images, only orders them.
     """
-    bits = counter_rng.uniform(seed, 0, np.asarray([window], np.int64), _STREAM_MIXUP, 2)[0]
-    weight = float(np.random.Generator(_philox(bits)).beta(alpha, alpha))
+    uniforms = counter_rng.uniform(seed, 0, np.asarray([window], np.int64), _STREAM_MIXUP, counter_rng.FOR_BETA)[0]
+    if rules > 1:
+        weight = counter_rng.beta(alpha, uniforms)
+    else:  # other versions of numpy may draw other numbers: NEP 19 keeps no distribution of Generator as it is
+        weight = float(np.random.Generator(_philox(uniforms[:2])).beta(alpha, alpha))
     return max(weight, 1 - weight)
 
 

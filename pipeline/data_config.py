@@ -9,21 +9,50 @@ from cluster.settings import Settings, SettingsError, refuse_unread, since
 Triple = tuple[float, float, float]
 
 
+class RandAugmentSettings(Settings):
+    """RandAugment (arXiv 1909.13719) as one of its sources has it; pipeline/spaces.py holds both."""
+
+    kind: Literal["none", "big_vision", "torchvision"] = "none"
+    """Whose operations and scale: big_vision's (AugReg's too; strong at 10) or torchvision's (31 bins, 0 to 30)."""
+    layers: Annotated[int, Field(ge=1, le=8)] = 2
+    """Operations on each image."""
+    magnitude: Annotated[int, Field(ge=0, le=30)] = 10
+    """On the kind's scale. AugReg's levels are big_vision's with 2 layers, this and data.augment.mixup: light1 0, 0;
+    light2 10, 0.2; medium1 15, 0.2; medium2 15, 0.5; strong1 20, 0.5; strong2 20, 0.8."""
+    solarize_wraps: bool = False
+    """big_vision: true compares Solarize's threshold in 8 bits as TensorFlow happens to: 256 (of magnitude 10) and 512
+    (of 20) become 0 and whole images are inverted, where its code, read as numbers, inverts nothing."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "RandAugmentSettings":
+        section = "data.augment.randaugment"
+        refuse_unread(self, section, "kind", self.kind != "none", ("layers", "magnitude"))
+        refuse_unread(self, section, "kind", self.kind == "big_vision", ("solarize_wraps",))
+        return self
+
+
+RANDOM_CROPS = ("tensorflow", "torchvision", "inception")
+"""Crops of a random area and aspect ratio."""
+
+
 class AugmentSettings(Settings):
     """What is done to the training images, by numbers that depend on seed, epoch and sample alone."""
 
-    crop: Literal["inception", "squash", "center"] = "inception"
-    """Training crop: a random area and aspect ratio (inception), the whole image squashed, or the centre."""
+    crop: Literal["tensorflow", "torchvision", "inception", "squash", "center"] = "inception"
+    """Training crop: a random area and aspect ratio as tensorflow (sample_distorted_bounding_box: the inception crop of
+    ViT's code and big_vision, smaller on average) or torchvision (RandomResizedCrop; inception is its old name) draws
+    them, the whole image squashed, or the centre."""
     crop_area: tuple[float, float] = (0.05, 1.0)
-    """Smallest and largest share of the image's area that an inception crop takes."""
+    """Smallest and largest share of the image's area that a random crop takes."""
     crop_aspect: tuple[float, float] = (0.75, 1.3333333333)
-    """Smallest and largest aspect ratio (width over height) of an inception crop."""
+    """Smallest and largest aspect ratio (width over height) of a random crop."""
     flip: bool = True
     """Mirror half of the training images left to right."""
+    randaugment: RandAugmentSettings = RandAugmentSettings()
     randaugment_layers: Annotated[int, Field(ge=0, le=8)] = 0
-    """Operations of RandAugment (arXiv 1909.13719) on each image; 0 is none."""
+    """DALI's RandAugment, which no published recipe has: operations on each image; 0 is none. See randaugment.kind."""
     randaugment_magnitude: Annotated[int, Field(ge=0, le=30)] = 10
-    """Strength of RandAugment's operations."""
+    """Strength of DALI's RandAugment."""
     trivialaugment: bool = False
     """TrivialAugment's wide space (arXiv 2103.10158): one operation of random strength on each image."""
     three_augment: bool = False
@@ -62,11 +91,13 @@ class AugmentSettings(Settings):
                     f"data.augment.{name} = [{low}, {high}] must be two numbers with 0 < least <= most{bound}"
                 )
         chosen = [name for name in ("randaugment_layers", "trivialaugment", "three_augment") if getattr(self, name)]
+        if self.randaugment.kind != "none":
+            chosen.insert(0, "randaugment")
         if len(chosen) > 1:
             raise SettingsError(
                 f"{' and '.join(f'data.augment.{name}' for name in chosen)} are alternatives: keep one of them"
             )
-        refuse_unread(self, "data.augment", "crop", self.crop == "inception", ("crop_area", "crop_aspect"))
+        refuse_unread(self, "data.augment", "crop", self.crop in RANDOM_CROPS, ("crop_area", "crop_aspect"))
         refuse_unread(
             self, "data.augment", "randaugment_layers", self.randaugment_layers > 0, ("randaugment_magnitude",)
         )

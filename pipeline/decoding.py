@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 
 from cluster.command import log
-from pipeline import augment, pixels
+from pipeline import augment, pixels, spaces
 from pipeline.data_config import DataSettings
 
 Backend = Literal["cpu", "gpu-slice", "gpu-roi"]
@@ -36,9 +36,12 @@ MAX_PROBE_DIFFERENCE = 4.0
 
 def train_inputs(encoded: list[NDArray[np.uint8]], draws: augment.Draws) -> tuple[Any, ...]:
     """A batch as `train_graph` wants it."""
-    levels = []
-    for layer in range(draws.operations.shape[1]):
-        levels += [values[:, layer].copy() for values in (draws.operations, draws.magnitudes, draws.signs)]
+    levels: list[NDArray[np.int32]] = []
+    if operations := draws.operations:
+        for layer in range(operations.operations.shape[1]):
+            levels += [
+                values[:, layer].copy() for values in (operations.operations, operations.magnitudes, operations.signs)
+            ]
     return encoded, draws.anchor, draws.shape, draws.mirror, *levels
 
 
@@ -49,18 +52,19 @@ def train_graph(
 
     Returns:
         A built DALI pipeline whose `run()` gives float32 [batch, 3, S, S], S = settings.image_size: normalised, or from
-        0 to 255 if the settings change colours, for pipeline/pixels.py to go on.
+        0 to 255 if the settings change levels, for pipeline/pixels.py to go on.
     """
     from nvidia.dali import fn, pipeline_def, types
     from nvidia.dali.auto_aug import core, rand_augment, trivial_augment
 
     side, trivial = settings.image_size, settings.augment.trivialaugment
-    layers = 1 if trivial else settings.augment.randaugment_layers
+    layers = 0
+    if augment.dali_operates(settings.augment, settings.rules):
+        layers = 1 if trivial else settings.augment.randaugment_layers
     if trivial:
         suite = trivial_augment.get_trivial_augment_wide_suite()
     else:
         suite = rand_augment.get_rand_augment_suite(use_shape=False, max_translate_abs=round(side * 100 / 224))
-    assert len(suite) == augment.OPERATIONS
 
     # Choosing an operation by sample is conditional execution.
     @pipeline_def(
@@ -97,11 +101,11 @@ def train_graph(
                 operation,
                 data=images,
                 magnitude_bin=core.signed_bin(magnitude, random_sign=sign),
-                num_magnitude_bins=augment.MAGNITUDES,
+                num_magnitude_bins=spaces.MAGNITUDES,
                 fill_value=128,
                 interp_type=types.INTERP_LINEAR,
             )
-        return _normalise(images, settings, as_is=settings.augment.changes_colors, mirror=mirror)
+        return _normalise(images, settings, as_is=pixels.changes_levels(settings), mirror=mirror)
 
     pipeline = graph()
     pipeline.build()
@@ -259,8 +263,8 @@ def _probe_images(count: int) -> list[np.ndarray[Any, Any]]:
 def _run_probe(backend: Backend, settings: DataSettings) -> None:
     from PIL import Image
 
-    # Twice as many images as operations: each is applied with both signs.
-    encoded = _probe_images(2 * augment.OPERATIONS)
+    # Twice as many images as DALI has operations: each is applied with both signs.
+    encoded = _probe_images(28)
     count = len(encoded)
     sizes = np.array([Image.open(io.BytesIO(data.tobytes())).size for data in encoded], np.int64)
     epochs, ids = np.zeros(count, np.int64), np.arange(count)
@@ -269,11 +273,11 @@ def _run_probe(backend: Backend, settings: DataSettings) -> None:
     def source(batch: int) -> tuple[Any, ...]:
         if batch >= 2:
             raise StopIteration
-        draws = augment.draw(settings.augment, batch, epochs, ids, sizes[:, 0], sizes[:, 1])
-        every = np.broadcast_to(operation, draws.operations.shape)
-        return train_inputs(
-            encoded, replace(draws, operations=every % augment.OPERATIONS, signs=every // augment.OPERATIONS)
-        )
+        draws = augment.draw(settings.augment, batch, epochs, ids, sizes[:, 0], sizes[:, 1], settings.rules)
+        if draws.operations:
+            every = np.broadcast_to(operation, draws.operations.operations.shape)
+            draws = replace(draws, operations=replace(draws.operations, operations=every % 14, signs=every // 14))
+        return train_inputs(encoded, draws)
 
     found = {}
     for name in ("cpu", backend):

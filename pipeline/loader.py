@@ -320,7 +320,9 @@ class TrainLoader(_Loader):
 
     def _inputs(self, contents: _Contents) -> tuple[Any, ...]:
         widths, heights = self.corpus.image_sizes(contents.ids)
-        draws = augment.draw(self.settings.augment, self.seed, contents.epochs, contents.ids, widths, heights)
+        draws = augment.draw(
+            self.settings.augment, self.seed, contents.epochs, contents.ids, widths, heights, self.settings.rules
+        )
         return decoding.train_inputs(contents.images, draws)
 
     def _finish(self, images: torch.Tensor, contents: _Contents) -> torch.Tensor:

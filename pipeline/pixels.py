@@ -1,4 +1,4 @@
-"""What is done to images after DALI, on the rank's device: colours, erasing, mixing.
+"""What is done to images after DALI, on the rank's device: operations, colours, erasing, mixing.
 
 These are element by element on whole batches, or by exact sums: an image becomes the same, bit for bit, wherever in
 whichever batch it stands. On a CPU 3-Augment with colour jitter costs 1.1 CPU-ms an image this way at 224 pixels; of
@@ -13,8 +13,11 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 
-from pipeline import augment
-from pipeline.data_config import DataSettings
+from pipeline import augment, operations
+from pipeline.data_config import AugmentSettings, DataSettings
+from pipeline.operations import blend, gray_mean
+from pipeline.operations import gray as whole_gray
+from pipeline.spaces import space_of
 
 _LUMA = (0.299, 0.587, 0.114)
 """Weights of red, green and blue in gray (ITU-R BT.601), as Pillow has them."""
@@ -23,10 +26,10 @@ _LUMA = (0.299, 0.587, 0.114)
 def finish(
     images: torch.Tensor, settings: DataSettings, seed: int, epochs: NDArray[np.int64], ids: NDArray[np.int64]
 ) -> torch.Tensor:
-    """Apply the settings' colour operations and random erasing, in place.
+    """Apply the settings' RandAugment or TrivialAugment, colour operations and random erasing, in place.
 
     Args:
-        images: float32 [B, 3, S, S]; values 0 to 255 if there are colour operations, else normalised.
+        images: float32 [B, 3, S, S]; whole numbers from 0 to 255 if `changes_levels`, else normalised.
         epochs, ids: [B].
 
     Returns:
@@ -34,28 +37,63 @@ def finish(
     """
     assert settings.mean is not None, "the stage fills these in"
     assert settings.std is not None
-    colors = augment.draw_colors(settings.augment, seed, epochs, ids)
-    erasures = augment.draw_erasures(settings.augment, seed, epochs, ids, images.shape[-1])
-    if colors is None and not erasures:
+    chosen, side, rules = settings.augment, images.shape[-1], settings.rules
+    layers = None if augment.dali_operates(chosen, rules) else augment.draw_operations(chosen, seed, epochs, ids)
+    colors = augment.draw_colors(chosen, seed, epochs, ids, rules)
+    erasures = augment.draw_erasures(chosen, seed, epochs, ids, side)
+    if not changes_levels(settings) and not erasures:
         return images
     mean, std = (
         torch.tensor([255 * value for value in values], dtype=torch.float32).view(3, 1, 1).to(images.device)
         for values in (settings.mean, settings.std)
     )
-    if colors is not None:
+    if changes_levels(settings):
         # A GPU wants whole batches, a CPU what its cache holds.
         each = 1 if images.device.type == "cpu" else len(images)
         for rows in (slice(first, first + each) for first in range(0, len(images), each)):
-            if colors.three is not None:
-                three_augment(images[rows], colors.three[rows], colors.sigma[rows])
-            if colors.jitter is not None:
-                color_jitter(images[rows], colors.jitter[rows])
+            if layers is not None:
+                operate(images[rows], layers[rows], chosen)
+            if colors is not None:
+                _color(images[rows], colors, rows)
             images[rows].sub_(mean).div_(std)
     for erasure in erasures:
         at = erasure.where
         noise = torch.from_numpy(erasure.noise).to(images.device, torch.float32)
         images[erasure.row, :, at.top : at.top + at.height, at.left : at.left + at.width] = noise.sub_(mean).div_(std)
     return images
+
+
+def changes_levels(settings: DataSettings) -> bool:
+    """Whether `finish` works on levels from 0 to 255, so that DALI has to leave the normalising to it."""
+    operates = space_of(settings.augment, settings.image_size) is not None
+    return settings.augment.changes_colors or (operates and not augment.dali_operates(settings.augment, settings.rules))
+
+
+def operate(images: torch.Tensor, draws: augment.OperationDraws, settings: AugmentSettings) -> None:
+    """RandAugment's or TrivialAugment's layers, in place.
+
+    Args:
+        images: float32 [B, 3, S, S], whole numbers from 0 to 255.
+    """
+    space = space_of(settings, images.shape[-1])
+    assert space is not None
+    parameters = space.parameters(draws.operations, draws.magnitudes, draws.signs)
+    levels = images.to(torch.uint8)
+    for layer in range(parameters.shape[1]):
+        levels = operations.apply(
+            levels, space, draws.operations[:, layer], parameters[:, layer], draws.centres[:, layer]
+        )
+    images.copy_(levels)
+
+
+def _color(images: torch.Tensor, draws: augment.ColorDraws, rows: slice) -> None:
+    """3-Augment and colour jitter of `rows` of the batch that was drawn for, in place."""
+    if draws.three is not None:
+        three_augment(images, draws.three[rows], draws.sigma[rows])
+    if draws.jitter is not None and draws.order is not None:
+        color_jitter(images, draws.jitter[rows], draws.order[rows])
+    elif draws.jitter is not None:
+        color_jitter_at_once(images, draws.jitter[rows])
 
 
 def three_augment(images: torch.Tensor, which: NDArray[np.int64], sigma: NDArray[np.float32]) -> None:
@@ -81,11 +119,36 @@ def three_augment(images: torch.Tensor, which: NDArray[np.int64], sigma: NDArray
             images[rows] = gaussian_blur(some, sigma[chosen])
 
 
-def color_jitter(images: torch.Tensor, factors: NDArray[np.float32]) -> None:
+def color_jitter(images: torch.Tensor, factors: NDArray[np.float32], order: NDArray[np.int64]) -> None:
+    """Brightness, contrast and saturation in a given order, in place: Pillow's ImageEnhance, as in torchvision's
+    ColorJitter on its images. Each of the three ends in whole numbers from 0 to 255.
+
+    Args:
+        images: float32 [B, 3, S, S], 0 to 255; rounded first.
+        factors: [B, 3] of brightness, contrast, saturation.
+        order: [B, 3] indices into these.
+    """
+    images.round_()
+    for turn in range(3):
+        for kind, poorer in enumerate((_black, gray_mean, whole_gray)):
+            chosen = order[:, turn] == kind
+            if not chosen.any():
+                continue
+            at: Any = slice(None) if chosen.all() else torch.from_numpy(chosen).to(images.device)
+            some = images[at]
+            factor = torch.from_numpy(factors[chosen, kind]).to(images.device).view(-1, 1, 1, 1)
+            images[at] = blend(poorer(some), some, factor)
+
+
+def _black(images: torch.Tensor) -> torch.Tensor:
+    return images.new_zeros(1)
+
+
+def color_jitter_at_once(images: torch.Tensor, factors: NDArray[np.float32]) -> None:
     """Brightness b, contrast c and saturation s in place: x -> b (c (s x + (1 - s) g) + (1 - c) m), kept in 0 to 255.
 
-    g is the pixel's gray and m the image's mean gray, as in Pillow's ImageEnhance and torchvision. There the order
-    of the three is random; but for rounding and clipping in between, every order gives this same map.
+    Of runs under the old rules. g is the pixel's gray and m the image's mean gray; but for rounding and clipping in
+    between, every order of Pillow's three enhancements gives this same map.
 
     Args:
         images: float32 [B, 3, S, S], 0 to 255.

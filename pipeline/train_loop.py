@@ -313,7 +313,7 @@ def _train(job: Job, worker: workers.Worker, oversight: Oversight) -> bool:
             step_ids: list[NDArray[np.int64]] = []
             _seed_dropout(training.seed, step, worker.rank)
             window = window_of(step, skipped)
-            mixing = augment.draw_mixing(data.augment, training.seed, window, data.image_size)
+            mixing = augment.draw_mixing(data.augment, training.seed, window, data.image_size, data.rules)
             set_learning_rate(engine, rate_of(step), averaging_decay(training.ema, step))
             for _ in range(plan.accumulation):
                 oversight.at("first step" if step == began else "waiting for data", step + 1)

@@ -1,6 +1,7 @@
 """Augmentation: the same pixels wherever a sample stands, the published formulas, what is refused."""
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,8 +11,9 @@ from PIL import Image, ImageEnhance, ImageOps
 
 from data_prep.corpus import Corpus
 from models.preprocess import decode
-from pipeline import augment, decoding, pixels
-from pipeline.data_config import AugmentSettings, DataSettings
+from pipeline import augment, decoding, operations, pixels
+from pipeline.data_config import AugmentSettings, DataSettings, RandAugmentSettings
+from pipeline.spaces import space_of
 from tests.corpora import image_folder, make_corpus
 
 SIDE = 24
@@ -28,10 +30,11 @@ def plain(corpus) -> dict[int, torch.Tensor]:
     return prepared(corpus, list(range(24)), 8, settings())
 
 
-def settings(mean=0.5, std=0.5, side=SIDE, **chosen) -> DataSettings:
+def settings(mean=0.5, std=0.5, side=SIDE, rules=2, **chosen) -> DataSettings:
     return DataSettings(
-        corpus="", image_size=side, augment=AugmentSettings(**chosen), mean=(mean,) * 3, std=(std,) * 3, decode="cpu"
-    )
+        corpus="", image_size=side, augment=AugmentSettings(**chosen), mean=(mean,) * 3, std=(std,) * 3, decode="cpu",
+        rules=rules,
+    )  # fmt: skip
 
 
 def prepared(corpus: Corpus, ids: list[int], batch: int, data: DataSettings) -> dict[int, torch.Tensor]:
@@ -44,10 +47,9 @@ def prepared(corpus: Corpus, ids: list[int], batch: int, data: DataSettings) -> 
             raise StopIteration
         chosen = groups[number]
         rows = corpus.index[chosen]
-        sizes = (rows[side].astype(np.int64) for side in ("width", "height"))
-        return decoding.train_inputs(
-            corpus.read(chosen), augment.draw(data.augment, 1, epochs[: len(chosen)], chosen, *sizes)
-        )
+        wide, high = (rows[side].astype(np.int64) for side in ("width", "height"))
+        draws = augment.draw(data.augment, 1, epochs[: len(chosen)], chosen, wide, high, data.rules)
+        return decoding.train_inputs(corpus.read(chosen), draws)
 
     graph = decoding.train_graph(source, batch, data, "cpu", threads=2, device_id=None)
     found: dict[int, torch.Tensor] = {}
@@ -63,12 +65,17 @@ def prepared(corpus: Corpus, ids: list[int], batch: int, data: DataSettings) -> 
     [
         {},
         {"randaugment_layers": 1, "randaugment_magnitude": 15},
+        {"randaugment_layers": 1, "randaugment_magnitude": 15, "rules": 1},
+        {"randaugment": RandAugmentSettings(kind="big_vision")},
+        {"randaugment": RandAugmentSettings(kind="torchvision", magnitude=20)},
+        {"crop": "tensorflow"},
         {"three_augment": True},
         {"color_jitter": 0.4},
+        {"color_jitter": 0.4, "rules": 1},
         {"erasing": 0.7},
         {"trivialaugment": True, "color_jitter": 0.3, "erasing": 0.5},
     ],
-    ids=lambda chosen: "+".join(chosen) or "crop and flip",
+    ids=lambda chosen: "+".join(chosen) + chosen.get("randaugment", RandAugmentSettings()).kind,
 )
 def test_a_sample_becomes_the_same_in_any_slot_of_any_batch(corpus, plain, chosen):
     ids = list(range(24))
@@ -94,6 +101,35 @@ def test_crops_are_pillows_within_a_level(corpus):
         assert np.abs(found[int(sample)].numpy().transpose(1, 2, 0) * 255 - expected).max() < 1.01
 
 
+@pytest.mark.parametrize("magnitude", [10, 30])
+def test_the_old_randaugment_keys_mean_what_they_meant_but_for_equalize(corpus, magnitude):
+    """DALI did the operations, OpenCV's Equalize among them; now they are Pillow's: the same within a level."""
+    side, levels = 96, {"mean": 0.0, "std": 1 / 255, "flip": False}
+    keys = {"randaugment_layers": 1, "randaugment_magnitude": magnitude}
+    space = space_of(AugmentSettings(**keys), side)
+    assert space is not None
+    count = len(space.operations)
+    ids, epochs, numbers = np.arange(count), np.full(count, 3), np.arange(count, dtype=np.int32)
+    wide, high = (corpus.index[ids][key].astype(np.int64) for key in ("width", "height"))
+    plain = prepared(corpus, ids.tolist(), count, settings(side=side, **levels))
+    images = torch.stack([plain[sample] for sample in ids.tolist()]).round().byte()
+    old = settings(side=side, rules=1, **levels, **keys)
+
+    def source(sign):
+        draws = augment.draw(old.augment, 1, epochs, ids, wide, high, old.rules)
+        assert draws.operations is not None
+        told = replace(draws.operations, operations=numbers[:, None], signs=np.full((count, 1), sign, np.int32))
+        return decoding.train_inputs(corpus.read(ids), replace(draws, operations=told))
+
+    graph = decoding.train_graph(source, count, old, "cpu", threads=2, device_id=None)
+    for sign in (0, 1):
+        before = torch.from_dlpack(graph.run()[0].as_tensor()).clone()
+        parameters = space.parameters(numbers, np.full_like(numbers, magnitude), np.full_like(numbers, sign))
+        now = operations.apply(images.clone(), space, numbers, parameters, np.zeros((count, 2)))
+        for operation, apart in zip(space.operations, (before - now.float()).abs().mean((1, 2, 3)), strict=True):
+            assert apart < (8 if operation.name == "Equalize" else 1), (operation.name, sign)
+
+
 def picture(height=40, width=56, low=0, high=256) -> torch.Tensor:
     noise = np.random.default_rng(0).integers(low, high, (height, width, 3))
     return torch.from_numpy(noise).permute(2, 0, 1)[None].float()
@@ -114,10 +150,28 @@ def test_3_augment_does_what_pillow_and_scipy_do():
     np.testing.assert_allclose(images[2].numpy(), wanted, atol=1e-3)
 
 
-def test_color_jitter_is_that_of_pillow_in_any_order():
+def test_color_jitter_is_pillows_in_every_order():
+    """Levels that each of the three cuts off, and what it drops behind the point."""
+    steps = [(ImageEnhance.Brightness, 1.7), (ImageEnhance.Contrast, 0.6), (ImageEnhance.Color, 1.8)]
+    factors = np.array([[factor for _, factor in steps]] * 6, np.float32)
+    orders = np.array(list(itertools.permutations(range(3))))
+    images = picture().repeat(6, 1, 1, 1)
+    pixels.color_jitter(images, factors, orders)
+    found = []
+    for image, order in zip(images, orders, strict=True):
+        wanted = as_pillow(picture())
+        for kind in order:
+            enhance, factor = steps[kind]
+            wanted = enhance(wanted).enhance(factor)
+        found.append(np.asarray(wanted))
+        np.testing.assert_array_equal(image.permute(1, 2, 0).numpy(), found[-1])
+    assert min(np.abs(one - other.astype(int)).mean() for one, other in itertools.combinations(found, 2)) > 1
+
+
+def test_color_jitter_of_the_old_rules_is_one_map():
     steps = [(ImageEnhance.Brightness, 1.2), (ImageEnhance.Contrast, 0.7), (ImageEnhance.Color, 1.4)]
     images = picture(low=70, high=160)
-    pixels.color_jitter(images, np.array([[factor for _, factor in steps]], np.float32))
+    pixels.color_jitter_at_once(images, np.array([[factor for _, factor in steps]], np.float32))
     for order in itertools.permutations(steps):
         wanted = as_pillow(picture(low=70, high=160))
         for enhance, factor in order:
@@ -126,7 +180,7 @@ def test_color_jitter_is_that_of_pillow_in_any_order():
         difference = images[0].permute(1, 2, 0).numpy() - np.asarray(wanted)
         assert np.abs(difference).max() < 5
         assert difference.mean() < 2
-    pixels.color_jitter(images, np.array([[5, 1, 1]], np.float32))
+    pixels.color_jitter_at_once(images, np.array([[5, 1, 1]], np.float32))
     assert images.max() == 255
 
 
@@ -141,8 +195,10 @@ def test_color_draws_cover_their_ranges():
     assert colors.jitter.min(0) == pytest.approx([0.7] * 3, abs=0.01)
     assert colors.jitter.max(0) == pytest.approx([1.3] * 3, abs=0.01)
     assert augment.draw_colors(AugmentSettings(), 0, epochs, ids) is None
-    sizes = np.full(2000, 100), np.full(2000, 80)
-    wide = augment.draw(AugmentSettings(trivialaugment=True), 0, epochs, ids, *sizes)
+    assert colors.order is not None
+    assert np.unique(colors.order, axis=0, return_counts=True)[1] / 2000 == pytest.approx([1 / 6] * 6, abs=0.03)
+    wide = augment.draw_operations(AugmentSettings(trivialaugment=True), 0, epochs, ids)
+    assert wide is not None
     assert [np.unique(v).tolist() for v in (wide.operations, wide.magnitudes, wide.signs)] == [
         list(range(14)), list(range(31)), [0, 1]
     ]  # fmt: skip
@@ -204,6 +260,10 @@ def test_mixup_and_cutmix_take_turns():
         ({"erasing": 0.5, "erasing_area": (0.1, 1.2)}, r"erasing_area = \[0.1, 1.2\] must be two numbers .* <= 1"),
         ({"trivialaugment": True, "three_augment": True}, "trivialaugment and data.augment.three_augment are alternat"),
         ({"randaugment_layers": 2, "trivialaugment": True}, "are alternatives: keep one"),
+        (
+            {"randaugment": RandAugmentSettings(kind="big_vision"), "randaugment_layers": 2},
+            "data.augment.randaugment and data.augment.randaugment_layers are alternatives: keep one",
+        ),
     ],
 )
 def test_settings_that_cannot_be_are_refused(chosen, message):

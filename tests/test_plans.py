@@ -8,8 +8,9 @@ import pytest
 
 from cluster.settings import SettingsError
 from models.presets import vit_config
-from pipeline.augment import draw, inception_crop, mixup_weight
+from pipeline.augment import draw, draw_operations, mixup_weight
 from pipeline.config import OptimizerSettings
+from pipeline.crops import inception_crop
 from pipeline.data_config import AugmentSettings
 from pipeline.layout import Machine, activation_bytes, check_batch, settle, state_bytes
 from pipeline.schedules import Schedule
@@ -156,12 +157,17 @@ def test_a_sample_gets_the_same_augmentation_in_any_batch():
     whole = draw(settings, 1, np.zeros(50, np.int64), ids, *sizes)
     some = np.array([40, 3, 17])
     few = draw(settings, 1, np.zeros(3, np.int64), some, np.full(3, 300), np.full(3, 200))
-    for name in ("anchor", "shape", "mirror", "operations", "signs"):
+    for name in ("anchor", "shape", "mirror"):
         np.testing.assert_array_equal(getattr(whole, name)[some], getattr(few, name))
+    operations = draw_operations(settings, 1, np.zeros(50, np.int64), ids)
+    few_operations = draw_operations(settings, 1, np.zeros(3, np.int64), some)
+    assert operations is not None
+    for name in ("operations", "magnitudes", "signs", "centres"):
+        np.testing.assert_array_equal(getattr(operations, name)[some], getattr(few_operations, name))
     other_epoch = draw(settings, 1, np.ones(50, np.int64), ids, *sizes)
     assert (other_epoch.anchor != whole.anchor).any(1).mean() > 0.9
     assert 0.2 < whole.mirror.mean() < 0.8
-    assert set(np.unique(whole.operations)) <= set(range(14))
+    assert set(np.unique(operations.operations)) <= set(range(14))
 
 
 def test_mixing_weights_are_those_of_the_folded_beta_distribution():

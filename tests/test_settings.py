@@ -38,6 +38,17 @@ def test_recipes_of_the_paper_have_its_numbers():
     assert (tuned.data.image_size, tuned.optimizer.warmup, tuned.training.duration) == (384, "500 steps", "20k steps")
 
 
+def test_recipes_augment_as_their_sources():
+    for path in PRETRAIN + FINETUNE:
+        augment = load_recipe(path)["data"]["augment"]
+        if path.stem != "demo":
+            assert (augment["crop"], augment["crop_aspect"]) == ("tensorflow", [0.75, 1.33]), path
+    s16 = resolve(PretrainSettings, load_recipe(RECIPES / "pretrain" / "vit-s16-imagenet1k.yaml"))
+    randaugment = s16.data.augment.randaugment
+    assert (randaugment.kind, randaugment.layers, randaugment.magnitude) == ("big_vision", 2, 10)
+    assert s16.data.augment.mixup == 0.2
+
+
 def test_overrides_reach_nested_keys_with_their_types():
     settings = demo(
         "optimizer.learning_rate=1e-4",
@@ -81,6 +92,8 @@ def test_overrides_reach_nested_keys_with_their_types():
         ("optimizer.timescale=5 steps", ["optimizer.timescale has no effect", "optimizer.schedule = 'cosine'"]),
         ("data.augment.randaugment_magnitude=5", ["randaugment_magnitude has no effect", "randaugment_layers = 0"]),
         ("data.augment.crop=squash", ["crop_area has no effect", "data.augment.crop_area=null takes it out"]),
+        ("data.augment.randaugment.magnitude=5", ["randaugment.magnitude has no effect", "randaugment.kind = 'none'"]),
+        ("data.augment.randaugment.kind=timm", ["data.augment.randaugment.kind", "'timm'", "torchvision"]),
         ("evaluation.batch=7", ["evaluation.batch has no effect without data.heldout"]),
         ("optimizer.betas=[1.5, 2]", ["optimizer.betas", "1.5", "less than 1"]),
         ("checkpoint.every=0 steps", ["checkpoint.every", "longer than nothing"]),

@@ -7,15 +7,17 @@ of the two it is. A file appears under its name whole or not at all, in both.
 import errno
 import fcntl
 import os
+import re
 import shutil
 import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from cluster import paths, storage
+from cluster.command import log
 from cluster.ownership import temporary_folder
 from cluster.storage import Sink, StorageError
 
@@ -143,8 +145,15 @@ class Folder(ABC):
         """Remove a file if it is there."""
 
     @abstractmethod
-    def remove_tree(self) -> None:
-        """Remove the folder with all that is in it, if it is there."""
+    def remove_tree(self, ours: re.Pattern[str]) -> None:
+        """Remove what we wrote in the folder and in its folders, if it is there, and those that are empty then.
+
+        The caller holds the lease or the lock without which nobody writes there.
+
+        Args:
+            ours: all that the names of our files can be, relative to the folder. Any other file stays, loudly: what
+                people put into a folder of ours is theirs.
+        """
 
     @abstractmethod
     def remove_unfinished(self, *, deep: bool = False) -> None:
@@ -302,9 +311,18 @@ class LocalFolder(Folder):
     def remove(self, name: str) -> None:
         self._at(name).unlink(missing_ok=True)
 
-    def remove_tree(self) -> None:
-        if self.local.is_dir():
-            shutil.rmtree(self.local)
+    def remove_tree(self, ours: re.Pattern[str]) -> None:
+        self.remove_unfinished(deep=True)
+        for folder, _, names in os.walk(self.local, topdown=False):
+            for name in names:
+                path = Path(folder, name)
+                place = path.relative_to(self.local).as_posix()
+                if ours.fullmatch(place) or (_is_lock(name) and ours.fullmatch(_locked_by(place))):
+                    path.unlink(missing_ok=True)
+            with suppress(OSError):
+                Path(folder).rmdir()
+        if left := self.tree():
+            log.warning("%s stays: %s is not ours", self, next(iter(left)))
 
     def remove_unfinished(self, *, deep: bool = False) -> None:
         storage.remove_unfinished(self.local)
@@ -351,7 +369,16 @@ def _is_open_under(path: Path, descriptor: int) -> bool:
 
 
 def _is_hidden(name: str) -> bool:
-    return storage.is_unfinished(name) or (name.startswith(".") and name.endswith(_LOCK))
+    return storage.is_unfinished(name) or _is_lock(name)
+
+
+def _is_lock(name: str) -> bool:
+    return name.startswith(".") and name.endswith(_LOCK)
+
+
+def _locked_by(place: str) -> str:
+    above, slash, name = place.rpartition("/")
+    return f"{above}{slash}{name.removeprefix('.').removesuffix(_LOCK)}"
 
 
 @contextmanager

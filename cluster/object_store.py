@@ -3,6 +3,7 @@
 import io
 import os
 import posixpath
+import re
 from collections.abc import Coroutine, Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import contextmanager
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
 from cluster import s3_objects, storage
+from cluster.command import log
 from cluster.folders import Folder, Sink
 from cluster.s3_connection import SECRETS, connection
 from cluster.s3_objects import Objects, Upload
@@ -125,9 +127,11 @@ class ObjectFolder(Folder):
     def remove(self, name: str) -> None:
         _run(self._objects.remove(name))
 
-    def remove_tree(self) -> None:
-        _run(self._objects.abort_all(deep=True))
-        _run(self._objects.remove_all())
+    def remove_tree(self, ours: re.Pattern[str]) -> None:
+        _run(self._objects.abort_all(deep=True, ours=ours))
+        _run(self._objects.remove_all(ours))
+        if left := self.tree():
+            log.warning("%s stays: %s is not ours", self, next(iter(left)))
 
     def remove_unfinished(self, *, deep: bool = False) -> None:
         _run(self._objects.abort_all(deep=deep))

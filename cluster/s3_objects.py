@@ -211,8 +211,8 @@ class Objects:
         with suppress(Answer, StorageError):
             await self._request("abort_multipart_upload", name, patience=_ABORT_PATIENCE, UploadId=number)
 
-    async def abort_all(self, *, deep: bool) -> None:
-        """Take back all uploads that have begun, of names with a slash only if `deep`; as far as that is allowed."""
+    async def abort_all(self, *, deep: bool, ours: re.Pattern[str] | None = None) -> None:
+        """Take back uploads that have begun, of `ours` or all, with a slash only if `deep`; as far as is allowed."""
         begun = []
         try:
             async for page in self._pages("list_multipart_uploads"):
@@ -222,7 +222,7 @@ class Objects:
                 raise
             log.info("%s; uploads that killed processes have left stay there", error)
         for name, number in begun:
-            if deep or "/" not in name:
+            if (deep or "/" not in name) and (ours is None or ours.fullmatch(name)):
                 await self.abort(name, number)
 
     async def remove(self, name: str) -> None:
@@ -240,9 +240,9 @@ class Objects:
             return (await self.size_and_etag(name)) is None
         return True
 
-    async def remove_all(self) -> None:
-        """Remove all objects."""
-        names = list(await self.tree())
+    async def remove_all(self, ours: re.Pattern[str]) -> None:
+        """Remove the objects whose names are ours."""
+        names = [name for name in await self.tree() if ours.fullmatch(name)]
         for start in range(0, len(names), 1000):
             keys = [{"Key": self._start + name} for name in names[start : start + 1000]]
             answer = await self._request("delete_objects", Delete={"Objects": keys, "Quiet": True})

@@ -2,6 +2,7 @@
 
 import heapq
 import random
+import re
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -13,6 +14,7 @@ from cluster.command import Progress, duration, log
 from cluster.folders import Folder
 from cluster.lease import FILE as LEASE
 from cluster.lease import Lease
+from cluster.ownership import MARK, this_process
 from cluster.storage import StorageError
 from data_prep.corpus import Corpus
 from data_prep.corpus_assembly import CorpusPlan
@@ -32,6 +34,10 @@ LAID_DOWN = "images"
 """Folder in the destination for images that are copied out of tables first; gone when the corpus is finished."""
 DUPLICATES = "duplicates"
 """Folder in the destination for what the search for duplicates has found so far; gone when the corpus is finished."""
+LAID_DOWN_FILES = re.compile(rf"parts\.json|(\d{{6,}}|[0-9a-f]{{32}})\.(bytes|npz)|{re.escape(MARK)}")
+DUPLICATES_FILES = re.compile(rf"[0-9a-f]{{32}}\.jsonl|[0-9a-f]{{32}}/part-\d{{6,}}\.bin|{re.escape(MARK)}")
+"""All that is ever written there; nothing else is removed."""
+_WORKING = {LAID_DOWN: LAID_DOWN_FILES, DUPLICATES: DUPLICATES_FILES}
 GO_ON = "The finished shards stay; run the same command again to go on"
 
 
@@ -107,12 +113,26 @@ def names_in(folder: Folder) -> list[str]:
     return sorted([*(name for name in folder.names() if name != LEASE), *folder.folders()])
 
 
+def mark_working_folder(folder: Folder) -> None:
+    """Say in a working folder that it is one, before anything is written there."""
+    if folder.size(MARK) is None:
+        folder.write_json(MARK, {"purpose": "what is needed until the corpus is finished", **this_process()})
+
+
 def check_destination(folder: Folder) -> list[str]:
     """What is in a destination, without working folders.
 
     Raises:
         CorpusError: files that are none of ours.
     """
+    for name, ours in _WORKING.items():
+        # Those of before there were marks are told by the names of their files.
+        files = folder.child(name).tree()
+        if MARK not in files and (other := next((file for file in files if not ours.fullmatch(file)), None)):
+            raise CorpusError(
+                f"destination {folder} is not empty and was not made by sharding (it has {f'{name}/{other}'!r}): give "
+                "another folder"
+            )
     found = [name for name in names_in(folder) if name not in (LAID_DOWN, DUPLICATES)]
     if found and PLAN not in found:
         raise CorpusError(
@@ -189,8 +209,9 @@ def remove_unfinished_corpus(folder: Folder, names: list[str], version: int = 1)
 
 def remove_working_folders(folder: Folder) -> None:
     """Remove what is needed only until the corpus is finished."""
-    for name in (LAID_DOWN, DUPLICATES):
-        folder.child(name).remove_tree()
+    for name, ours in _WORKING.items():
+        if folder.child(name).tree():
+            folder.child(name).remove_tree(ours)
 
 
 def run_tasks(

@@ -14,6 +14,7 @@ import hashlib
 import itertools
 import json
 import os
+import re
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -32,7 +33,7 @@ from cluster.ray_runtime import ray_session
 from cluster.storage import StorageError
 from data_prep.corpus import Corpus
 from data_prep.corpus_cache import cache_folder
-from data_prep.corpus_jobs import DUPLICATES, check_destination, run_tasks
+from data_prep.corpus_jobs import DUPLICATES, check_destination, mark_working_folder, run_tasks
 from data_prep.duplicate_search import HammingIndex, Pairs
 from data_prep.hash_task import HashTask, ImagesToDescribe, PartOfCorpus, PartOfListing, describe_part
 from data_prep.listing import Listing
@@ -44,6 +45,7 @@ from data_prep.shard_task import one_line
 DEFAULT_DISTANCE = 8
 """Bits. Re-encoded, resized, gray, brighter or darker copies differ by less; see tests/bench_duplicates.py."""
 MAX_DISTANCE = 16
+_PARTS = re.compile(r"part-\d{6,}\.bin")
 _PART_BYTES, _PART_IMAGES = 256_000_000, 20_000
 """What one task describes: a minute's work or two."""
 _THREADS = min(32, os.cpu_count() or 1)
@@ -119,6 +121,7 @@ def remove_duplicates(listing: Listing, search: DuplicateSearch, folder: Folder,
     lines = _decided_before(folder, settings)
     if lines is None:
         kept = folder.child(DUPLICATES)
+        mark_working_folder(kept)
         with ray_session():  # one for all that is described
             excluded = [_descriptors_of_corpus(corpus, kept, workers) for corpus in corpora]
             descriptions = kept.child(_identity(listing, listing.place))
@@ -126,7 +129,7 @@ def remove_duplicates(listing: Listing, search: DuplicateSearch, folder: Folder,
                 decisions = decide(described, excluded, search.dedup, search.distance)
         lines = _as_lines(listing, decisions, corpora)
         kept.write_bytes(_file_of_decisions(settings), lines)
-        descriptions.remove_tree()
+        descriptions.remove_tree(_PARTS)
     removed = Removed(settings, lines, places)
     log.info("%s", removed_in_words(removed.counts))
     keep = np.ones(len(listing), bool)
@@ -220,7 +223,7 @@ def _descriptors_of_corpus(corpus: Corpus, work: Folder, workers: int) -> NDArra
             break
         except (OSError, StorageError):
             continue  # a corpus that may only be read; and without a cache they are made anew the next time
-    folder.remove_tree()
+    folder.remove_tree(_PARTS)
     return np.frombuffer(content, DESCRIPTOR)
 
 

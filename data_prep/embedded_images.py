@@ -22,7 +22,7 @@ from cluster.folders import Folder
 from cluster.storage import write_fully
 from data_prep.class_names import numbers_as_names
 from data_prep.columns import LABEL_DTYPE, Labels, Strings
-from data_prep.corpus_jobs import run_tasks
+from data_prep.corpus_jobs import LAID_DOWN_FILES, mark_working_folder, run_tasks
 from data_prep.listing import Listing, SourceError
 from data_prep.source_reader import Stream, StreamImages
 from data_prep.table_files import Columns, TableFile, label_lists, parquet_batches
@@ -52,6 +52,7 @@ def lay_down_files(files: Sequence[TableFile], columns: Columns, folder: Folder,
         SourceError: a file cannot be read, or a column has another type.
         StorageError: the folder cannot be written.
     """
+    mark_working_folder(folder)
     parts = [f"{number:06d}" for number in range(len(files))]
     tasks = {}
     for file, part in zip(files, parts, strict=True):
@@ -75,7 +76,8 @@ def lay_down_dataset(dataset: Any, columns: Columns, folder: Folder) -> list[str
         log.info("the images of the dataset lie in %s from an earlier run", folder.url)
         known: list[str] = folder.read_json(_PARTS)
         return known
-    folder.remove_tree()
+    folder.remove_tree(LAID_DOWN_FILES)
+    mark_working_folder(folder)
     schema = dataset.schema()
     names = list(schema.names) if schema is not None else []
     for key, column in (

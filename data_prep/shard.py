@@ -24,6 +24,7 @@ from data_prep.corpus_assembly import assemble
 from data_prep.corpus_format import MANIFEST, CorpusError
 from data_prep.corpus_jobs import (
     begin,
+    check_destination,
     check_places,
     check_room,
     finished_before,
@@ -140,6 +141,7 @@ def shard_corpus(settings: ShardSettings) -> Corpus:
     folder = folder_at(absolute_path(settings.destination, "destination"), "destination")
     check_places(source_folder(absolute_path(settings.source, "source")), folder)
     with held(folder):
+        check_destination(folder)
         return _shard_into(folder, settings)
 
 

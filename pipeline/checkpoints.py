@@ -31,6 +31,8 @@ from pipeline.parts import DamagedCheckpointError, Parts, part_name
 
 FORMAT = 2
 MANIFEST = "manifest.json"
+FILES = re.compile(r"manifest\.json|rank-\d{5,}\.(bin|json)")
+"""The files of a checkpoint."""
 _NAME = re.compile(r"step-(\d{8,})-([0-9a-f]{8})-\d{4,}")
 
 
@@ -256,12 +258,12 @@ def remove_uncommitted(folder: Folder) -> None:
     for name in folder.folders():
         if _NAME.fullmatch(name) and name not in committed:
             log.info("removing %s/%s, which was never committed", folder, name)
-            folder.child(name).remove_tree()
+            folder.child(name).remove_tree(FILES)
 
 
 def _remove(folder: Folder) -> None:
     folder.remove(MANIFEST)  # first, so that nobody takes the rest for a checkpoint
-    folder.remove_tree()
+    folder.remove_tree(FILES)
 
 
 # ----------------------------------------------------------------------------------------------------------------

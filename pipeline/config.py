@@ -211,7 +211,8 @@ class CheckpointSettings(Settings):
     keep_best: Literal["heldout/top1", "heldout/top5", "heldout/loss"] | None = None
     """The one that scored best by this stays too (highest share, lowest loss): every step that is scored is saved."""
     scratch: str = ""
-    """Folder on each node's own disk for checkpoints on their way. Empty: one in the system's temporary folder."""
+    """Folder on each node's own disk for checkpoints and packages on their way. Empty: one of this user alone in the
+    system's temporary folder."""
     background: bool = True
     """Training goes on while a checkpoint is brought to the run's folder; false waits for it."""
 

@@ -56,13 +56,15 @@ def main() -> None:
     from models.weights import adapt_for_finetuning
     from pipeline import packages, tracking
     from pipeline.corpora import checks_of, open_corpora, with_places
+    from pipeline.scratch import temporary_files
     from pipeline.stage import Start, check_stage, home_folder, print_result, recorded_parent, run_stage
 
     corpus, heldout = open_corpora(settings.data)
     check_stage(settings, corpus)
     tracking.connect(home_folder(settings.run.home))
     wanted = recorded_parent(settings)
-    parent = packages.load_package(wanted or settings.parent)
+    with temporary_files(settings.checkpoint.scratch, "parent"):
+        parent = packages.load_package(wanted or settings.parent)
     if wanted:
         log.info("this run began with %s and goes on with it", wanted)
     data = with_places(settings.data, corpus, heldout).model_copy(

@@ -207,6 +207,11 @@ def saved_bytes(config: VitConfig, ranks: int, averages: bool) -> float:
     return count_parameters(config) * 4 * (4 if averages else 3) / ranks
 
 
+def package_bytes(config: VitConfig) -> float:
+    """Bytes of the weights in a model's package: fp32."""
+    return count_parameters(config) * 4
+
+
 def activation_bytes(config: VitConfig, precision: Precision, recompute: bool) -> float:
     """Bytes an image that a forward pass keeps for the backward pass, with attention that stores no matrix.
 

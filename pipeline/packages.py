@@ -22,7 +22,6 @@ import io
 import json
 import re
 import shutil
-import tempfile
 import urllib.error
 import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
@@ -45,11 +44,14 @@ import models.classifier
 import models.preprocess
 import models.vit
 from cluster.command import log
+from cluster.ownership import temporary_files_in, temporary_folder
 from models.classifier import FORMAT_VERSION, ClassifierError, package_digest
 from models.preprocess import Preprocessing
 from models.vit import VisionTransformer, VitConfig
 from models.weights import check_fits, load_safetensors, save_safetensors
+from pipeline import orphans
 from pipeline.registry_names import check_alias, check_model_name
+from pipeline.scratch import room_to_read
 
 WEIGHTS_TAG = "vitforge.weights"
 """Tag of a model version: sha256 of its weights.safetensors."""
@@ -130,17 +132,20 @@ def publish(
     if alias is not None:
         check_alias(alias)
     _check_parts(state, config, preprocessing, classes, activation)
-    with tempfile.TemporaryDirectory(prefix="vitforge-package-") as temporary, _registry_errors():
-        folder = Path(temporary)
+    with temporary_folder("package") as folder, temporary_files_in(folder), _registry_errors():
         artifacts = _write_parts(folder, state, config, preprocessing, classes, activation)
         tags = {**tags, WEIGHTS_TAG: _sha256(artifacts["weights"])}
         known = version = _find_published(name, run_id, tags[WEIGHTS_TAG])
         if version is None:
             experiment = mlflow.MlflowClient().get_run(run_id).info.experiment_id
-            logged = mlflow.initialize_logged_model("model", source_run_id=run_id, experiment_id=experiment)
+            orphans.remove(run_id, experiment)
+            logged = mlflow.initialize_logged_model(
+                "model", source_run_id=run_id, experiment_id=experiment, tags=orphans.mark()
+            )
             example = _example(config.image_size)
             digest = _store(logged, run_id, folder / "package", artifacts, _signature(len(classes)), example)
             version = mlflow.register_model(f"models:/{logged.model_id}", name, tags={**tags, PACKAGE_TAG: digest})
+        orphans.keep(version)
         _require_ready(version)
         stands = "" if alias is None else _set_alias(name, alias, version)
     log.info("%s models:/%s/%s%s", "registered" if known is None else "there is already", name, version.version, stands)
@@ -337,9 +342,9 @@ def load_package(uri: str, *, quiet: bool = False) -> Package:
             )
         return _read_parts(Path(uri), uri, {})
     version = resolve(uri)
-    with tempfile.TemporaryDirectory(prefix="vitforge-package-") as temporary:
+    with room_to_read(uri), temporary_folder("package") as temporary, temporary_files_in(temporary):
         with _registry_errors():
-            folder = mlflow.artifacts.download_artifacts(artifact_uri=version.uri, dst_path=temporary)
+            folder = mlflow.artifacts.download_artifacts(artifact_uri=version.uri, dst_path=str(temporary))
         _check_digest(Path(folder), version, quiet)
         return _read_parts(Path(folder), version.uri, version.tags)
 

@@ -19,7 +19,7 @@ from cluster.folders import Folder
 from cluster.storage import StorageError
 from pipeline import elastic, workers
 from pipeline.agreement import on_all_ranks
-from pipeline.checkpoints import Checkpoint, commit, newest, remove_uncommitted, retain
+from pipeline.checkpoints import FILES, Checkpoint, commit, newest, remove_uncommitted, retain
 from pipeline.config import CheckpointSettings
 from pipeline.engine import nonfinite_flag
 from pipeline.optimizer import EMA
@@ -283,7 +283,7 @@ class Checkpoints:
             errors = workers.from_all(save.error)
         if any(errors) and self.worker.leads:
             try:
-                save.target.remove_tree()
+                save.target.remove_tree(FILES)
             except OSError as error:
                 log.warning("%s could not be removed (%s); the next start does", save.target, error)
         self._raise(errors, save.step)

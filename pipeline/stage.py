@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -33,7 +34,14 @@ from pipeline.identity import as_begun, identity_of
 from pipeline.launch import run_ranks
 from pipeline.run_files import INITIAL_WEIGHTS, METRICS, producing
 from pipeline.schedules import Schedule
+from pipeline.scratch import check_package_room, room_for_hand_over, temporary_files
 from pipeline.train_loop import Job, train
+
+_BEGUN = re.compile(
+    r"(run|settings|lease|heartbeat)\.json|initial\.safetensors|first_batch\.png|"
+    rf"checkpoints/step-[0-9a-f-]+/({checkpoints.FILES.pattern})"
+)
+"""The files of a run's folder before the first step."""
 
 
 @dataclass(frozen=True)
@@ -123,6 +131,11 @@ def run_stage(stage: str, settings: StageSettings, start: "Start", corpus: Mixtu
         settings, newest = _resumed(settings, start, corpus, folder)
         _train(settings, start, corpus, newest, folder, home, None, "", "")
         return {}
+    weights = layout.package_bytes(start.architecture)
+    if settings.registry.name:
+        check_package_room(
+            settings.checkpoint.scratch, weights, None if os.environ.get("MLFLOW_TRACKING_URI") else home
+        )
     with _held(folder) as lease:
         record = _open_record(folder, stage, start)
         settings, newest = _resumed(settings, start, corpus, folder)
@@ -137,11 +150,13 @@ def run_stage(stage: str, settings: StageSettings, start: "Start", corpus: Mixtu
             with at_hand(folder, "settings.json") as path:
                 run.artifact(path)
         if start.weights is not None and folder.size(INITIAL_WEIGHTS) is None:
-            with producing(folder, INITIAL_WEIGHTS) as path:
+            with temporary_files(settings.checkpoint.scratch, "weights"), producing(folder, INITIAL_WEIGHTS) as path:
                 save_safetensors(start.weights, path)
         with tracking.closing(run, drop=lambda: folder.size(METRICS) is None):
             _train(settings, start, corpus, newest, folder, home, lease, uri, run.run_id)
-            return _hand_over(stage, settings, start, corpus, folder, run)
+            scratch = settings.checkpoint.scratch
+            with room_for_hand_over(scratch, weights, home), temporary_files(scratch, "hand-over"):
+                return _hand_over(stage, settings, start, corpus, folder, run)
 
 
 def _resumed(
@@ -297,7 +312,7 @@ def _held(folder: Folder) -> Iterator[str]:
         except ValueError:
             if fresh and folder.size(METRICS) is None:
                 stack.close()  # gives the lease back
-                folder.remove_tree()
+                folder.remove_tree(_BEGUN)
             raise
 
 

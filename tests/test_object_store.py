@@ -3,6 +3,7 @@
 import logging
 import os
 import pickle
+import re
 import signal
 import threading
 import time
@@ -21,6 +22,8 @@ from cluster.folders import Folder, LocalFolder, folder_at
 from cluster.s3_connection import PATIENCE, SECRETS, ObjectStoreError
 from cluster.storage import StorageError
 from tests.s3_server import PAGE, SECRET_KEY, S3Server
+
+ANY = re.compile(".*")
 
 
 @pytest.fixture(params=["local", "s3"])
@@ -62,7 +65,7 @@ def test_a_folder_that_is_not_there(folder: Folder) -> None:
     assert folder.folders() == []
     assert folder.tree() == {}
     assert folder.size("a") is None
-    folder.remove_tree()
+    folder.remove_tree(ANY)
     folder.remove_unfinished()
     with pytest.raises(StorageError, match=r"b/a cannot be read"):
         folder.read_bytes("a")
@@ -89,7 +92,7 @@ def test_files_and_folders(folder: Folder, tmp_path: Path) -> None:
         folder.read_json("facts.json")
     folder.remove("one")
     folder.remove("one")
-    folder.child("deep").remove_tree()
+    folder.child("deep").remove_tree(ANY)
     assert folder.tree() == {"facts.json": 1, "four": 4}
     assert folder_at(folder.url, "test") == folder
 
@@ -98,7 +101,7 @@ def test_a_folder_does_not_reach_into_its_neighbours(folder: Folder) -> None:
     neighbour = folder_at(folder.url + "-2", "test")
     neighbour.write_bytes("kept", b"x")
     folder.write_bytes("gone", b"x")
-    folder.remove_tree()
+    folder.remove_tree(ANY)
     assert folder.tree() == {}
     assert neighbour.tree() == {"kept": 1}
 
@@ -306,8 +309,21 @@ def test_what_a_killed_writer_leaves_is_removed(remote: Folder, s3: S3Server) ->
     remote.remove_unfinished()  # who may not look for them can do without
     assert s3.faults.injected["denied"] == 1
     s3.faults.clear()
-    remote.remove_tree()
+    remote.remove_tree(ANY)
     assert uploads(s3, remote) == ["runs/two/x"]
+
+
+def test_only_files_of_our_names_are_removed(folder: Folder) -> None:
+    ours = re.compile(r"part-\d+|deep/part-\d+")
+    for name in ("part-1", "deep/part-2", "deep/part-3.jpg", "deeper/part-4", "photo.jpg"):
+        folder.write_bytes(name, b"x")
+    folder.swap("part-5", b"x", None)
+    folder.remove_tree(ours)
+    assert list(folder.tree()) == ["deep/part-3.jpg", "deeper/part-4", "photo.jpg"]
+    folder.child("deep").remove_tree(re.compile(r"part-3\.jpg"))
+    assert folder.folders() == ["deeper"]
+    if folder.local is not None:
+        assert sorted(path.name for path in folder.local.iterdir()) == ["deeper", "photo.jpg"]
 
 
 def test_more_objects_than_one_answer_lists(remote: Folder, s3: S3Server) -> None:
@@ -317,7 +333,7 @@ def test_more_objects_than_one_answer_lists(remote: Folder, s3: S3Server) -> Non
         client.put_object(Bucket=bucket, Key=f"runs/one/{name}", Body=b"")
     assert remote.names() == names
     assert list(remote.tree()) == names
-    remote.remove_tree()
+    remote.remove_tree(ANY)
     assert remote.names() == []
 
 

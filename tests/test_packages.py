@@ -5,8 +5,11 @@ import io
 import json
 import os
 import re
+import shutil
+import signal
 import subprocess
 import sys
+import tempfile
 import textwrap
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -31,7 +34,8 @@ from models.vit import VisionTransformer, VitConfig
 from models.weights import WeightsError, load_safetensors, save_safetensors
 from pipeline.packages import PACKAGE_TAG, PackageError, PublishedVersion, load_package, publish, resolve
 from pipeline.registry_names import check_names
-from tests.running import REPOSITORY
+from pipeline.scratch import check_package_room, room_for_hand_over, temporary_files
+from tests.running import REPOSITORY, environment
 
 CONFIG = VitConfig(image_size=32, patch_size=8, width=48, depth=2, mlp_dim=96, heads=4, num_classes=3)
 PREPROCESSING = Preprocessing(32, mean=(0.4, 0.5, 0.6), std=(0.2, 0.3, 0.25))
@@ -495,3 +499,92 @@ def test_a_consumer_with_modules_of_our_names_loads_two_versions_of_the_code(
     np.testing.assert_allclose(answers[0], logits.softmax(dim=1), atol=1e-5)
     np.testing.assert_allclose(answers[1], (-2 * logits).softmax(dim=1), atol=1e-5)
     np.testing.assert_array_equal(answers[2], answers[0])  # the first again, after the second was loaded and used
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# What is left over, and where there is no room
+# ----------------------------------------------------------------------------------------------------------------
+
+KILLED = """
+import os, sys
+import mlflow
+from cluster import ownership
+from pipeline import orphans
+from tests.test_packages import put, weights
+uri, run, moment = sys.argv[1:]
+mlflow.set_tracking_uri(uri)
+real = mlflow.MlflowClient.log_model_artifacts
+def killed(*arguments):
+    if moment == "in the store":
+        real(*arguments)
+    os.kill(os.getpid(), 9)
+if moment == "registered":
+    orphans.keep = killed
+else:
+    mlflow.MlflowClient.log_model_artifacts = killed
+put("killed", run, weights())
+"""
+
+
+@pytest.mark.parametrize("moment", ["on its way", "in the store", "registered"])
+def test_what_a_killed_publisher_left_is_removed_by_the_next(
+    registry: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
+):
+    run, other = registry.new_run(), registry.new_run()
+    place = registry.folder / "artifacts" / "models"
+    with tempfile.TemporaryDirectory() as temporary:
+        theirs = mlflow.initialize_logged_model("theirs", source_run_id=run, experiment_id=registry.experiment)
+        before = {*place.iterdir()} if place.exists() else set()
+        done = subprocess.run(
+            [sys.executable, "-c", KILLED, registry.uri, run, moment],
+            cwd=REPOSITORY, env=environment(tmp_path, TMPDIR=temporary), check=False,
+        )  # fmt: skip
+        assert done.returncode == -signal.SIGKILL
+        left = list(Path(temporary).rglob("weights.safetensors"))
+        assert left, "the package itself, and what MLflow copied of it"
+        monkeypatch.setattr(tempfile, "tempdir", temporary)
+        put("another", other)  # a run of its own has nothing to do with it
+        assert not any(path.exists() for path in left)
+        published = put("killed", run)
+        assert put("killed", run) == published
+    client = mlflow.MlflowClient()
+    assert client.get_logged_model(theirs.model_id).status == "PENDING"
+    models_of_run = client.search_logged_models([registry.experiment], f"source_run_id = '{run}'")
+    assert all("vitforge.owner" not in model.tags for model in models_of_run)
+    assert published.version == str(len(mlflow.MlflowClient().search_model_versions("name = 'killed'")))
+    weights_of = [path for path in {*place.iterdir()} - before if list(path.rglob("weights.safetensors"))]
+    assert len(weights_of) == 2  # that of the other run, and one of this
+    assert torch.equal(load_package(published.uri).state["head.bias"], weights()["head.bias"])
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small file system needs root")
+def test_a_full_temporary_folder_is_named_and_another_scratch_does(
+    registry: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    small, size = tmp_path / "small", 4 * sum(tensor.numel() for tensor in weights().values())
+    small.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size * 3 // 2}", "tmpfs", str(small)]).returncode:
+        pytest.skip("mounting is not permitted here")
+    try:
+        monkeypatch.setattr(tempfile, "tempdir", str(small))
+        run = registry.new_run()
+
+        def hand_over(scratch: str) -> PublishedVersion:
+            with room_for_hand_over(scratch, size, registry.folder), temporary_files(scratch, "hand-over"):
+                return put("full", run)
+
+        with pytest.raises(SettingsError, match=r"no space is left to hand the model over; .* set checkpoint\.scratch"):
+            hand_over("")
+        with pytest.raises(SettingsError, match=rf"no room for the model's package: .* {small}, .* checkpoint.scratch"):
+            check_package_room("", size, registry.folder)
+        assert list((small / f"vitforge-{os.geteuid()}").iterdir()) == []
+        (small / "full").write_bytes(b"0" * (shutil.disk_usage(small).free))
+        check_package_room(str(tmp_path / "scratch"), size, registry.folder)
+        version = hand_over(str(tmp_path / "scratch"))
+        with pytest.raises(SettingsError, match=rf"{version.uri} cannot be read: no space is left in {small}"):
+            load_package(version.uri)
+        with temporary_files(str(tmp_path / "scratch"), "parent"):
+            assert load_package(version.uri).config == CONFIG
+        assert list((tmp_path / "scratch").iterdir()) == []
+    finally:
+        subprocess.run(["umount", str(small)], check=True)

@@ -21,7 +21,7 @@ from cluster.folders import LocalFolder
 from cluster.settings import SettingsError, parse_command
 from cluster.storage import StorageError
 from data_prep.corpus import Corpus
-from data_prep.corpus_jobs import run_tasks
+from data_prep.corpus_jobs import mark_working_folder, run_tasks
 from data_prep.shard import ShardSettings, shard_corpus
 from data_prep.sources import SourceSettings, list_source
 from data_prep.verify import verify
@@ -318,6 +318,33 @@ def test_destinations_that_hold_something_else_are_refused_and_kept(ray, source,
         shard(source, source / "corpus")
     with pytest.raises(ValueError, match="gs:// cannot be used here"):
         shard(source, "gs://bucket/corpus")
+
+
+@pytest.mark.parametrize("name", ["images", "duplicates"])
+def test_a_folder_of_a_user_s_in_the_destination_is_refused_and_kept(source, tmp_path, name):
+    """Of the names that sharding has for its own working folders."""
+    there = tmp_path / "dataset" / name
+    shutil.copytree(source, there)
+    before = sorted(path.relative_to(tmp_path) for path in tmp_path.rglob("*"))
+    for place in (source, there):
+        with pytest.raises(ValueError, match=rf"is not empty and was not made by sharding \(it has '{name}/c0/"):
+            shard(place, tmp_path / "dataset")
+    assert sorted(path.relative_to(tmp_path) for path in tmp_path.rglob("*")) == before
+
+
+def test_what_a_user_puts_into_a_working_folder_stays(ray, source, tmp_path, messages):
+    folder = LocalFolder(tmp_path / "corpus")
+    for name, files in {"images": ["000000.bytes", "000000.npz"], "duplicates": [f"{0:032x}.jsonl"]}.items():
+        for file in files:
+            folder.child(name).write_bytes(file, b"of a version without marks, killed")
+    shard(source, folder.local)
+    assert folder.folders() == []
+    mark_working_folder(folder.child("images"))
+    folder.child("images").write_bytes("notes.txt", b"mine")
+    folder.child("images").write_bytes("000001.bytes", b"ours")
+    shard(source, folder.local)
+    assert folder.child("images").tree().keys() == {"notes.txt"}
+    assert "images stays: notes.txt is not ours" in messages()
 
 
 @pytest.mark.parametrize(

@@ -159,20 +159,30 @@ def private_folder(path: Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     with suppress(FileExistsError):
         path.mkdir(0o700)
-    facts = path.lstat()
-    if stat.S_ISLNK(facts.st_mode):
-        raise OwnershipError(f"{path} is a symbolic link")
-    if not stat.S_ISDIR(facts.st_mode):
-        raise OwnershipError(f"{path} is no folder")
-    if facts.st_uid != os.geteuid():
-        raise OwnershipError(f"{path} belongs to another user (number {facts.st_uid})")
-    if stat.S_IMODE(facts.st_mode) & 0o077:
+    refuse_others(path)
+    if stat.S_IMODE(path.lstat().st_mode) & 0o077:
         descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
         try:
             os.fchmod(descriptor, 0o700)
         finally:
             os.close(descriptor)
     return path
+
+
+def refuse_others(path: Path, *, but: tuple[int, ...] = ()) -> None:
+    """Refuse what is no folder of this user (or of users `but`), as a symbolic link to one, which others may have made.
+
+    Raises:
+        OwnershipError: saying what it is.
+        OSError: it is not there.
+    """
+    facts = path.lstat()
+    if stat.S_ISLNK(facts.st_mode):
+        raise OwnershipError(f"{path} is a symbolic link")
+    if not stat.S_ISDIR(facts.st_mode):
+        raise OwnershipError(f"{path} is no folder")
+    if facts.st_uid not in (os.geteuid(), *but):
+        raise OwnershipError(f"{path} belongs to another user (number {facts.st_uid})")
 
 
 def temporary_root() -> Path:

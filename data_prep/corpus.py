@@ -254,7 +254,7 @@ class Corpus:
         if self.shards_folder.local is not None:
             return _LocalShards(self.shards_folder.local, names)
         sizes, checksums = [shard["bytes"] for shard in shards], [shard["xxh3_128"] for shard in shards]
-        return ShardCache(self.shards_folder, names, sizes, checksums, cache_folder() / "shards", self._cache_bytes)
+        return ShardCache(self.shards_folder, names, sizes, checksums, cache_folder("shards"), self._cache_bytes)
 
     def __len__(self) -> int:
         return self.num_samples

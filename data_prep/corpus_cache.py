@@ -5,6 +5,7 @@ $VITFORGE_CACHE (or ~/.cache/vitforge)
     shards/                 see shard_cache.py
     gzip/                   what decoding gzip tars gave, see image_tars.py
     files/                  what settings name beside a source, see small_files.py
+    perceptual-hashes/      of evaluation sets, see duplicates.py
 """
 
 import fcntl
@@ -16,16 +17,37 @@ from typing import Any
 
 from cluster import storage
 from cluster.folders import Folder
+from cluster.ownership import OwnershipError, private_folder, refuse_others
 from cluster.storage import StorageError
 
 _ATTEMPTS = 3
 """How often a file is fetched that arrives with another checksum."""
 
 
-def cache_folder() -> Path:
-    """The folder of this node in which is kept what lies elsewhere."""
+def cache_folder(part: str) -> Path:
+    """A folder of this node in which is kept what lies elsewhere; this user's alone, who trusts what is in it.
+
+    Args:
+        part: one of those above.
+
+    Raises:
+        StorageError: it, or the folder around it, belongs to another user or is a symbolic link.
+    """
     place = os.environ.get("VITFORGE_CACHE")
-    return Path(place).expanduser().absolute() if place else Path.home() / ".cache" / "vitforge"
+    root = Path(place).expanduser().absolute() if place else Path.home() / ".cache" / "vitforge"
+    try:
+        if os.path.lexists(root):
+            refuse_others(root, but=(0,))  # what is mounted into a container belongs to root
+        else:
+            private_folder(root)
+        return private_folder(root / part)
+    except OwnershipError as error:
+        raise StorageError(
+            f"the cache cannot be kept there: {error}, so that others could replace what is read. Set VITFORGE_CACHE "
+            "to a folder of your own on a disk of this node"
+        ) from error
+    except OSError:
+        return root / part  # who writes there says so
 
 
 @contextmanager
@@ -60,7 +82,7 @@ def fetch_files(folder: Folder, files: Mapping[str, Mapping[str, Any]], identity
     Raises:
         StorageError: one is missing, cannot be read or is damaged where it comes from, or there is no room here.
     """
-    here = cache_folder() / "corpora" / identity
+    here = cache_folder("corpora") / identity
     with cache_written(here):
         here.mkdir(parents=True, exist_ok=True)
         with (here / "lock").open("ab") as lock:

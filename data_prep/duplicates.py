@@ -205,7 +205,7 @@ def _descriptors_of_listing(listing: Listing, folder: Folder, workers: int) -> I
 def _descriptors_of_corpus(corpus: Corpus, work: Folder, workers: int) -> NDArray[np.void]:
     """Descriptors of an excluded corpus, DESCRIPTOR [N]; kept beside it where that is possible, else on this node."""
     name = f"perceptual-hashes-{VERSION}-{corpus.corpus_hash[:32]}.bin"
-    places = [corpus.folder, LocalFolder(cache_folder() / "perceptual-hashes")]
+    places = [corpus.folder, LocalFolder(cache_folder("perceptual-hashes"))]
     for place in places:
         if place.size(name) == corpus.num_samples * DESCRIPTOR.itemsize + 16:
             content = place.read_bytes(name)
@@ -251,7 +251,7 @@ def _describe(
 @contextmanager
 def _scratch() -> Iterator[Any]:
     """A file of this node that is gone afterwards, whatever happens."""
-    place = cache_folder()
+    place = cache_folder("perceptual-hashes")
     try:
         place.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=place) as file:

@@ -344,7 +344,7 @@ def _refuse_compression_of_members(names: Sequence[bytes], where: str) -> None:
 
 def _cache_path(key: str) -> Path:
     name = hashlib.sha256(f"{_CACHE_VERSION} {key}".encode("utf-8", "surrogateescape")).hexdigest()[:32]
-    return cache_folder() / "gzip" / f"{name}.npz"
+    return cache_folder("gzip") / f"{name}.npz"
 
 
 def _to_cache(key: str, parts: Sequence[_Part]) -> None:

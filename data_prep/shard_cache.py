@@ -15,6 +15,7 @@ is open stays readable until it is closed.
 
 import fcntl
 import os
+import re
 import shutil
 import threading
 import time
@@ -27,6 +28,7 @@ from pathlib import Path
 from cluster import storage
 from cluster.command import log
 from cluster.folders import Folder
+from cluster.ownership import MARK, OwnershipError, private_folder, this_process
 from cluster.storage import StorageError
 
 _THREADS = 4
@@ -41,6 +43,10 @@ _LOOK_AGAIN_S, _IDLE_S = 0.25, 5.0
 """Between looks for room that another process may have made, and while nothing is to be fetched."""
 _NOW, _NEVER = -1, 1 << 62
 """When a shard is due that a reader waits for, and one that nobody has asked for; others by their place in an order."""
+
+
+_OURS = re.compile(r"[0-9a-f]{32}\.(tar|lock|fetching)|plan-[0-9a-f]{12}|room\.lock")
+"""Names of what is in a cache; nothing else there is ever removed."""
 
 
 class FetchError(StorageError, OSError):
@@ -78,10 +84,10 @@ class ShardCache:
         self.folder, self.names, self.sizes, self.checksums = folder, list(names), list(sizes), list(checksums)
         self.cache_dir = cache_dir
         try:
-            cache_dir.mkdir(parents=True, exist_ok=True)
+            _make_cache(cache_dir)
         except OSError as error:
             raise StorageError(f"the cache {cache_dir} cannot be made: {error.strerror}. Set VITFORGE_CACHE") from error
-        used = sum(storage.file_size(path) or 0 for path in cache_dir.glob("*.tar"))
+        used = sum(storage.file_size(path) or 0 for path in cache_dir.glob("*.tar") if _OURS.fullmatch(path.name))
         self.limit = min(limit_bytes, int(_DISK_SHARE * (shutil.disk_usage(cache_dir).free + used)))
         self.check_room(max(self.sizes, default=0), "its largest shard")
         self._plan: _Held | None = None
@@ -317,7 +323,7 @@ class ShardCache:
             used, here = 0, []
             with os.scandir(self.cache_dir) as entries:
                 names = [entry.name for entry in entries]
-            for name in names:
+            for name in filter(_OURS.fullmatch, names):
                 try:
                     facts = (self.cache_dir / name).stat()
                 except FileNotFoundError:  # a fetch that ended just now
@@ -349,6 +355,8 @@ class ShardCache:
         """The earliest place of each shard in what readers have said; what ended readers left is removed."""
         places: dict[str, int] = {}
         for path in self.cache_dir.glob("plan-*"):
+            if not _OURS.fullmatch(path.name):
+                continue
             if self._plan is None or path != self._plan.path:
                 left = _Held.take(path, wait=False)
                 if left is not None:
@@ -377,6 +385,29 @@ class ShardCache:
         with (self.cache_dir / "room.lock").open("ab") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             yield
+
+
+def _make_cache(folder: Path) -> None:
+    """Make a cache's folder, or take the one that is there if it is one: what is in it is removed to make room.
+
+    Raises:
+        StorageError: it is another user's, or holds other files.
+    """
+    try:
+        private_folder(folder)
+    except OwnershipError as error:
+        raise StorageError(f"the cache cannot be kept there: {error}. Set VITFORGE_CACHE to another folder") from error
+    if (folder / MARK).is_file():
+        return
+    # Caches of before there were marks are told by the names of all that is in them.
+    names = [path.name for path in folder.iterdir()]
+    others = [name for name in names if not (_OURS.fullmatch(name) or storage.is_unfinished(name))]
+    if others and others != [MARK]:
+        raise StorageError(
+            f"{folder} is no cache of shards: it holds {min(others)!r}, and a cache removes what is in it. "
+            "Set VITFORGE_CACHE to a new folder"
+        )
+    storage.write_json(folder / MARK, {"purpose": "cache of shards", **this_process()})
 
 
 def _work_ahead(reader: "weakref.ref[ShardCache]", waiting: threading.Condition) -> None:

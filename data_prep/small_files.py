@@ -22,7 +22,7 @@ def file_here(place: str, key: str) -> Path:
     if folder.local is not None:
         return folder.local / name
     identity = hashlib.sha256(f"{folder}/{name} {folder.stamp(name)}".encode()).hexdigest()[:16]
-    path = cache_folder() / "files" / identity / name
+    path = cache_folder("files") / identity / name
     with cache_written(path.parent):
         if not path.is_file():
             path.parent.mkdir(parents=True, exist_ok=True)

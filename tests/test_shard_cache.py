@@ -4,6 +4,7 @@ import fcntl
 import multiprocessing
 import os
 import signal
+import stat
 import time
 from pathlib import Path
 
@@ -12,6 +13,8 @@ import pytest
 
 from cluster import storage
 from cluster.folders import LocalFolder
+from cluster.storage import StorageError
+from data_prep.corpus_cache import cache_folder
 from data_prep.shard_cache import FetchError, ShardCache
 
 SIZE = 20_000
@@ -270,3 +273,43 @@ def test_a_limit_that_cannot_do_is_refused_with_one_that_does(tmp_path):
         cache(folder, 0.5)
     with pytest.raises(storage.StorageError, match=r"a window of 4 shards needs"):
         cache(folder, 3).check_room(4 * SIZE, "a window of 4 shards")
+
+
+def test_a_folder_that_is_no_cache_of_ours_is_refused_and_kept(tmp_path):
+    folder, place = remote(tmp_path, 3), tmp_path / "cache"
+    place.mkdir()
+    theirs = [place / name for name in ("dataset.tar", "dataset.lock", "plan-b", f"{0:032x}.tar")]
+    for path in theirs:
+        path.write_bytes(b"theirs" * SIZE)
+    with pytest.raises(StorageError, match=r"is no cache of shards: it holds 'dataset\.lock'.* VITFORGE_CACHE"):
+        cache(folder, 2.5)
+    for path in theirs[:3]:
+        path.unlink()
+    reader = cache(folder, 2.5)  # a cache of before there were marks
+    assert stat.S_IMODE(place.stat().st_mode) == 0o700
+    for path in theirs[:3]:  # which came later
+        path.write_bytes(b"theirs" * SIZE)
+    for shard in (0, 1, 2):
+        assert content(reader, shard)
+    reader.prefetch([0, 1, 2], 3)
+    reader.close()
+    assert [path.exists() for path in theirs] == [True, True, True, False]
+    assert len(held(reader)) <= 2
+
+
+@pytest.mark.parametrize("part", ["", "shards"])
+def test_a_cache_of_another_user_or_behind_a_link_is_refused(tmp_path, monkeypatch, part):
+    monkeypatch.setenv("VITFORGE_CACHE", str(tmp_path / "cache"))
+    assert cache_folder("shards") == tmp_path / "cache" / "shards"
+    assert stat.S_IMODE((tmp_path / "cache").stat().st_mode) == 0o700
+    place = tmp_path / "cache" / part
+    place.rename(tmp_path / "elsewhere")
+    place.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(StorageError, match=f"{place} is a symbolic link.* Set VITFORGE_CACHE"):
+        cache_folder("shards")
+    place.unlink()
+    place.mkdir()
+    if os.geteuid() == 0:
+        os.chown(place, 65534, 65534)
+        with pytest.raises(StorageError, match=f"{place} belongs to another user"):
+            cache_folder("shards")

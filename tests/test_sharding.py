@@ -99,7 +99,7 @@ def test_a_rerun_does_no_finished_work_again_and_repairs_what_is_damaged(ray, so
 
     (corpus.path / "shard-000001.tar").write_bytes(before["shard-000001.tar"][:-1])
     (corpus.path / "shard-000002.record.json").unlink()
-    (corpus.path / ".shard-000002.tar.writing-0123").write_bytes(b"of a killed writer")
+    (corpus.path / ".shard-000002.tar.writing-0123456789ab").write_bytes(b"of a killed writer")
     shard(source, tmp_path / "corpus")
     assert content(corpus.path) == before
     now = {path.name: path.stat().st_ino for path in corpus.path.iterdir()}

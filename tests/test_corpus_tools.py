@@ -296,7 +296,7 @@ def test_indexing_goes_on_where_it_was(ray, written, tmp_path):
     inodes = {name: (corpus.path / name).stat().st_ino for name in before}
     for name in ("manifest.json", "index.bin", "train-0001.record.json", "train-0001.idx"):
         (corpus.path / name).unlink()
-    (corpus.path / ".train-0001.tar.writing-0123").write_bytes(b"of a killed run")
+    (corpus.path / ".train-0001.tar.writing-0123456789ab").write_bytes(b"of a killed run")
     assert content(index(folder, tmp_path / "corpus").path) == before
     kept = [name for name in before if name.startswith("train-0000")]
     assert all((corpus.path / name).stat().st_ino == inodes[name] for name in kept)

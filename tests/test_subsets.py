@@ -180,7 +180,7 @@ def test_the_command_makes_parts_once_and_refuses_another_choice_in_their_place(
     assert "heldout: 5 of 50 images" in done.stderr
     made = {path: path.stat().st_ino for path in (tmp_path / "parts").rglob("*")}
     (tmp_path / "parts" / "50pct" / "manifest.json").unlink()  # as a run that was killed leaves it
-    (tmp_path / "parts" / "50pct" / ".index.bin.writing-0123").write_bytes(b"of a killed writer")
+    (tmp_path / "parts" / "50pct" / ".index.bin.writing-0123456789ab").write_bytes(b"of a killed writer")
     done = run("subsets=[0.1,0.5,0.7]", "holdout=0.1")
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("is there already") == 3

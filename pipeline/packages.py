@@ -343,8 +343,9 @@ def load_package(uri: str, *, quiet: bool = False) -> Package:
         return _read_parts(Path(uri), uri, {})
     version = resolve(uri)
     with room_to_read(uri), temporary_folder("package") as temporary, temporary_files_in(temporary):
+        (place := temporary / "package").mkdir()
         with _registry_errors():
-            folder = mlflow.artifacts.download_artifacts(artifact_uri=version.uri, dst_path=str(temporary))
+            folder = mlflow.artifacts.download_artifacts(artifact_uri=version.uri, dst_path=str(place))
         _check_digest(Path(folder), version, quiet)
         return _read_parts(Path(folder), version.uri, version.tags)
 

@@ -328,7 +328,8 @@ class LocalFolder(Folder):
         storage.remove_unfinished(self.local)
         if deep:
             for name in self.folders():
-                self.child(name).remove_unfinished(deep=True)
+                if not (self.local / name).is_symlink():
+                    self.child(name).remove_unfinished(deep=True)
 
     def free(self) -> int | None:
         place = next(place for place in (self.local, *self.local.parents) if place.is_dir())

@@ -29,6 +29,9 @@ MAX_SIDE = 65535
 """Pixels that a side may have: what the index can hold, and JPEG's own limit."""
 MAX_PIXELS = 2 * (1 << 30) // 4 // 3
 """Of an image: Pillow's limit against images that take all memory. Half a gigabyte of RGB wherever one is decoded."""
+MAX_DECODED_PIXELS = 45_000_000
+"""Of an image that is decoded whole by both decoders here, and by DALI in training for any crop of it: all but JPEGs of
+three colours. It takes a gigabyte (8192 x 8192 took 1.4 to 2.0), and half a megabyte of PNG can ask for it."""
 MAX_BYTES = 1 << 29
 """Of an encoded image: what nearly all within MAX_PIXELS need as bare pixels. (The index could hold 4 GiB.)"""
 TOO_MANY_BYTES = f"more than {MAX_BYTES >> 20} MiB: no image"
@@ -206,6 +209,11 @@ def _check_by_both(data: bytes | memoryview, extension: str) -> tuple[int, int]:
     """Decode an image as consumers and as training do; returns width and height, upright."""
     with _opened(data, extension) as image:
         _refuse_ambiguous(image)
+        if image.width * image.height > MAX_DECODED_PIXELS and (extension != "jpg" or image.mode == "CMYK"):
+            size = f"{image.width}x{image.height}"
+            raise UnusableImage(
+                f"too large: {size} pixels, more than {MAX_DECODED_PIXELS:,}: shrink it, or make it a JPEG"
+            )
         orientation = _orientation(data, extension)
         deep = is_deep(image)
         image.info.pop("xmp", None)  # by which Pillow turns a TIFF when it is loaded

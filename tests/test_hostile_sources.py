@@ -4,6 +4,7 @@ import gzip
 import http.server
 import io
 import os
+import resource
 import socket
 import tarfile
 import threading
@@ -13,9 +14,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from data_prep.columns import Strings
-from data_prep.image_check import TOO_MANY_BYTES, UnusableImage
+from data_prep.image_check import TOO_MANY_BYTES, UnusableImage, check_image
 from data_prep.remote_images import FetchPolicy, RemoteImages
 from data_prep.sources import SourceSettings, list_source
 from data_prep.tar_headers import TarError, iterate_members
@@ -235,3 +237,20 @@ def test_a_long_name_in_a_gzip_tar_costs_no_more_than_its_bytes(tmp_path: Path):
     (tmp_path / "a.tar.gz").write_bytes(gzip.compress(tar_of(b"L", b"x" * (200 << 20))[:-1024] + content.getvalue(), 1))
     with pytest.raises(ValueError, match="a name of 209,715,200 bytes"):
         list_source(SourceSettings(source=str(tmp_path / "a.tar.gz")))
+
+
+@pytest.mark.parametrize(("image_format", "mode"), [("PNG", "RGB"), ("PNG", "1"), ("WEBP", "RGB"), ("JPEG", "CMYK")])
+def test_small_files_of_many_pixels_are_refused_before_they_are_decoded(image_format, mode):
+    file = io.BytesIO()
+    Image.new(mode, (6800, 6700)).save(file, image_format)
+    before = peak_memory()
+    with pytest.raises(UnusableImage, match="too large: 6800x6700 pixels, more than 45,000,000: shrink it"):
+        check_image(file.getvalue())
+    assert peak_memory() - before < 50 << 20
+    small = file.getvalue()
+    assert len(small) < 5 << 20
+
+
+def peak_memory() -> int:
+    """Of this process so far, bytes."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10

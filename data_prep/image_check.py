@@ -210,9 +210,9 @@ def _check_by_both(data: bytes | memoryview, extension: str) -> tuple[int, int]:
     with _opened(data, extension) as image:
         _refuse_ambiguous(image)
         if image.width * image.height > MAX_DECODED_PIXELS and (extension != "jpg" or image.mode == "CMYK"):
-            size = f"{image.width}x{image.height}"
+            sides = f"{image.width}x{image.height}"
             raise UnusableImage(
-                f"too large: {size} pixels, more than {MAX_DECODED_PIXELS:,}: shrink it, or make it a JPEG"
+                f"too large: {sides} pixels, more than {MAX_DECODED_PIXELS:,}: shrink it, or make it a JPEG"
             )
         orientation = _orientation(data, extension)
         deep = is_deep(image)

@@ -175,10 +175,11 @@ def test_a_container_s_process_is_told_by_its_lock(tmp_path: Path) -> None:
 
 
 @as_root
-def test_another_user_s_folders_are_neither_removed_nor_used(tmp_path: Path) -> None:
-    for place in (tmp_path, *tmp_path.parents[:2]):
-        place.chmod(0o777)
-    theirs, folder = tmp_path / "theirs", tmp_path / "folder"
+def test_another_user_s_folders_are_neither_removed_nor_used(request: pytest.FixtureRequest) -> None:
+    place = Path(tempfile.mkdtemp())  # pytest's own can be entered by us alone
+    request.addfinalizer(lambda: shutil.rmtree(place))
+    place.chmod(0o777)
+    theirs, folder = place / "theirs", place / "folder"
     code = f"{AS_NOBODY}private_folder(pathlib.Path(sys.argv[1])); "
     made = (
         code
@@ -193,9 +194,9 @@ def test_another_user_s_folders_are_neither_removed_nor_used(tmp_path: Path) -> 
     assert left.exists()
     with pytest.raises(OwnershipError, match=r"theirs belongs to another user \(number 65534\)"):
         private_folder(theirs)
-    private_folder(tmp_path / "ours")
+    private_folder(place / "ours")
     done = subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path / "ours")], cwd=REPOSITORY, capture_output=True, text=True
+        [sys.executable, "-c", code, str(place / "ours")], cwd=REPOSITORY, capture_output=True, text=True
     )
     assert "belongs to another user (number 0)" in done.stderr
 

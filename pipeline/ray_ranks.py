@@ -9,7 +9,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.torch.config import _TorchBackend
 
 from cluster.launch_environment import forget_other_launchers
-from pipeline.workers import choose_interface
+from pipeline.workers import LOOPBACK, choose_interface
 
 
 class MailboxControl:
@@ -83,4 +83,4 @@ class RanksConfig(TorchConfig):
 def _use_interface(named: str | None) -> None:
     forget_other_launchers("Ray")  # what the node that Ray was started on had in its environment
     several = len([node for node in ray.nodes() if node["Alive"]]) > 1
-    choose_interface(named, ray.util.get_node_ip_address() if several else None)
+    choose_interface(named, ray.util.get_node_ip_address() if several else LOOPBACK)

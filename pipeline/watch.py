@@ -101,12 +101,11 @@ class Watch:
     def _connect(self, secret: bytes | None) -> None:
         """Become one of those that watch each other. Every rank must call it."""
         offer: tuple[tuple[str, int], bytes] | None = None
+        host = listening_address(self.worker)
         if self.worker.leads:
             made = new_secret()
             self._board = _Board(self.worker.world_size, self._sign())
-            self._server = Server(
-                listening_address(self.worker), secret or made, self._board.exchange, self.worker.world_size
-            )
+            self._server = Server(host, secret or made, self._board.exchange, self.worker.world_size)
             offer = self._server.address, made
         address, made = from_all(offer)[0]
         self._secret = secret or made

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from cluster import launch_environment
 
 _OPEN_FILES = 65_536
+LOOPBACK = "127.0.0.1"
 
 
 @dataclass(frozen=True)
@@ -66,8 +67,8 @@ def choose_interface(named: str | None, address: str | None) -> None:
 
     Args:
         named: the interface that the settings name.
-        address: this machine's address towards the other ranks, whose interface is taken where none is named. None
-            leaves the choice to gloo and NCCL, as on a single machine.
+        address: this machine's address towards the other ranks, whose interface is taken where none is named:
+            loopback where there are no others. None leaves the choice to gloo and NCCL.
 
     Raises:
         ValueError: there is no interface of that name here.
@@ -77,10 +78,13 @@ def choose_interface(named: str | None, address: str | None) -> None:
         raise ValueError(
             f"interface = {named!r}: {node()} has no such network interface; it has {', '.join(sorted(addresses))}"
         )
+    variables = ["GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"]
     if named is None:
         named = next((name for name, there in addresses.items() if address in there), None)
+        if address == LOOPBACK:  # NCCL passes over it, and needs no network on one machine
+            variables.remove("NCCL_SOCKET_IFNAME")
     if named is not None:
-        for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+        for variable in variables:
             os.environ.setdefault(variable, named)
 
 
@@ -96,23 +100,26 @@ def _address_towards(host: str) -> str | None:
 
 
 def listening_address(worker: Worker) -> str:
-    """The address on which this rank can be reached by the others, and by as few else as possible.
+    """The address on which the other ranks can reach this one, and as few else as possible. Every rank must call it.
 
-    On one machine that is loopback. Between machines it is the address of the interface that gloo uses, else the one
-    towards the rank that they all know.
+    On one machine that is loopback; between machines the address of gloo's interface, or that towards the others.
 
     Raises:
         ValueError: there is none.
     """
     if worker.world_size == worker.local_world_size:
-        return "127.0.0.1"
-    interface = os.environ.get("GLOO_SOCKET_IFNAME", "").split(",")[0]
-    entries = psutil.net_if_addrs().get(interface, [])
+        return LOOPBACK
+    towards = from_all(_address_towards(os.environ["MASTER_ADDR"]))
+    others = [address for address in towards if address is not None]
+    if not others:  # several launchers on this machine
+        return LOOPBACK
+    entries = psutil.net_if_addrs().get(os.environ.get("GLOO_SOCKET_IFNAME", "").split(",")[0], [])
     for family in (socket.AF_INET, socket.AF_INET6):
         for entry in entries:
             if entry.family == family and not entry.address.startswith("fe80:"):  # that one needs its interface said
                 return entry.address
-    address = _address_towards(os.environ["MASTER_ADDR"])
+    # Many a machine knows its own name as an address on loopback.
+    address = towards[worker.rank] or _address_towards(others[0])
     if address is None:
         raise ValueError(
             f"{node()} has no address that the other ranks can reach (MASTER_ADDR is {os.environ['MASTER_ADDR']}): "
@@ -147,7 +154,7 @@ def join(timeout_s: int, interface: str | None = None) -> Worker:
         resource.setrlimit(resource.RLIMIT_NOFILE, (enough, most))
     if not dist.is_initialized():
         several = numbers[1] > numbers[3]
-        choose_interface(interface, _address_towards(os.environ["MASTER_ADDR"]) if several else None)
+        choose_interface(interface, _address_towards(os.environ["MASTER_ADDR"]) if several else LOOPBACK)
         timeout = datetime.timedelta(seconds=timeout_s)
         backend = "gloo" if gpu_index is None else "nccl"
         if numbers[1] == 1 and os.environ["MASTER_PORT"] == "0":

@@ -150,7 +150,7 @@ def test_evaluation_takes_the_interface_that_is_named(home, corpus):
     publish(home)
     done = torchrun(1, home, "pipeline/evaluate.py", "models:/small@champion", str(corpus.path), "interface=nope0")
     assert done.returncode != 0
-    assert done.stderr.startswith("error: interface = 'nope0': ")
+    assert "\nerror: interface = 'nope0': " in done.stderr
     assert "has no such network interface; it has " in done.stderr
 
 
@@ -215,7 +215,8 @@ def test_classes_without_images_are_said_and_allowed(home, tmp_path, monkeypatch
 def test_under_torchrun_an_error_names_the_node_that_it_is_on(tmp_path):
     done = script(
         tmp_path, "pipeline/pretrain.py", "demo", "data.corpus=/nowhere", "run.name=x", "training.duration=1 steps",
-        RANK="3", WORLD_SIZE="4", LOCAL_RANK="1", LOCAL_WORLD_SIZE="2",
+        TORCHELASTIC_RUN_ID="x", RANK="3", WORLD_SIZE="4", LOCAL_RANK="1", LOCAL_WORLD_SIZE="2", MASTER_ADDR="a",
+        MASTER_PORT="1",
     )  # fmt: skip
     assert done.returncode == 2, done.stderr
     assert f"error on {os.uname().nodename} (rank 3): " in done.stderr

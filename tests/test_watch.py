@@ -35,6 +35,7 @@ def listening():
 
 worker = join(60)
 before = listening()
+(Path(sys.argv[1]) / f"others{worker.rank}").write_text(json.dumps(sorted(before)))
 watch = Watch(worker, float(sys.argv[2]), print)
 watch.at("computing", 7)
 folder = Path(sys.argv[1])
@@ -86,6 +87,8 @@ def two_ranks(
 def test_another_user_of_the_machine_can_neither_read_nor_end_the_ranks(tmp_path: Path) -> None:
     with two_ranks(tmp_path) as (process, _, (host, port)):
         assert host == "127.0.0.1"
+        for rank in range(2):  # nor do the sockets of the process group leave this machine
+            assert {there for there, _ in json.loads((tmp_path / f"others{rank}").read_text())} <= {"127.0.0.1"}
         silent = [subprocess.Popen([sys.executable, "-c", SILENT, host, str(port)], stdin=subprocess.PIPE)]
         done = subprocess.run([sys.executable, STRANGER, str(REPOSITORY), host, str(port)], capture_output=True)
         assert json.loads(done.stdout) == REFUSED, done.stderr

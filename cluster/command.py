@@ -1,11 +1,11 @@
 """What every command has around it: readable errors, exit codes, logging, paths, progress."""
 
 import atexit
+import errno
 import gc
 import io
 import logging
 import os
-import signal
 import sys
 import time
 import traceback
@@ -14,6 +14,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, NoReturn
 
+from cluster import stop_signals
 from cluster.launch_environment import LaunchError, describe, launch, leads
 from cluster.redact import printable, without_credentials
 
@@ -21,6 +22,14 @@ log = logging.getLogger("vitforge")
 
 USER_ERROR = 2
 """Exit status for what the user can put right; anything unforeseen leaves with 1 and a stack trace."""
+TIME_OVER = 75
+"""Exit status of a run that saved and ended because its time was over (EX_TEMPFAIL of sysexits.h: try again)."""
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
+"""Error numbers of a full disk, and of a user's share of it that is used up."""
+EXIT_STATUSES = f"""exit status: 0 done, {USER_ERROR} something that you can put right, 1 anything else; 129, 130 or 143
+stopped by SIGHUP, Ctrl-C or SIGTERM (a stage that trains saves first, a second one ends it at once);
+{TIME_OVER} saved and stopped because of run.stop_after"""
+"""For --help."""
 
 
 class LogFormatter(logging.Formatter):
@@ -62,26 +71,52 @@ def run_command(main: Callable[[], None]) -> NoReturn:
         sys.stdout.reconfigure(errors="backslashreplace")  # a name that the terminal has no letters for ends nothing
     # Python's last act is to search every object of every library for garbage, which takes seconds for nothing.
     atexit.register(gc.freeze)
-    # `ray job stop` and torchrun end a process so; as an exception it lets the command close what it has open.
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    stop_signals.STOP.install()
+    status = 1
     try:
         if not leads():
             log.setLevel(logging.ERROR)
         if found := describe():
             log.info("%s", found)
         main()
-    except ValueError as error:
-        if os.environ.get("VITFORGE_TRACEBACK") == "1":
-            print(shown(traceback.format_exc()), file=sys.stderr)
-        print(shown(f"error{_where()}: {error}"), file=sys.stderr, flush=True)
-        sys.exit(USER_ERROR)
-    except BrokenPipeError:
+        status = 0
+    except BaseException as error:
+        status = _status_of(error)
+    finally:
+        stop_signals.STOP.end(status)
+    sys.exit(status)
+
+
+def _status_of(error: BaseException) -> int:
+    """The exit status of a command that an exception ended, after saying what is to be said of it.
+
+    Raises:
+        BaseException: this one, where its stack trace is to be shown.
+    """
+    if stop_signals.STOP.leaving:
+        return stop_signals.STOP.status  # whatever a library made of the exception that was to end it
+    if isinstance(error, SystemExit) and isinstance(error.code, int):
+        return error.code
+    number = error.errno if isinstance(error, OSError) else None
+    if isinstance(error, BrokenPipeError) and not isinstance(error, ValueError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # `... --help | head`: nobody reads on
-        sys.exit(0)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr, flush=True)
-        sys.exit(130)
-    sys.exit(0)
+        return 0
+    if number == errno.EIO and stop_signals.terminal_is_gone(sys.stdout.fileno()):
+        stop_signals.leave_dead_terminal()  # nobody reads what was to be printed
+        return 0
+    if not isinstance(error, ValueError) and number not in NO_ROOM:
+        raise error
+    if os.environ.get("VITFORGE_TRACEBACK") == "1":
+        print(shown(traceback.format_exc()), file=sys.stderr)
+    print(shown(f"error{_where()}: {_message(error)}"), file=sys.stderr, flush=True)
+    return USER_ERROR
+
+
+def _message(error: BaseException) -> str:
+    if isinstance(error, ValueError) or not isinstance(error, OSError):
+        return str(error)
+    where = f"{error.filename}: " if error.filename else ""
+    return f"{where}{error.strerror}: make room, then run the same command again"
 
 
 def _show_trace(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:

@@ -4,6 +4,7 @@ Import this module before `ray` (or anything that imports it): Ray reads how to 
 about, from the environment at the moment it is imported.
 """
 
+import functools
 import logging
 import os
 import re
@@ -153,7 +154,8 @@ def _start_private(cpus: int, options: dict[str, Any]) -> None:
 
     for attempt in range(1, _STARTS + 1):
         try:
-            ray.init(address="local", num_cpus=cpus, include_dashboard=False, **options)
+            with _in_own_sessions():
+                ray.init(address="local", num_cpus=cpus, include_dashboard=False, **options)
             return
         except Exception as error:  # what Ray raises for a start that takes too long is no more special
             late = "timed out during startup" in str(error)
@@ -180,3 +182,20 @@ def _not_started(error: Exception, tries: int) -> str:
 def _first_line(error: Exception) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
+
+
+@contextmanager
+def _in_own_sessions() -> Iterator[None]:
+    """What Ray starts in this block is out of reach of the terminal and of what is sent to our process group.
+
+    Its processes must outlive the save that a signal to the group asks for. Ray 2.60 blocks SIGINT for them, and lets
+    SIGHUP and SIGTERM end them. They end with this process all the same, by the kernel's parent-death signal.
+    """
+    from ray._private import services
+
+    popen = services.ConsolePopen
+    services.ConsolePopen = functools.partial(popen, start_new_session=True)
+    try:
+        yield
+    finally:
+        services.ConsolePopen = popen

@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 import pydantic
 from pydantic.fields import FieldInfo
 
+from cluster.command import EXIT_STATUSES
 from cluster.yaml_values import MOST_CHARACTERS, YamlTextError, read_word, read_yaml
 
 
@@ -341,7 +342,7 @@ def help_text(
             default = f"default {json.dumps(value) if not isinstance(value, str) else value}"
         lines.append(f"  {key}  <{_type_name(field.annotation)}>  {default}")
         lines.extend(textwrap.wrap(field.description or "", 100, initial_indent=" " * 6, subsequent_indent=" " * 6))
-    return "\n".join(lines)
+    return "\n".join([*lines, "", EXIT_STATUSES])
 
 
 def parse_command(

@@ -8,6 +8,9 @@ from pathlib import Path
 
 if __package__ in (None, ""):  # run as a script: the repository root belongs on the path, not this folder
     sys.path[0] = str(Path(__file__).resolve().parents[1])
+    from cluster.stop_signals import STOP
+
+    STOP.install(early=True)  # the imports take seconds
 
 
 import numpy as np

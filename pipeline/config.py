@@ -78,9 +78,39 @@ def duration_in_steps(text: str, global_batch: int, num_samples: int) -> int:
     return max(round(steps), 1 if value > 0 else 0)
 
 
+_SECONDS = {
+    "d": 86400, "day": 86400, "h": 3600, "hour": 3600, "min": 60, "minute": 60, "s": 1, "sec": 1, "second": 1,
+}  # fmt: skip
+
+
+def seconds_of(text: str) -> float:
+    """The seconds of a time as people write it: "11 h 30 min", "90 min", "45 s", "1.5 h", "2 d".
+
+    Raises:
+        ValueError: it is not one, or not more than zero.
+    """
+    pieces = re.findall(r"(\d+(?:\.\d+)?)\s*([a-z]+)", text)
+    units = [unit if unit in _SECONDS else unit.removesuffix("s") for _, unit in pieces]
+    rest = re.sub(r"\d+(?:\.\d+)?\s*[a-z]+", "", text).strip()
+    known = bool(pieces) and not rest and all(unit in _SECONDS for unit in units)
+    seconds = (
+        sum(float(number) * _SECONDS[unit] for (number, _), unit in zip(pieces, units, strict=True)) if known else 0
+    )
+    if not seconds:
+        raise ValueError(f'{text!r} is not a time: write "11 h 30 min", "90 min", "45 s" or "2 d"')
+    return seconds
+
+
+def _check_time(text: str) -> str:
+    seconds_of(text)
+    return text
+
+
 RECIPES = Path(__file__).parent / "recipes"
 """The shipped recipes, in a folder for each stage."""
 
+TimeSpan = Annotated[str, AfterValidator(_check_time)]
+"""Hours, minutes and the like: "11 h 30 min"."""
 Batch = Annotated[int, Field(gt=0, le=1 << 24)]
 """Images; with the bound, what goes through its divisors does not take for ever."""
 MOST_SECONDS = 10**9
@@ -254,6 +284,9 @@ class RunSettings(Settings):
     """Seconds between looks for room for more ranks, where run.workers allows more than there are."""
     hang_timeout_s: Seconds = 300
     """Seconds without progress, or a minute without a sign of life, after which a rank hangs and all start again."""
+    stop_after: TimeSpan | None = None
+    """Time from the command's start ("11 h 30 min") in which it must have saved and ended, with exit status 75, as a
+    queue's limit wants. It stops early enough for a save, as long as one took before. The same command goes on."""
     allow_changes: bool = False
     """Go on from a checkpoint of other settings or another corpus; never of another architecture or global batch."""
     collective_timeout_s: Seconds = 600

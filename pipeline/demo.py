@@ -14,6 +14,9 @@ from pathlib import Path
 
 if __package__ in (None, ""):  # run as a script: the repository root belongs on the path, not this folder
     sys.path[0] = str(Path(__file__).resolve().parents[1])
+    from cluster.stop_signals import STOP
+
+    STOP.install(early=True)  # the imports take seconds
 
 import io
 import json
@@ -28,6 +31,7 @@ import numpy as np
 from cluster.command import absolute_path, duration, run_command
 from cluster.ray_runtime import REPOSITORY
 from cluster.settings import Settings, parse_command
+from cluster.stop_signals import STOPPED, hand_on_to_children
 from cluster.storage import write_bytes
 from pipeline import tracking
 
@@ -70,7 +74,10 @@ def step(title: str, *command: str) -> float:
     shown = shlex.join(["python", *command])
     print(f"\n=== {title}\n$ {shown}", flush=True)
     began = time.monotonic()
-    status = subprocess.run([sys.executable, *command], cwd=REPOSITORY).returncode
+    # In a process group of its own, so that it does not get a signal of the terminal twice: it is handed on.
+    status = subprocess.run([sys.executable, *command], cwd=REPOSITORY, process_group=0).returncode
+    if status in STOPPED:
+        sys.exit(status)
     if status:
         sys.exit(f"the demo stopped: `{shown}` left with status {status}")
     return time.monotonic() - began
@@ -98,6 +105,7 @@ def main() -> None:
     """Run the demo."""
     settings = parse_command(DemoSettings, prog="pipeline/demo.py", description=__doc__ or "")
     home = Path(absolute_path(settings.home, "home"))
+    hand_on_to_children()
     began = time.monotonic()
     os.environ["VITFORGE_HOME"] = str(home)
     images, corpora, runs = home / "images", home / "corpora", home / "runs"

@@ -6,22 +6,24 @@ them save and stop, to go on elsewhere; a crash is followed by another start.
 """
 
 import os
+import signal
 import time
 from collections.abc import Callable
-from contextlib import closing
+from contextlib import ExitStack, closing
 from typing import Any, Literal
 
 import torch.distributed as dist
 
 from cluster.authenticated_channel import new_secret
-from cluster.command import log
+from cluster.command import leads, log
 from cluster.launch_environment import launch
 from cluster.ownership import temporary_folder
 from cluster.ray_runtime import ray_session
 from cluster.settings import SettingsError
+from cluster.stop_signals import STOP
 from cluster.storage import StorageError
 from pipeline.crew import Crew, Recruiter, Terms
-from pipeline.stopping import STOPPED, Control, Every, SignalControl, StopSignal
+from pipeline.stopping import Control, Every, SignalControl, TimeLimit
 
 Target = Callable[[Any, Control], bool]
 """Runs on every rank; returns whether it came to its end (False: it saved and stopped because it was told to)."""
@@ -38,6 +40,7 @@ def run_ranks(
     terms: Terms,
     check: Callable[[int], None],
     progress: Callable[[], str] = lambda: "",
+    limit_s: float | None = None,
 ) -> None:
     """Call `target(argument, control)` on every rank and wait for all of them.
 
@@ -48,14 +51,31 @@ def run_ranks(
         name: shown by Ray.
         check: refuses a number of ranks by raising ValueError, before any of them starts.
         progress: a number that has grown when work was saved since it was asked last; crashes are counted anew then.
+        limit_s: seconds after the command's start in which it must have saved and stopped.
 
     Raises:
         ValueError: from `check`, from a rank, or for ranks that the cluster has no room for.
         RuntimeError: the ranks crashed too often.
-        SystemExit: they saved and stopped because the command was told to.
+        SystemExit: they saved and stopped because the command was told to, or its time was over.
     """
-    signals = StopSignal()
-    signals.install()
+    STOP.install()
+    with ExitStack() as stack:
+        limit = None
+        if limit_s is not None and leads():
+            limit = TimeLimit(limit_s, STOP, os.getppid() if launch().torchrun else os.getpid())
+            stack.enter_context(closing(Every(1.0, limit.look, "time-limit")))
+        _run_ranks(target, argument, name, terms, check, progress, limit)
+
+
+def _run_ranks(
+    target: Target,
+    argument: Any,
+    name: str,
+    terms: Terms,
+    check: Callable[[int], None],
+    progress: Callable[[], str],
+    limit: TimeLimit | None,
+) -> None:
     started = launch()
     if started.torchrun:
         world = started.world_size
@@ -63,17 +83,21 @@ def run_ranks(
             asked = _range(*terms.workers)
             raise SettingsError(f"torchrun started {world} ranks, the settings ask for {asked}: make them agree")
         check(world)
-        finished = target(argument, SignalControl(signals))
+        finished = target(argument, SignalControl(STOP, limit))
+        STOP.begun = False
         if dist.is_initialized():
             dist.destroy_process_group()  # left to the interpreter's end, its threads may abort a finished process
         if not finished:
-            raise SystemExit(STOPPED)
+            # Beside rank 0 no other gives a status: torchrun ends a node's ranks as soon as one of them has failed, and
+            # rank 0 has still to close what is open.
+            silent = 0 < started.rank < started.local_world_size
+            raise SystemExit(0 if silent else STOP.status or 128 + signal.SIGTERM)
         return
     if terms.workers is not None and terms.workers[0] == terms.workers[1]:
         check(terms.workers[0])
     with ray_session(min_cpus=(terms.workers or (1, 1))[0] * (terms.cpus_per_worker or 1)):
-        signals.install()  # Ray has put its own in its place
-        launcher = _Launcher(target, argument, name, terms, check, progress, signals)
+        STOP.install()  # Ray has put its own in its place
+        launcher = _Launcher(target, argument, name, terms, check, progress, limit)
         with closing(launcher.recruiter):
             launcher.run()
 
@@ -89,10 +113,10 @@ class _Launcher:
         terms: Terms,
         check: Callable[[int], None],
         progress: Callable[[], str],
-        signals: StopSignal,
+        limit: TimeLimit | None,
     ) -> None:
         self.target, self.argument, self.name = target, argument, name
-        self.terms, self.progress, self.signals = terms, progress, signals
+        self.terms, self.progress, self.limit = terms, progress, limit
         self.attempt = 0
         self.recruiter = Recruiter(terms, check, self._sleep)
 
@@ -105,10 +129,10 @@ class _Launcher:
             self.attempt += 1
             if outcome == "finished":
                 return
-            if self.signals.requested.is_set():
+            if STOP.requested:
                 if outcome == "crashed":
-                    log.warning("the ranks crashed while they were told to stop: %s", why)
-                raise SystemExit(STOPPED)
+                    log.warning("the ranks crashed while they saved and stopped: %s", why)
+                raise SystemExit(STOP.status)
             try:
                 now = self.progress()
             except (OSError, StorageError) as error:  # the storage that the ranks crashed of, perhaps
@@ -136,8 +160,8 @@ class _Launcher:
             self._sleep(pause)
 
     def _sleep(self, seconds: float) -> None:
-        if self.signals.requested.wait(seconds):
-            raise SystemExit(STOPPED)
+        if STOP.wait(seconds):
+            raise SystemExit(STOP.status)
 
     # ---- one start -------------------------------------------------------------------------------------------
 
@@ -186,7 +210,7 @@ class _Launcher:
                 failure_config=FailureConfig(max_failures=0, controller_failure_limit=0, max_preemption_failures=0),
             ),
         )
-        self.signals.begun.clear()
+        STOP.begun = False
         overseer = _Overseer(self, mailbox, crew)
         watching = Every(1.0, overseer.look, "overseer")
         try:
@@ -213,7 +237,7 @@ class _Launcher:
                 return "stopped", f"{overseer.asked}; {what or _last_line(error)}"
             return "crashed", hung or what or _last_line(error)
         finally:
-            self.signals.begun.clear()
+            STOP.begun = False
             watching.close()
 
 
@@ -230,14 +254,15 @@ class _Overseer:
         """Look once; called every second from a thread."""
         import ray
 
-        begun = self.launcher.signals.begun
-        if not begun.is_set() and ray.get(self.mailbox.begun.remote(), timeout=30):
-            begun.set()
+        if not STOP.begun and ray.get(self.mailbox.begun.remote(), timeout=30):
+            STOP.begun = True
+        if self.launcher.limit:
+            self.launcher.limit.needs_s = ray.get(self.mailbox.needs_s.remote(), timeout=30)
         if len(self._places) < self.crew.ranks:
             self._places = ray.get(self.mailbox.places.remote(), timeout=30)
         if self.asked is None:
             self.asked = self._reason()
-            if self.asked:
+            if self.asked and not STOP.requested:  # which has been said
                 log.info("telling the ranks to save and stop: %s", self.asked)
         if self.asked:  # every time: a mailbox that was started again has forgotten it
             ray.get(self.mailbox.ask.remote(self.asked), timeout=30)
@@ -247,8 +272,8 @@ class _Overseer:
 
         from cluster import capacity
 
-        if self.launcher.signals.requested.is_set():
-            return "the command was told to stop"
+        if STOP.requested:
+            return STOP.reason
         leaving = capacity.draining()
         due = time.monotonic() - self._checked > self.launcher.terms.resize_check_s
         lost = sorted({node for node in self._places.values() if node in leaving})

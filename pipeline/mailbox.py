@@ -14,6 +14,7 @@ class Mailbox:
     def __init__(self, secret: bytes) -> None:
         self._secret = secret
         self._wish: str | None = None
+        self._needs_s = 0.0
         self._places: dict[int, str] = {}
         self._begun = False
         self._ended: bool | None = None
@@ -27,9 +28,14 @@ class Mailbox:
         """Ask the ranks to save and stop."""
         self._wish = reason
 
-    def wish(self) -> str | None:
-        """What the ranks are asked."""
+    def wish(self, needs_s: float) -> str | None:
+        """What the ranks are asked; rank 0 says with its question how many seconds saving and stopping would take."""
+        self._needs_s = needs_s
         return self._wish
+
+    def needs_s(self) -> float:
+        """How many seconds saving and stopping would take."""
+        return self._needs_s
 
     def join(self, rank: int, node: str) -> None:
         """A rank says on which node it runs."""

@@ -5,7 +5,6 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Any
 
-from cluster.command import log
 from cluster.folders import Folder
 from cluster.lease import TTL_S, Watcher, end_process
 from pipeline.heartbeat import Heartbeat
@@ -24,6 +23,7 @@ class Oversight:
 
     Attributes:
         heartbeat: on rank 0; else None.
+        needs_s: gives the seconds that saving and stopping would take from now on.
     """
 
     def __init__(
@@ -31,6 +31,7 @@ class Oversight:
     ) -> None:
         self._control, self._reason = control, ""
         self._watch = Watch(worker, limit_s, control.hung, control.secret)
+        self.needs_s: Callable[[], float] = lambda: 0.0
         self._threads = [Every(0.5, self._ask, "stop")]
         self.heartbeat: Heartbeat | None = None
         if worker.leads:
@@ -78,9 +79,7 @@ class Oversight:
 
     def _ask(self) -> None:
         if not self._reason:
-            self._reason = self._control.stop_wanted() or ""
-            if self._reason:
-                log.info("saving and stopping: %s", self._reason)
+            self._reason = self._control.stop_wanted(self.needs_s()) or ""
 
     def _check(self, watcher: Watcher) -> None:
         reason = watcher.lost()

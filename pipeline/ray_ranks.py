@@ -23,10 +23,10 @@ class MailboxControl:
         if self._rank == 0:
             self._mailbox.begin.remote()
 
-    def stop_wanted(self) -> str | None:
+    def stop_wanted(self, needs_s: float) -> str | None:
         if self._rank:
             return None
-        wish: str | None = ray.get(self._mailbox.wish.remote(), timeout=30)
+        wish: str | None = ray.get(self._mailbox.wish.remote(needs_s), timeout=30)
         return wish
 
     def hung(self, message: str) -> None:
@@ -55,6 +55,9 @@ class RanksTrainer(TorchTrainer):
     def _create_default_callbacks(self) -> list[Any]:
         unused = ("DatasetsCallback", "PlacementGroupCleanerCallback")
         return [item for item in super()._create_default_callbacks() if type(item).__name__ not in unused]
+
+    def _register_sigint_handler(self, controller: Any) -> None:
+        """None: Ray 2.60's own ends the ranks at once, without a checkpoint. Ours is in place."""
 
 
 class RanksBackend(_TorchBackend):

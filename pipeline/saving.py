@@ -43,6 +43,8 @@ class _Save:
     target: Folder
     state: dict[str, Any]
     files: dict[str, int]
+    began: float
+    """By the monotonic clock."""
     brought: threading.Event = field(default_factory=threading.Event)
     """This rank's part is in the run's folder, or will never be."""
     given_up: threading.Event = field(default_factory=threading.Event)
@@ -67,6 +69,7 @@ class Checkpoints:
     Attributes:
         scratch: where this rank's parts are written first.
         committed: on rank 0, step and time (Unix) of the checkpoint that was committed last; None before one was.
+        longest_s: on rank 0, seconds from the beginning of a save to its commit, at most; None before the first.
     """
 
     def __init__(
@@ -74,6 +77,7 @@ class Checkpoints:
     ) -> None:
         self.folder, self.settings, self.worker, self.keep_every = folder, settings, worker, keep_every
         self.committed: tuple[int, float] | None = None
+        self.longest_s: float | None = None
         self._scratch = on_all_ranks(lambda: Scratch(settings.scratch, f"checkpoints-{worker.rank}"))
         self.scratch = self._scratch.path
         self._session = workers.from_all(secrets.token_hex(4))[0]
@@ -118,6 +122,7 @@ class Checkpoints:
                 raise
             self._failed = True
             log.warning("%s. Trying that of step %d", failure, step)
+        began = time.monotonic()
         assert not nonfinite_flag(engine).item(), "a state after a gradient that was not finite is not worth keeping"
         held = elastic.holdings(engine)
         pieces = held.share(self.worker.rank, self.worker.world_size)
@@ -132,7 +137,7 @@ class Checkpoints:
         state = {**state, "shapes": {name: shape for _, some in outcomes for name, shape in some.items()}}
         target = self.folder.child(f"step-{step:08d}-{self._session}-{self._saves:04d}")
         self._saves += 1
-        save = self._pending = _Save(step, target, state, files)
+        save = self._pending = _Save(step, target, state, files, began)
         save.thread = threading.Thread(target=self._bring, args=(save,), name="vitforge-checkpoint", daemon=True)
         save.thread.start()
         if not self.settings.background:
@@ -257,6 +262,7 @@ class Checkpoints:
             parts.append({"files": files, "digest": xxhash.xxh3_128_hexdigest(content)})
         commit(save.target, save.step, parts, save.state)
         save.committed, self.committed = True, (save.step, time.time())
+        self.longest_s = max(self.longest_s or 0.0, time.monotonic() - save.began)
         try:
             kept = self.settings
             retain(self.folder, save.target, kept.keep, self.keep_every, kept.keep_best)

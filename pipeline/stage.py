@@ -27,7 +27,7 @@ from models.vit import VitConfig
 from models.weights import save_safetensors
 from pipeline import checkpoints, layout, packages, pictures, tracking
 from pipeline.agreement import code_hash
-from pipeline.config import RunSettings, StageSettings, duration_in_steps
+from pipeline.config import RunSettings, StageSettings, duration_in_steps, seconds_of
 from pipeline.corpora import some
 from pipeline.crew import Terms
 from pipeline.identity import as_begun, identity_of
@@ -217,6 +217,7 @@ def _train(
         ),
         check=lambda ranks: _check_batch(settings, ranks),
         progress=lambda: checkpoints.newest_name(folder.child("checkpoints")),
+        limit_s=None if settings.run.stop_after is None else seconds_of(settings.run.stop_after),
     )
 
 

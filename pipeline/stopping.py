@@ -1,18 +1,16 @@
-"""Wishes to stop: they come as signals to a process, and reach the ranks through whoever started them."""
+"""Wishes to stop: they come as signals or from the clock, and reach the ranks through whoever started them."""
 
 import logging
 import os
-import signal
-import sys
 import threading
+import time
 from collections.abc import Callable
-from types import FrameType
 from typing import Protocol
 
-from cluster.command import log
+import psutil
 
-STOPPED = 128 + signal.SIGTERM
-"""Exit status of a command that saved and stopped because it was told to."""
+from cluster.command import TIME_OVER, duration, log
+from cluster.stop_signals import StopSignals
 
 
 class Control(Protocol):
@@ -26,34 +24,51 @@ class Control(Protocol):
     def begin(self) -> None:
         """The first step is about to be taken: from now on there may be something to save."""
 
-    def stop_wanted(self) -> str | None:
-        """Why this rank should save and stop, or None. It may take a moment: ask from a thread."""
+    def stop_wanted(self, needs_s: float) -> str | None:
+        """Why this rank should save and stop, or None. It may take a moment: ask from a thread.
+
+        Args:
+            needs_s: seconds that saving and stopping would take from now on, as far as this rank knows.
+        """
 
     def hung(self, message: str) -> None:
         """Leave word why this rank ends itself. It may take a moment, and must not fail."""
 
 
-class StopSignal:
-    """SIGTERM as a wish to save and stop. A second one ends the process at once; so does the first before `begun`.
+class TimeLimit:
+    """The end of a command's time: it is asked to stop as long before as saving and stopping may take.
+
+    Args:
+        limit_s: seconds from the command's start.
+        pid: the process whose start counts as the command's.
 
     Attributes:
-        requested: set by the first signal.
-        begun: to be set when there is something to save.
+        needs_s: seconds that saving and stopping would take, as the ranks say.
     """
 
-    def __init__(self) -> None:
-        self.requested = threading.Event()
-        self.begun = threading.Event()
+    def __init__(self, limit_s: float, signals: StopSignals, pid: int) -> None:
+        self.needs_s = 0.0
+        self._limit_s, self._signals = limit_s, signals
+        age_s = max(time.time() - psutil.Process(pid).create_time(), 0.0)
+        self._ends = time.monotonic() - age_s + limit_s
+        self._slack_s = min(max(_SLACK * limit_s, _SLACK_S[0]), _SLACK_S[1])
+        self._over = False
 
-    def install(self) -> None:
-        """Handle the signal from now on. Ray replaces the handler when it starts: install it again then."""
-        signal.signal(signal.SIGTERM, self._handle)
+    def look(self) -> None:
+        """Stop the command if it is time; from any thread."""
+        left = self._ends - time.monotonic()
+        if left < self.needs_s + self._slack_s and not self._over:
+            self._over = True
+            self._signals.expire(
+                TIME_OVER,
+                f"run.stop_after = {duration(self._limit_s)} will be over in {duration(max(left, 0))}, and saving and "
+                f"stopping may take {duration(self.needs_s + self._slack_s)}",
+            )
 
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.requested.is_set() or not self.begun.is_set():
-            sys.exit(128 + number)
-        self.requested.set()
-        log.warning("told to stop: the run is saved first; a second signal stops it at once")
+
+_SLACK, _SLACK_S = 0.2, (5.0, 60.0)
+"""What a time limit leaves for all that is not measured (the ends of the ranks, of Ray and of the tracking run): a
+share of the limit, and the least and the most of it in seconds."""
 
 
 class SignalControl:
@@ -61,21 +76,27 @@ class SignalControl:
 
     A torchrun that is killed leaves its ranks behind: they would go on with nobody to see to them, and keep their GPUs
     and the run from the next one. So they stop when the process that started them is gone.
+
+    Args:
+        limit: where the command's time is limited.
     """
 
     attempt = 0
     secret: bytes | None = None
 
-    def __init__(self, signals: StopSignal) -> None:
-        self._signals, self._parent = signals, os.getppid()
+    def __init__(self, signals: StopSignals, limit: TimeLimit | None = None) -> None:
+        self._signals, self._limit, self._parent = signals, limit, os.getppid()
 
     def begin(self) -> None:
-        self._signals.begun.set()
+        self._signals.begun = True
 
-    def stop_wanted(self) -> str | None:
+    def stop_wanted(self, needs_s: float) -> str | None:
+        if self._limit:
+            self._limit.needs_s = needs_s
         if os.getppid() != self._parent:
-            return f"torchrun (process {self._parent}) is gone"
-        return "told to stop" if self._signals.requested.is_set() else None
+            log.info("saving and stopping: torchrun (process %d) is gone", self._parent)
+            return "torchrun is gone"
+        return self._signals.reason if self._signals.requested else None
 
     def hung(self, message: str) -> None:
         """Nobody to tell: the log has it."""

@@ -73,6 +73,9 @@ class Meter:
         flops: of training on one image.
         peak: FLOP/s of one rank's device, if known.
         ranks: how many there are.
+
+    Attributes:
+        longest_step_s: seconds that a step took at most, not counting the first one.
     """
 
     def __init__(self, steps: int, global_batch: int, flops: float, peak: float | None, ranks: int) -> None:
@@ -82,6 +85,18 @@ class Meter:
         self._at = 0
         self._waited = self._idle = self._stalled = 0.0
         self._first_done: tuple[int, float] | None = None
+        self.longest_step_s = 0.0
+        self._stepped, self._step_began = False, self.started
+
+    def step_begins(self) -> None:
+        """A step is about to be taken."""
+        self._step_began = time.perf_counter()
+
+    def step_ended(self) -> None:
+        """It was taken."""
+        if self._stepped:  # the first one may compile for minutes
+            self.longest_step_s = max(self.longest_step_s, time.perf_counter() - self._step_began)
+        self._stepped = True
 
     @contextmanager
     def waiting(self) -> Iterator[None]:

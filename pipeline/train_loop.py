@@ -64,6 +64,9 @@ from pipeline.schedules import Schedule
 from pipeline.scoring import score
 from pipeline.stopping import Control
 
+_SLOW_STORAGE = 50e6
+"""Bytes/s that a rank brings to the run's folder at least, as long as nothing was measured."""
+
 
 @dataclass(frozen=True)
 class Job:
@@ -154,6 +157,7 @@ def _train(job: Job, worker: workers.Worker, oversight: Oversight) -> bool:
     agreement.check_room(needed, saved.scratch, worker)
     engine, resume = engine_at(resume)
     step = saved_step = resume.step if resume else 0
+    saved.longest_s = resume.state.get("save_seconds") if resume else None
 
     # ---- durations -------------------------------------------------------------------------------------------
     total = steps(training.duration)
@@ -229,6 +233,7 @@ def _train(job: Job, worker: workers.Worker, oversight: Oversight) -> bool:
             "memory": machine.memory,
             "versions": agreement.versions(),
             "scores": scored.get(step, {}),
+            "save_seconds": saved.longest_s,
         }
         saved.save(engine, step, state)
         saved_step = step
@@ -292,6 +297,12 @@ def _train(job: Job, worker: workers.Worker, oversight: Oversight) -> bool:
     losses: list[torch.Tensor] = []
     logits: Any = None
     loss: Any = None
+
+    def end_takes() -> float:
+        """Seconds that saving and stopping may take: the checkpoint on its way, another one, the steps until then."""
+        return 2 * (saved.longest_s or needed / _SLOW_STORAGE) + 3 * meter.longest_step_s
+
+    oversight.needs_s = end_takes
     oversight.begin()
     listen(everything=True)
     if unscored and not stop:
@@ -304,6 +315,7 @@ def _train(job: Job, worker: workers.Worker, oversight: Oversight) -> bool:
         if stop:
             break
         if trouble is None:
+            meter.step_begins()
             # The first step after a start shows that it goes; the record has the same steps with and without restarts.
             recorded = (step + 1) % settings.log.every == 0 or step + 1 in (1, total)
             logged = recorded or step == began
@@ -345,6 +357,7 @@ def _train(job: Job, worker: workers.Worker, oversight: Oversight) -> bool:
             # Before anything is recorded or saved, all that led to it is looked at.
             if logged or saves or scores:
                 trouble = listen(everything=True)
+            meter.step_ended()
         if trouble is not None:
             oversight.at("checkpoint", step)
             saved.wait()  # what is on its way is from before it

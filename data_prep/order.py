@@ -20,6 +20,7 @@ _MIN_BITS = 8
 # use of randomness has (counter_rng.uniform).
 OF_SAMPLES, _OF_SHARDS, _OF_WINDOW, OF_SOURCE = 0xFFFF0000, 0xFFFF0100, 0xFFFF0200, 0xFFFF0300
 _OF_PART, _OF_SUBSTITUTE, _OF_OTHER_SHARD, OF_SUBSET = 0xFFFF0400, 0xFFFF0500, 0xFFFF0600, 0xFFFF0700
+OF_SLOTS = 0xFFFF0800
 
 ATTEMPTS_IN_SHARD = 4
 """Substitutes for a bad sample that are looked for in a shard before the next one."""

@@ -47,12 +47,18 @@ class ImageError(ValueError):
     """Input that is no image this preprocessing can read; the message says why."""
 
 
+_CHOICES = {
+    "interpolation": ("bilinear", "bicubic"),
+    "crop": ("exact", "torchvision"),
+    "decoding": ("pillow", "dali"),
+}
+
+
 @dataclass(frozen=True)
 class Preprocessing:
     """Encoded images or arrays -> float32 [B, 3, size, size].
 
-    Resizing is bilinear and antialiased (a triangle filter as wide as the reduction, what Pillow and DALI call
-    linear), on 8-bit pixels.
+    Resizing works on 8-bit pixels; beyond its border an image counts as continued by its outermost pixels.
 
     Raises:
         ValueError: values that do not fit together; the message names the field.
@@ -64,8 +70,13 @@ class Preprocessing:
     """"squash": to size x size whatever the shape; "shorter": the shorter side to `resize_to`, then the centre."""
     resize_to: int | None = None
     """Length of the shorter side in pixels, at least `size`; with `resize="shorter"` only."""
-    interpolation: Literal["bilinear"] = "bilinear"
-    """Antialiased bilinear is the only one so far; written down so that a package always says it."""
+    interpolation: Literal["bilinear", "bicubic"] = "bilinear"
+    """Bicubic is Keys' with a = -0.5, as Pillow, TensorFlow and DALI have it."""
+    antialias: bool = True
+    """Whether the filter is as wide as the reduction; false reads 2 x 2 or 4 x 4 pixels (TensorFlow's default)."""
+    crop: Literal["exact", "torchvision"] = "exact"
+    """With `resize="shorter"`: "torchvision" is its Resize and CenterCrop in whole pixels; "exact", which packages
+    without this field mean, keeps the exact scale on both sides and has an odd pixel at the other end."""
     mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
     """Per channel, of pixels scaled to 0..1. 0.5 is what Google's ViTs use."""
     std: tuple[float, float, float] = (0.5, 0.5, 0.5)
@@ -86,10 +97,10 @@ class Preprocessing:
             fits = type(self.resize_to) is int and self.size <= self.resize_to <= 2 * LARGEST
             bounds = f"at least size = {self.size} and at most {2 * LARGEST}"
             _require(fits, f"resize_to = {_short(self.resize_to)} must be {bounds}")
-        _require(
-            self.interpolation == "bilinear", f"interpolation = {_short(self.interpolation)}: only 'bilinear' is there"
-        )
-        _require(self.decoding in ("pillow", "dali"), f"decoding = {_short(self.decoding)} must be 'pillow' or 'dali'")
+        for name, choices in _CHOICES.items():
+            value = getattr(self, name)
+            _require(value in choices, f"{name} = {_short(value)} must be {' or '.join(map(repr, choices))}")
+        _require(type(self.antialias) is bool, f"antialias = {_short(self.antialias)} must be true or false")
         for name, values in (("mean", self.mean), ("std", self.std)):
             numbers = len(values) == 3 and all(type(v) in (int, float) and abs(v) < 1e30 for v in values)
             _require(numbers, f"{name} = {_short(values)} must be three numbers")
@@ -130,18 +141,30 @@ class Preprocessing:
 
     def resized(self, pixels: Pixels) -> Pixels:
         """uint8 [H, W, 3] -> uint8 [size, size, 3]."""
-        (top, height), (left, width) = (self._source_span(length, pixels.shape[:2]) for length in pixels.shape[:2])
-        return _resize(pixels, top, left, height, width, self.size)
+        return _resize(pixels, *self.source_box(*pixels.shape[:2]), self.size, self.interpolation, self.antialias)
 
-    def _source_span(self, length: int, sides: tuple[int, ...]) -> tuple[float, float]:
-        """Where, along a side of `length` pixels, the result comes from: start and extent in source pixels.
+    def source_box(self, height: int, width: int) -> tuple[float, float, float, float]:
+        """The part of an upright image that the result shows: top, left, height, width in its pixels.
 
-        "shorter" keeps the exact scale although the longer side becomes a whole number of pixels: what rounding adds
-        or takes is shared by both ends (DALI's `subpixel_scale`). The crop's place is rounded down, as DALI does.
+        To resize this part alone is to resize the whole image and then to crop, without the image in between: that of
+        20,000 x 2 pixels would take 2 GB.
         """
         if self.resize_to is None:
-            return 0.0, float(length)
-        scale = self.resize_to / min(sides)
+            return 0.0, 0.0, float(height), float(width)
+        (top, tall), (left, wide) = (self._source_span(length, min(height, width)) for length in (height, width))
+        return top, left, tall, wide
+
+    def _source_span(self, length: int, shorter: int) -> tuple[float, float]:
+        """Where, along a side of `length` pixels, the result comes from: start and extent in source pixels."""
+        assert self.resize_to is not None
+        if self.crop == "torchvision":
+            # torchvision.transforms: Resize rounds the longer side down, CenterCrop a half to the even number.
+            resized = int(self.resize_to * length / shorter)
+            scale = resized / length
+            return round((resized - self.size) / 2) / scale, self.size / scale
+        # The exact scale although the longer side becomes a whole number of pixels: what rounding adds or takes is
+        # shared by both ends (DALI's `subpixel_scale`). The crop's place is rounded down, as DALI does.
+        scale = self.resize_to / shorter
         resized = _half_up(length * scale)
         crop = _half_up((resized - self.size) / 2)
         return length / 2 + (crop - resized / 2) / scale, self.size / scale
@@ -235,20 +258,51 @@ def _decode_array(array: npt.NDArray[Any]) -> Pixels:
     return np.broadcast_to(array, (*shape[:2], 3)) if array.shape[2] == 1 else array[:, :, :3]
 
 
-def _resize(pixels: Pixels, top: float, left: float, height: float, width: float, size: int) -> Pixels:
+def _resize(
+    pixels: Pixels, top: float, left: float, height: float, width: float, size: int, kind: str, antialias: bool
+) -> Pixels:
     """The rectangle of the image that starts at (top, left) -> [size, size, 3].
 
-    Beyond its border the image counts as continued by its outermost pixels, as DALI has it. Pillow leaves out what
-    lies beyond instead, so the image is extended first as far as the filter reaches.
+    What the filter reads beyond the rectangle are the image's own pixels; beyond the image it is continued by its
+    outermost pixels, as DALI has it.
     """
-    reach_y, reach_x = max(height / size, 1), max(width / size, 1)
-    before_y, before_x = max(0, math.ceil(reach_y - top)), max(0, math.ceil(reach_x - left))
-    after_y = max(0, math.ceil(top + height + reach_y - pixels.shape[0]))
-    after_x = max(0, math.ceil(left + width + reach_x - pixels.shape[1]))
-    image = Image.fromarray(np.pad(pixels, ((before_y, after_y), (before_x, after_x), (0, 0)), mode="edge"))
-    top, left = top + before_y, left + before_x
-    box = (left, top, left + width, top + height)
-    return np.asarray(image.resize((size, size), Image.Resampling.BILINEAR, box=box))
+    sides = [(height, top, 0), (width, left, 1)]
+    if not antialias:
+        values: npt.NDArray[Any] = pixels
+        for extent, start, axis in sorted(sides, reverse=True):  # the larger first: it leaves less for the other
+            values = _interpolated(values, axis, start, extent, size, kind)
+        return np.rint(values.clip(0, 255)).astype(np.uint8)
+    # Pillow leaves out what lies beyond the border, so the image is extended first as far as the filter reaches.
+    beyond = []
+    for extent, start, axis in sides:
+        reach = (1 if kind == "bilinear" else 2) * max(extent / size, 1)
+        after = math.ceil(start + extent + reach - pixels.shape[axis])
+        beyond.append((max(0, math.ceil(reach - start)), max(0, after)))
+    image = Image.fromarray(np.pad(pixels, (*beyond, (0, 0)), mode="edge"))
+    top, left = top + beyond[0][0], left + beyond[1][0]
+    filters = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
+    return np.asarray(image.resize((size, size), filters[kind], box=(left, top, left + width, top + height)))
+
+
+def _interpolated(
+    values: npt.NDArray[Any], axis: int, start: float, extent: float, size: int, kind: str
+) -> npt.NDArray[np.float32]:
+    """[start, start + extent) of an axis at `size` places, from the nearest 2 (bilinear) or 4 pixels (bicubic) each."""
+    centers = start + (np.arange(size) + 0.5) * (extent / size) - 0.5
+    first = np.floor(centers).astype(np.int64)
+    shape = [1, 1, 1]
+    shape[axis] = size
+    result = np.zeros((), np.float32)
+    for tap in (0, 1) if kind == "bilinear" else (-1, 0, 1, 2):
+        distance = np.abs(centers - (first + tap))
+        if kind == "bilinear":
+            weights = 1 - distance
+        else:  # Keys, "Cubic convolution interpolation for digital image processing", 1981, equation 4
+            near = (1.5 * distance - 2.5) * distance**2 + 1
+            weights = np.where(distance <= 1, near, ((2.5 - 0.5 * distance) * distance - 4) * distance + 2)
+        places = np.clip(first + tap, 0, values.shape[axis] - 1)
+        result = result + values.take(places, axis) * weights.astype(np.float32).reshape(shape)
+    return result
 
 
 def _short(value: Any) -> str:

@@ -69,6 +69,8 @@ class VitConfig:
     """Epsilon of the layer norms."""
     head_bias: float = 0.0
     """Initial bias of the head; the paper's sigmoid recipes start at -10."""
+    position_std: float = 0.02
+    """Standard deviation of the initial position embedding; 0.02 in the paper's code."""
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -95,7 +97,8 @@ class VitConfig:
         for name in ("dropout", "drop_path"):
             value = getattr(self, name)
             _require(0 <= value < 1, f"{name} = {value} must be at least 0 and below 1")
-        _require(self.norm_eps > 0, f"norm_eps = {self.norm_eps} must be above 0")
+        for name in ("norm_eps", "position_std"):
+            _require(getattr(self, name) > 0, f"{name} = {getattr(self, name)} must be above 0")
 
     @property
     def grid(self) -> int:
@@ -303,7 +306,7 @@ class VisionTransformer(nn.Module):
         if self.cls_token is not None:
             nn.init.zeros_(self.cls_token)
         if not self.pos_embed.is_meta:
-            nn.init.normal_(self.pos_embed, std=0.02)
+            nn.init.normal_(self.pos_embed, std=self.config.position_std)
 
     def forward(self, images: Tensor) -> Tensor:
         features = self.features(images)

@@ -6,6 +6,7 @@ import re
 import secrets
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -101,14 +102,23 @@ def _shortened(complaints: list[str], shown: int = 6) -> str:
 # ----------------------------------------------------------------------------------------------------------------
 
 
-def resize_position_embedding(pos_embed: Tensor, old_grid: int, new_grid: int, prefix: int = 1) -> Tensor:
+def resize_position_embedding(
+    pos_embed: Tensor,
+    old_grid: int,
+    new_grid: int,
+    prefix: int = 1,
+    *,
+    interpolation: Literal["bilinear", "bicubic"] = "bilinear",
+    antialias: bool = False,
+) -> Tensor:
     """The position embedding for images of another size, [1, prefix + old_grid^2, D] -> [1, prefix + new_grid^2, D].
-
-    Bilinear with aligned corners, which is the zoom of order 1 of the paper's code (arXiv 2010.11929, section
-    3.2). Other code interpolates bicubically; the results differ.
 
     Args:
         prefix: leading entries without a place in the image (the class token's), kept as they are.
+        interpolation: "bilinear" aligns the corners, which is the zoom of order 1 of the paper's code (arXiv
+            2010.11929, section 3.2). "bicubic" does not, as in DeiT and timm.
+        antialias: with "bicubic": the filter is widened where the grid shrinks, as in timm. In torch that is the cubic
+            of a = -0.5, where the one without antialias has -0.75.
     """
     if pos_embed.shape[1] != prefix + old_grid**2:
         raise WeightsError(
@@ -119,20 +129,36 @@ def resize_position_embedding(pos_embed: Tensor, old_grid: int, new_grid: int, p
         return pos_embed
     kept, patches = pos_embed.split([prefix, old_grid**2], dim=1)
     image = patches.unflatten(1, (old_grid, old_grid)).permute(0, 3, 1, 2).float()
-    image = F.interpolate(image, size=(new_grid, new_grid), mode="bilinear", align_corners=True)
+    size = (new_grid, new_grid)
+    if interpolation == "bilinear":
+        image = F.interpolate(image, size=size, mode="bilinear", align_corners=True)
+    else:
+        image = F.interpolate(image, size=size, mode="bicubic", align_corners=False, antialias=antialias)
     resized = image.permute(0, 2, 3, 1).flatten(1, 2).to(pos_embed.dtype)
     return torch.cat([kept, resized], dim=1)
 
 
-FREE_TO_CHANGE = frozenset({"image_size", "num_classes", "representation_size", "dropout", "drop_path", "head_bias"})
+FREE_TO_CHANGE = frozenset(
+    {"image_size", "num_classes", "representation_size", "dropout", "drop_path", "head_bias", "position_std"}
+)
 """Fields of VitConfig in which fine-tuning may differ from pre-training."""
 
 
-def adapt_for_finetuning(state: Mapping[str, Tensor], old: VitConfig, new: VitConfig) -> State:
+def adapt_for_finetuning(
+    state: Mapping[str, Tensor],
+    old: VitConfig,
+    new: VitConfig,
+    *,
+    interpolation: Literal["bilinear", "bicubic"] = "bilinear",
+    antialias: bool = False,
+) -> State:
     """Pre-trained weights made ready for fine-tuning: the arguments are left as they are.
 
     The whole head, representation layer included, is replaced by one linear layer with zero weight and the bias
     `new.head_bias` (arXiv 2010.11929, section 3.2), and the position embedding is resized to the new resolution.
+
+    Args:
+        interpolation, antialias: of the position embedding, as in `resize_position_embedding`.
 
     Raises:
         WeightsError: the two architectures differ in more than that; the message names each difference.
@@ -151,7 +177,9 @@ def adapt_for_finetuning(state: Mapping[str, Tensor], old: VitConfig, new: VitCo
     adapted = {n: t for n, t in state.items() if not n.startswith(("head.", "representation."))}
     pos_embed = state["pos_embed"]
     prefix = int(old.pool == "cls")
-    adapted["pos_embed"] = resize_position_embedding(pos_embed, old.grid, new.grid, prefix)
+    adapted["pos_embed"] = resize_position_embedding(
+        pos_embed, old.grid, new.grid, prefix, interpolation=interpolation, antialias=antialias
+    )
     adapted["head.weight"] = torch.zeros(new.num_classes, new.width, dtype=pos_embed.dtype)
     adapted["head.bias"] = torch.full((new.num_classes,), new.head_bias, dtype=pos_embed.dtype)
     return adapted

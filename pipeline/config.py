@@ -141,6 +141,8 @@ class ModelSettings(Settings):
     """Dropout after every dense layer except qkv, and after adding the position embedding."""
     drop_path: Probability = 0.0
     """Stochastic depth: chance of skipping the last block, growing linearly from 0 at the first."""
+    position_init: Literal["paper", "big_vision"] = "paper"
+    """Standard deviation of the initial position embedding: 0.02 (paper), or 1 / sqrt(width) (big_vision)."""
     head_bias: float | None = None
     """Initial bias of the head. Null: 0 with softmax, -10 with sigmoid, as ImageNet-21k wants."""
 
@@ -385,10 +387,22 @@ class FinetuneSettings(StageSettings):
 
     parent: str
     """The model to start from: models:/NAME@ALIAS, models:/NAME/VERSION or a package's folder."""
+    position_interpolation: Literal["bilinear", "bicubic"] = "bilinear"
+    """How the position embedding is resized: bilinear with aligned corners (paper's code), or bicubic (DeiT, timm)."""
+    position_antialias: bool = False
+    """Antialiasing of that, where the grid shrinks; bicubic only (timm's resampling has it)."""
     dropout: Probability = 0.0
     """Dropout while fine-tuning."""
     drop_path: Probability = 0.0
     """Stochastic depth while fine-tuning."""
+
+    @model_validator(mode="after")
+    def _check_position(self) -> "FinetuneSettings":
+        if self.position_antialias and self.position_interpolation != "bicubic":
+            raise SettingsError(
+                "position_antialias = true goes with position_interpolation = 'bicubic' only: set that, or take it out"
+            )
+        return self
 
 
 class EvaluateSettings(Settings):

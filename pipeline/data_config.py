@@ -132,6 +132,14 @@ class DataSettings(Settings):
     augment: AugmentSettings = AugmentSettings()
     eval_resize: Annotated[int, Field(gt=0, le=1 << 15)] | None = None
     """Evaluation and consumers: shorter side in pixels before the centre crop; null squashes the whole image."""
+    train_interpolation: Literal["bilinear", "bicubic"] = "bilinear"
+    """How training crops are resized; bicubic in the recipes of DeiT and timm."""
+    train_antialias: bool = True
+    """Whether the filter of a reduced training crop is as wide as the reduction; false as in TensorFlow's recipes."""
+    eval_interpolation: Literal["bilinear", "bicubic"] = "bilinear"
+    """How evaluation and consumers resize."""
+    eval_antialias: bool = True
+    """As train_antialias, for evaluation and consumers."""
     mean: Triple | None = None
     """Subtracted from the pixels, scaled to 0 to 1, by channel. Null: the parent's, or 0.5 as in the original code."""
     std: Triple | None = None

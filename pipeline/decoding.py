@@ -8,8 +8,7 @@ CPU's before a run uses it. Which backend ran is recorded: pixels are exact only
 import io
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -17,11 +16,11 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 
 from cluster.command import log
-from pipeline import augment, pixels, spaces
+from models.preprocess import Preprocessing
+from pipeline import augment, pixels, resizing, spaces
 from pipeline.data_config import DataSettings
 
 Backend = Literal["cpu", "gpu-slice", "gpu-roi"]
@@ -66,6 +65,13 @@ def train_graph(
     else:
         suite = rand_augment.get_rand_augment_suite(use_shape=False, max_translate_abs=round(side * 100 / 224))
 
+    resizer = None
+    if backend == "cpu" and resizing.is_ours(settings.train_interpolation, settings.train_antialias):
+        extend = settings.rules >= 2
+        resizer = resizing.Resizer(
+            batch, side, threads, settings.train_interpolation, settings.train_antialias, extend=extend
+        )
+
     # Choosing an operation by sample is conditional execution.
     @pipeline_def(
         batch_size=batch,
@@ -79,16 +85,17 @@ def train_graph(
         encoded, anchor, shape, mirror, *levels = fn.external_source(
             source=source, num_outputs=4 + 3 * layers, batch=True
         )
-        resize = {"size": [side, side], "interp_type": types.INTERP_LINEAR, "antialias": True}
+        resize = {"size": [side, side], **_filter(settings.train_interpolation, settings.train_antialias)}
         place: dict[str, Any] = {"axis_names": "HW", "normalized_anchor": False, "normalized_shape": False}
         decoder = _decoder(settings, backend)
-        if backend == "cpu":
+        if resizer is not None:
             images = fn.decoders.image_slice(encoded, anchor, shape, **place, **decoder)
-            resizer = _Resizer(batch, side, threads)
             images = fn.python_function(images, function=resizer, batch_processing=True, output_layouts="HWC")
-        elif backend == "gpu-slice":
+        elif backend != "gpu-roi":
             images = fn.resize(fn.decoders.image_slice(encoded, anchor, shape, **place, **decoder), **resize)
-        else:
+        elif settings.rules >= 2:
+            images = fn.resize(fn.slice(fn.decoders.image(encoded, **decoder), anchor, shape, **place), **resize)
+        else:  # the filter reads beyond the crop
             start = fn.cast(anchor, dtype=types.FLOAT)
             end = start + fn.cast(shape, dtype=types.FLOAT)
             images = fn.resize(fn.decoders.image(encoded, **decoder), roi_start=start, roi_end=end, **resize)
@@ -105,62 +112,77 @@ def train_graph(
                 fill_value=128,
                 interp_type=types.INTERP_LINEAR,
             )
-        return _normalise(images, settings, as_is=pixels.changes_levels(settings), mirror=mirror)
+        return _normalise(
+            images, None if pixels.changes_levels(settings) else preprocessing_of(settings), mirror=mirror
+        )
 
     pipeline = graph()
     pipeline.build()
     return pipeline
 
 
-class _Resizer:
-    """Resizes a batch of crops on the CPU, in torch: 0.3 CPU-ms an image where DALI's own operator takes 1.0.
+def preprocessing_of(settings: DataSettings) -> Preprocessing:
+    """What evaluation does to an image, and consumers of the model will."""
+    assert settings.mean is not None, "the stage fills these in"
+    assert settings.std is not None
+    return Preprocessing(
+        size=settings.image_size,
+        resize="squash" if settings.eval_resize is None else "shorter",
+        resize_to=settings.eval_resize,
+        interpolation=settings.eval_interpolation,
+        antialias=settings.eval_antialias,
+        crop="torchvision" if settings.eval_resize is not None and settings.rules >= 2 else "exact",
+        mean=settings.mean,
+        std=settings.std,
+        decoding="dali",
+    )
 
-    Bilinear and antialiased on 8-bit pixels, as that: within one level of 255 of Pillow, and nearer to it than DALI.
-    """
 
-    def __init__(self, batch: int, side: int, threads: int) -> None:
-        # Not made anew each time: fresh memory costs as much as filling it. DALI copies it before the next call.
-        self._pixels = torch.empty((batch, side, side, 3), dtype=torch.uint8)
-        self._threads = threads
-        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="vitforge-resize")
-
-    def __call__(self, images: list[NDArray[np.uint8]]) -> list[NDArray[np.uint8]]:
-        """uint8 [H, W, 3], of any sizes -> uint8 [side, side, 3]."""
-        # A list for each thread: handing over single images costs more than some of them.
-        parts = [range(first, len(images), self._threads) for first in range(self._threads)]
-        list(self._pool.map(lambda part: self._resize(images, part), parts))
-        return list(self._pixels.numpy()[: len(images)])
-
-    def _resize(self, images: list[NDArray[np.uint8]], rows: Iterable[int]) -> None:
-        for row in rows:
-            pixels, target = (values.permute(2, 0, 1) for values in (torch.from_numpy(images[row]), self._pixels[row]))
-            size = list(target.shape[1:])
-            target.copy_(F.interpolate(pixels[None], size=size, mode="bilinear", antialias=True)[0])
+def eval_inputs(
+    encoded: list[NDArray[np.uint8]], prepared: Preprocessing, widths: NDArray[np.int64], heights: NDArray[np.int64]
+) -> tuple[Any, ...]:
+    """A batch as `eval_graph` wants it; sizes [B] in pixels of the upright images."""
+    if prepared.resize == "squash":
+        return (encoded,)
+    boxes = [prepared.source_box(*size) for size in zip(heights.tolist(), widths.tolist(), strict=True)]
+    start, extent = np.split(np.array(boxes), 2, axis=1)
+    return encoded, start.astype(np.float32), (start + extent).astype(np.float32)
 
 
 def eval_graph(
-    source: Source, batch: int, settings: DataSettings, backend: Backend, threads: int, device_id: int | None
+    source: Source,
+    batch: int,
+    settings: DataSettings,
+    prepared: Preprocessing,
+    backend: Backend,
+    threads: int,
+    device_id: int | None,
 ) -> Any:
-    """Graph of encoded bytes alone, prepared as a consumer of the model prepares them (models/preprocess.py)."""
-    from nvidia.dali import fn, pipeline_def, types
+    """Graph of what `eval_inputs` gives, prepared as a consumer of the model prepares it (models/preprocess.py)."""
+    from nvidia.dali import fn, pipeline_def
 
-    side = settings.image_size
+    side, squash = prepared.size, prepared.resize == "squash"
 
     @pipeline_def(batch_size=batch, num_threads=threads, device_id=device_id, prefetch_queue_depth=2, exec_dynamic=True)
     def graph() -> Any:
-        encoded = fn.external_source(source=source, num_outputs=1, batch=True)[0]
+        encoded, *roi = fn.external_source(source=source, num_outputs=1 if squash else 3, batch=True)
         images = fn.decoders.image(encoded, **_decoder(settings, backend))
-        if settings.eval_resize is None:
-            images = fn.resize(images, size=[side, side], interp_type=types.INTERP_LINEAR, antialias=True)
-        else:
-            images = fn.resize(
-                images, resize_shorter=settings.eval_resize, interp_type=types.INTERP_LINEAR, antialias=True
-            )
-        return _normalise(images, settings, crop=(side, side), crop_pos_x=0.5, crop_pos_y=0.5)
+        # The part that is shown is resized, and not the image cropped after it: an image of 20,000 x 2 pixels would
+        # take 2 GB. The filter reads beyond the part all the same.
+        place = {} if squash else {"roi_start": roi[0], "roi_end": roi[1]}
+        images = fn.resize(images, size=[side, side], **place, **_filter(prepared.interpolation, prepared.antialias))
+        return _normalise(images, prepared)
 
     pipeline = graph()
     pipeline.build()
     return pipeline
+
+
+def _filter(interpolation: resizing.Interpolation, antialias: bool) -> dict[str, Any]:
+    from nvidia.dali import types
+
+    kinds = {"bilinear": types.INTERP_LINEAR, "bicubic": types.INTERP_CUBIC}
+    return {"interp_type": kinds[interpolation], "antialias": antialias}
 
 
 def _decoder(settings: DataSettings, backend: Backend) -> dict[str, Any]:
@@ -171,17 +193,16 @@ def _decoder(settings: DataSettings, backend: Backend) -> dict[str, Any]:
     return {"device": "mixed", "output_type": types.RGB, "hw_decoder_load": settings.hw_decoder_load}
 
 
-def _normalise(images: Any, settings: DataSettings, as_is: bool = False, **extra: Any) -> Any:
+def _normalise(images: Any, prepared: Preprocessing | None, **extra: Any) -> Any:
+    """float32 [3, S, S] images, normalised as prepared; from 0 to 255 with None."""
     from nvidia.dali import fn, types
 
-    assert settings.mean is not None, "the stage fills these in"
-    assert settings.std is not None
     return fn.crop_mirror_normalize(
         images,
         dtype=types.FLOAT,
         output_layout="CHW",
-        mean=0.0 if as_is else [255 * value for value in settings.mean],
-        std=1.0 if as_is else [255 * value for value in settings.std],
+        mean=[255 * value for value in prepared.mean] if prepared else 0.0,
+        std=[255 * value for value in prepared.std] if prepared else 1.0,
         **extra,
     )
 
@@ -279,13 +300,20 @@ def _run_probe(backend: Backend, settings: DataSettings) -> None:
             draws = replace(draws, operations=replace(draws.operations, operations=every % 14, signs=every // 14))
         return train_inputs(encoded, draws)
 
+    prepared = preprocessing_of(settings)
+
+    def shown(batch: int) -> tuple[Any, ...]:
+        if batch >= 2:
+            raise StopIteration
+        return eval_inputs(encoded, prepared, sizes[:, 0], sizes[:, 1])
+
     found = {}
     for name in ("cpu", backend):
         device = None if name == "cpu" else 0
         batches = []
         for training, graph in (
             (True, train_graph(source, count, settings, name, threads=2, device_id=device)),
-            (False, eval_graph(lambda batch: source(batch)[:1], count, settings, name, threads=2, device_id=device)),
+            (False, eval_graph(shown, count, settings, prepared, name, threads=2, device_id=device)),
         ):
             for seed in range(2):
                 images = torch.from_dlpack(graph.run()[0].as_tensor()).clone()

@@ -155,8 +155,10 @@ def main() -> None:
 
 
 def _speed(result: dict[str, Any]) -> str:
-    rate, wait = result["images_per_second"], result["data_wait"]
-    return f"{result['steps']} steps, {rate:,.0f} images/s, {100 * wait:.1f} % of the time waiting for data"
+    rate, overall = result["images_per_second_training"], result["images_per_second_overall"]
+    saving = f" ({overall:,.0f} with evaluations and checkpoints)" if overall else ""
+    waiting = f"{100 * result['data_wait']:.1f} % of the time waiting for data"
+    return f"{result['steps']} steps, {rate:,.0f} images/s{saving}, {waiting}"
 
 
 def _result(run: Path) -> dict[str, Any]:

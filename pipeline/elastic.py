@@ -142,6 +142,23 @@ def spread_weights(engine: Any) -> None:
 
 
 @torch.no_grad()
+def begin_with(engine: Any, weights: Mapping[str, torch.Tensor]) -> None:
+    """Make fp32 weights those that training begins with, and their average. All ranks call it, before the first step.
+
+    In bf16 DeepSpeed (0.19.8) rounds the module first, and takes the rounded weights for its fp32 ones.
+
+    Args:
+        weights: of every parameter, whole, on any device.
+    """
+    held = holdings(engine)
+    for piece in held.pieces:
+        numbers = weights[piece.name].detach().flatten()[piece.start : piece.start + piece.count]
+        for state in {WEIGHT, EMA} & held.flats[piece.flat].keys():
+            held.flats[piece.flat][state][piece.offset : piece.offset + piece.count].copy_(numbers)
+    spread_weights(engine)
+
+
+@torch.no_grad()
 def swap_average(engine: Any) -> None:
     """Exchange the weights and their average; called again, everything is as it was. All ranks call it."""
     for flat in holdings(engine).flats:

@@ -78,7 +78,7 @@ def evaluate(job: Job, control: Control) -> bool:
     data = data_settings(package, settings)
     verdict = decoding.Verdict.for_all(workers.from_all(decoding.choose_backend(data, worker.gpu)))
     backend = verdict.backend
-    loader = EvalLoader(corpus, data, worker, settings.batch, backend)
+    loader = EvalLoader(corpus, data, worker, settings.batch, backend, package.preprocessing)
     log.info("scoring %d images on %d rank(s), decoding on %s", corpus.num_samples, worker.world_size, backend)
     began = time.perf_counter()
     scores = score(model, loader, package.activation, dtype)
@@ -92,12 +92,14 @@ def evaluate(job: Job, control: Control) -> bool:
 
 
 def data_settings(package: packages.Package, settings: EvaluateSettings) -> DataSettings:
-    """The package's preprocessing as settings of the loader."""
+    """Settings of the loader, with what the start-up probe needs to know of the package's preprocessing."""
     prepared = package.preprocessing
     return DataSettings(
         corpus=settings.corpus,
         image_size=prepared.size,
         eval_resize=prepared.resize_to if prepared.resize == "shorter" else None,
+        eval_interpolation=prepared.interpolation,
+        eval_antialias=prepared.antialias,
         mean=prepared.mean,
         std=prepared.std,
         decode=settings.decode,

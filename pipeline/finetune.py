@@ -88,7 +88,13 @@ def main() -> None:
         parent.config.grid,
         config.grid,
     )
-    weights = adapt_for_finetuning(parent.state, parent.config, config)
+    weights = adapt_for_finetuning(
+        parent.state,
+        parent.config,
+        config,
+        interpolation=settings.position_interpolation,
+        antialias=settings.position_antialias,
+    )
     made_by = parent.tags.get("vitforge.mlflow_run")
     start = Start(config, weights, parent.uri, made_by, checks_of(corpus, heldout))
     print_result(run_stage("finetune", settings, start, corpus))

@@ -25,7 +25,9 @@ from data_prep.bad_samples import BadSamples, TooManyBadSamples, too_many
 from data_prep.corpus import Corpus
 from data_prep.image_check import UnusableImage, check_image
 from data_prep.mixture import MixedOrder, Mixture
+from data_prep.order import OF_SLOTS, Permutation
 from data_prep.shard_cache import PLANNED
+from models.preprocess import Preprocessing
 from pipeline import augment, decoding, pixels, workers
 from pipeline.corpora import check_cache, shuffle_windows
 from pipeline.data_config import DataSettings
@@ -284,32 +286,45 @@ class TrainLoader(_Loader):
         self.windows = shuffle_windows(self.corpus, settings)
         check_cache(self.corpus, self.windows)
         self.order = MixedOrder(self.corpus, seed, self.windows)
+        # A mixture's parts take turns: where images are mixed with their neighbours, at 1:1 none would ever meet one of
+        # its own part.
+        self._permutes = settings.rules >= 2 and settings.augment.mixes and len(self.corpus.parts) > 1
         self._reached: list[tuple[int, int] | None] = [None] * len(self.windows)
 
     def positions(self, batch: int) -> NDArray[np.int64]:
         """[micro_batch] global positions of one of this loader's batches."""
-        step, micro = divmod(batch, self.share // self.size)
-        first = (
-            window_of(self.start + step, self.skipped) * self.global_batch
-            + self.worker.rank * self.share
-            + micro * self.size
-        )
-        return np.arange(first, first + self.size, dtype=np.int64)
+        window, micro = self._window(batch), batch % (self.share // self.size)
+        first = self.worker.rank * self.share + micro * self.size
+        slots = np.arange(first, first + self.size, dtype=np.int64)
+        if self._permutes:
+            slots = Permutation(self.global_batch, self.seed, use=OF_SLOTS, part=window)(slots)
+        return window * self.global_batch + slots
 
-    def _look_ahead(self, position: int) -> None:
+    def _window(self, batch: int) -> int:
+        return window_of(self.start + batch // (self.share // self.size), self.skipped)
+
+    def _reach(self, batch: int) -> tuple[int, int]:
+        """The first and the last position that a batch may show."""
+        if self._permutes:
+            first = self._window(batch) * self.global_batch
+            return first, first + self.global_batch - 1
+        positions = self.positions(batch)
+        return int(positions[0]), int(positions[-1])
+
+    def _look_ahead(self, batch: int) -> None:
         """When a part comes to another window, say which shards it will need from now on."""
+        position = self._reach(batch)[0]
         for part, window in enumerate(self.windows):
             if window and (reached := self.order.window_at(part, position)) != self._reached[part]:
                 self._reached[part] = reached
                 count = max(2 * window, min(PLANNED, 2 * len(self.corpus.parts[part].shard_sizes)))
-                last = int(self.positions(self.count - 1)[-1])
+                last = self._reach(self.count - 1)[1]
                 shards = self.order.shards_from(part, position, last, count)
                 self.corpus.parts[part].prefetch(shards, ahead=2 * window)
 
     def _contents(self, batch: int) -> _Contents:
-        positions = self.positions(batch)
-        self._look_ahead(int(positions[0]))
-        epochs, ids = self.order.ids(positions)
+        self._look_ahead(batch)
+        epochs, ids = self.order.ids(self.positions(batch))
         images, bad = [], []
         for place, image in enumerate(self.bad.read(ids)):
             if image is None:
@@ -338,16 +353,26 @@ class EvalLoader(_Loader):
 
     Every rank gets the same number of batches, since collectives wait for all; where its samples run out, or one is
     bad, another fills the place and is not counted (`Batch.real`).
+
+    Args:
+        prepared: how images are prepared; by default as the settings say.
     """
 
     def __init__(
-        self, corpus: Corpus | Mixture, settings: DataSettings, worker: Worker, batch: int, backend: decoding.Backend
+        self,
+        corpus: Corpus | Mixture,
+        settings: DataSettings,
+        worker: Worker,
+        batch: int,
+        backend: decoding.Backend,
+        prepared: Preprocessing | None = None,
     ) -> None:
         share = -(-corpus.num_samples // worker.world_size)
         super().__init__(corpus, settings, worker, batch, -(-share // batch), backend)
         self.first = min(worker.rank * share, corpus.num_samples)
         self.last = min(self.first + share, corpus.num_samples)
         assert len(self.corpus.parts) == 1
+        self.prepared = prepared or decoding.preprocessing_of(settings)
         self._shard = -1
 
     def __iter__(self) -> Generator[Batch, None, None]:
@@ -379,11 +404,11 @@ class EvalLoader(_Loader):
         return _Contents(np.zeros_like(ids), ids, [image for _, image in shown], real, bad)
 
     def _inputs(self, contents: _Contents) -> tuple[Any, ...]:
-        return (contents.images,)
+        return decoding.eval_inputs(contents.images, self.prepared, *self.corpus.image_sizes(contents.ids))
 
     def _graph(self, source: decoding.Source, size: int) -> Any:
         threads, device = _threads(self.settings, self.worker), self.worker.dali_device(self.backend)
-        return decoding.eval_graph(source, size, self.settings, self.backend, threads, device)
+        return decoding.eval_graph(source, size, self.settings, self.prepared, self.backend, threads, device)
 
 
 def check_bad(loader: _Loader, read: int, share: float) -> int:

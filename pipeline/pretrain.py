@@ -53,6 +53,8 @@ def architecture(settings: PretrainSettings, num_classes: int) -> "VitConfig":
         )
         changes = {key: getattr(model, key) for key in ("width", "depth", "mlp_dim", "heads")}
         config = dataclasses.replace(config, **{key: value for key, value in changes.items() if value is not None})
+        if model.position_init == "big_vision":
+            config = dataclasses.replace(config, position_std=config.width**-0.5)
         if model.representation:
             config = dataclasses.replace(config, representation_size=config.width)
     except ValueError as error:

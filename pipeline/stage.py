@@ -22,7 +22,6 @@ from cluster.ray_runtime import REPOSITORY
 from cluster.settings import SettingsError
 from data_prep.checked_rows import Checks
 from data_prep.mixture import Mixture
-from models.preprocess import Preprocessing
 from models.vit import VitConfig
 from models.weights import save_safetensors
 from pipeline import checkpoints, layout, packages, pictures, tracking
@@ -30,6 +29,7 @@ from pipeline.agreement import code_hash
 from pipeline.config import RunSettings, StageSettings, duration_in_steps, seconds_of
 from pipeline.corpora import some
 from pipeline.crew import Terms
+from pipeline.decoding import preprocessing_of
 from pipeline.identity import as_begun, identity_of
 from pipeline.launch import run_ranks
 from pipeline.run_files import INITIAL_WEIGHTS, METRICS, producing
@@ -249,31 +249,27 @@ def _hand_over(
     waits = [row["data_wait"] for row in rows if "data_wait" in row]
     # The first line of a run holds the warm-up of everything.
     rates, waits = rates[1:] or rates, waits[1:] or waits
+    rate = sorted(rates)[len(rates) // 2] if rates else None
+    spent = checkpoint.state.get("throughput", {"images": 0})
     result: dict[str, Any] = {
         "run": settings.run.name,
         "folder": str(folder),
         "steps": checkpoint.step,
-        "images_per_second": sorted(rates)[len(rates) // 2] if rates else None,
+        "images_per_second": rate,  # as it was called before there were two
+        # The median of the windows between log lines, without evaluations and checkpoints.
+        "images_per_second_training": rate,
+        # All images by all of the time in the loop, with evaluations and with every checkpoint before this one.
+        "images_per_second_overall": spent["images"] / spent["seconds"] if spent["images"] else None,
         "data_wait": sorted(waits)[len(waits) // 2] if waits else None,
         "heldout_top1": scores[-1]["heldout/top1"] if scores else None,
         "model": None,
     }
     if settings.registry.name:
-        data = settings.data
-        assert data.mean is not None
-        assert data.std is not None
         published = packages.publish(
             settings.registry.name,
             checkpoints.full_weights(checkpoint),
             start.architecture,
-            Preprocessing(
-                size=data.image_size,
-                resize="squash" if data.eval_resize is None else "shorter",
-                resize_to=data.eval_resize,
-                mean=data.mean,
-                std=data.std,
-                decoding="dali",
-            ),
+            preprocessing_of(settings.data),
             corpus.names,
             settings.loss.kind,
             tags={

@@ -2,7 +2,7 @@
 
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -133,6 +133,18 @@ class Meter:
         if self._first_done is None:
             self._first_done = (done, now)
         return values
+
+    def total(self, done: int, before: Mapping[str, float] | None) -> dict[str, float]:
+        """Images and wall seconds of a run, with evaluations and checkpoints, `done` steps after the loop began.
+
+        Args:
+            before: this of the checkpoint that the loop went on from.
+        """
+        earlier = before or {"images": 0, "seconds": 0.0}
+        return {
+            "images": earlier["images"] + done * self.global_batch,
+            "seconds": earlier["seconds"] + self.elapsed(),
+        }
 
     def seconds_left(self, done: int) -> float:
         """Estimate from the steps since the first measurement, which holds the warm-up of everything."""

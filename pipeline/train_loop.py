@@ -43,7 +43,7 @@ from pipeline import (
 from pipeline.config import StageSettings, duration_in_steps
 from pipeline.consensus import Consensus
 from pipeline.corpora import describe_order, open_corpora
-from pipeline.elastic import swap_average
+from pipeline.elastic import begin_with, swap_average
 from pipeline.engine import (
     build_engine,
     destroy,
@@ -148,8 +148,13 @@ def _train(job: Job, worker: workers.Worker, oversight: Oversight) -> bool:
         if job.initial_weights:
             with at_hand(folder, INITIAL_WEIGHTS) as path:
                 load_into(model, load_safetensors(path))
+        drawn = {name: parameter.detach() for name, parameter in model.named_parameters()}
         engine = build_engine(model, settings.optimizer, plan, training.global_batch, worker, training.ema > 0)
-        return engine, saved.load(engine, checkpoint, check) if checkpoint else None
+        if checkpoint:
+            return engine, saved.load(engine, checkpoint, check)
+        if plan.precision != "fp32":
+            begin_with(engine, drawn)
+        return engine, None
 
     if resume:
         check(resume)
@@ -234,6 +239,7 @@ def _train(job: Job, worker: workers.Worker, oversight: Oversight) -> bool:
             "versions": agreement.versions(),
             "scores": scored.get(step, {}),
             "save_seconds": saved.longest_s,
+            "throughput": meter.total(step - began, resume.state.get("throughput") if resume else None),
         }
         saved.save(engine, step, state)
         saved_step = step

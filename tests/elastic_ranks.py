@@ -19,7 +19,7 @@ from models.losses import dense_targets, softmax_cross_entropy
 from models.vit import VisionTransformer, VitConfig
 from pipeline import workers
 from pipeline.config import CheckpointSettings, OptimizerSettings
-from pipeline.elastic import holdings, swap_average
+from pipeline.elastic import begin_with, holdings, swap_average
 from pipeline.engine import (
     build_engine,
     nonfinite_flag,
@@ -184,12 +184,40 @@ def load_all(worker, root, options):
         engine.destroy()
 
 
+def begin_all(worker, root, options):
+    """For each stage: what training begins with, against the weights as they were drawn or loaded in fp32."""
+    for stage in options["stages"]:
+        torch.manual_seed(0)
+        drawn = {name: parameter.detach().clone() for name, parameter in VisionTransformer(CONFIG).named_parameters()}
+        engine, layout = make_engine(worker, stage, **options.get("engine", {}))
+        rounded = whole_state(engine)
+        begin_with(engine, drawn)
+        state = whole_state(engine)
+        expected = {
+            f"{name} {kind}": numbers.flatten() for name, numbers in drawn.items() for kind in ("weight", "ema")
+        }
+        module = engine.module.eval()
+        images = torch.ones(1, 3, 8, 8, dtype=layout.dtype)
+        begun = module(images)
+        train(engine, layout, worker, 0, 1)
+        report(
+            worker,
+            stage=stage,
+            exact=all(torch.equal(state[name], numbers) for name, numbers in expected.items()),
+            exact_before=all(torch.equal(rounded[name], numbers) for name, numbers in expected.items()),
+            moments=max(float(state[name].abs().max()) for name in state.keys() - expected.keys()),
+            begun=begun.float().tolist(),
+            steps=steps_of(engine),
+        )
+        engine.destroy()
+
+
 def main():
     prepare_deepspeed()
     torch.use_deterministic_algorithms(True)
     worker = workers.join(60)
     scenario, root, options = sys.argv[1], Path(sys.argv[2]), json.loads(sys.argv[3])
-    {"save": save_all, "load": load_all}[scenario](worker, root, options)
+    {"save": save_all, "load": load_all, "begin": begin_all}[scenario](worker, root, options)
     dist.barrier()
 
 

@@ -114,11 +114,9 @@ def _compared(images: Sequence[bytes], facts: Sequence[ImageFacts]) -> list[dict
         lambda _: decoding.train_inputs(encoded, draws), count, squashed, "cpu", threads=1, device_id=None
     )
     graphs = {"training": training}
-    for name, settings in (("evaluation", squashed), ("centre", centre)):
-        graphs[name] = decoding.eval_graph(lambda _: (encoded,), count, settings, "cpu", threads=1, device_id=None)
-    black = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
-    whole = Preprocessing(SIZE, decoding="dali", **black)  # type: ignore[arg-type]
-    cut = Preprocessing(SIZE, resize="shorter", resize_to=SHORTER, decoding="dali", **black)  # type: ignore[arg-type]
+    whole, cut = decoding.preprocessing_of(squashed), decoding.preprocessing_of(centre)
+    for name, prepared in (("evaluation", whole), ("centre", cut)):
+        graphs[name] = _evaluation(decoding.eval_inputs(encoded, prepared, widths, heights), squashed, prepared)
     consumed = {"training": whole(images), "evaluation": whole(images), "centre": cut(images)}
     found: list[dict[str, tuple[float, float]]] = [{} for _ in images]
     for path, graph in graphs.items():
@@ -127,6 +125,10 @@ def _compared(images: Sequence[bytes], facts: Sequence[ImageFacts]) -> list[dict
         for row, level in enumerate(levels):
             found[row][path] = float(level.mean()), ring_mean(level)
     return list(found)
+
+
+def _evaluation(inputs: tuple[Any, ...], settings: DataSettings, prepared: Preprocessing) -> Any:
+    return decoding.eval_graph(lambda _: inputs, len(inputs[0]), settings, prepared, "cpu", threads=1, device_id=None)
 
 
 def ring_mean(values: NDArray[np.float32]) -> float:

@@ -88,6 +88,17 @@ def test_bf16_keeps_its_fp32_weights_through_every_change(tmp_path):
             assert row["losses"] == pytest.approx(row["straight"], rel=3e-2)
 
 
+def test_bf16_begins_with_the_fp32_weights_and_not_with_rounded_ones(tmp_path):
+    rows = ranks(2, "begin", tmp_path, stages=[1, 2, 3], engine={"precision": "bf16"})
+    assert [row["stage"] for row in rows] == [1, 2, 3]
+    for row in rows:
+        assert row["exact"], row["stage"]
+        assert not row["exact_before"], "DeepSpeed does it itself now: begin_with can go"
+        assert row["moments"] == 0
+        assert row["steps"] == {"values": [1.0], "own": True}
+        assert row["begun"] == rows[0]["begun"]
+
+
 # ---- through the command -----------------------------------------------------------------------------------------
 
 STEPS = 120

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from data_prep.corpus import Corpus
 from data_prep.mixture import Mixture
-from models.preprocess import Preprocessing
 from pipeline.data_config import AugmentSettings, DataSettings
+from pipeline.decoding import preprocessing_of
 from pipeline.loader import EvalLoader, TrainLoader
 from pipeline.workers import Worker
 from tests.corpora import image_folder, make_corpus
@@ -103,7 +103,7 @@ def test_evaluation_counts_every_sample_once_for_any_number_of_ranks(corpus, ran
 def test_evaluation_prepares_images_as_a_consumer_does(corpus, resize):
     loader = EvalLoader(corpus, settings(corpus, eval_resize=resize), Worker(), 45, "cpu")
     (batch,) = list(loader)
-    prepared = Preprocessing(size=16, resize="squash" if resize is None else "shorter", resize_to=resize)
+    prepared = preprocessing_of(settings(corpus, eval_resize=resize))
     expected = prepared([data.tobytes() for data in corpus.read(batch.ids)])
     difference = (batch.images - expected).abs() * 127.5
     assert difference.max() <= 2.0  # of 255: rounding between two passes of the filter
@@ -186,6 +186,61 @@ def test_windows_that_are_left_out_are_used_by_no_step(corpus, skipped, start):
             for step, window in enumerate(expected):
                 first = 12 * window + rank * size
                 assert loader.positions(step).tolist() == list(range(first, first + size))
+
+
+@pytest.fixture(scope="module")
+def two_parts(corpus, tmp_path_factory) -> Mixture:
+    root = tmp_path_factory.mktemp("second")
+    return Mixture([corpus, make_corpus(image_folder(root / "images", classes=3, images=15), root / "corpus")])
+
+
+def pairs_of(mixture, ranks=1, micro=None, batch=24, steps=40, start=0, rules=2, **values):
+    """[pairs, 2] the samples that are mixed with each other, step by step."""
+    corpus, step_ids = mixture.parts[0], []
+    data = settings(corpus, **values).model_copy(update={"rules": rules})
+    loaders = [
+        TrainLoader(
+            mixture, data, 5, Worker(rank, ranks, rank, ranks), batch, micro or batch // ranks, start, steps, "cpu"
+        )
+        for rank in range(ranks)
+    ]
+    each = loaders[0].count // (steps - start)
+    for step in range(steps - start):
+        for loader in loaders:
+            step_ids += [loader.order.ids(loader.positions(step * each + turn))[1] for turn in range(each)]
+    return np.concatenate(step_ids).reshape(-1, 2)
+
+
+def test_partners_of_a_mixture_are_of_one_part_as_often_as_chance_has_it(two_parts):
+    pairs = pairs_of(two_parts, mixup=0.2)
+    same = (two_parts.part_of(pairs[:, 0]) == two_parts.part_of(pairs[:, 1])).mean()
+    assert 0.4 < same < 0.56  # 11 of the 23 others of a step: 0.478
+    for ranks, micro in ((2, None), (3, 2), (4, None), (12, None)):
+        np.testing.assert_array_equal(pairs_of(two_parts, ranks, micro, mixup=0.2), pairs)
+    np.testing.assert_array_equal(pairs_of(two_parts, 2, 4, start=17, mixup=0.2), pairs[17 * 12 :])
+    # The same images in every step, and every image once an epoch, as without mixing.
+    plain = pairs_of(two_parts)
+    assert (np.sort(plain.reshape(-1, 24), 1) == np.sort(pairs.reshape(-1, 24), 1)).all()
+    assert (two_parts.part_of(plain[:, 0]) != two_parts.part_of(plain[:, 1])).all()
+
+
+def test_partners_are_as_before_where_nothing_is_mixed_from_several_parts(two_parts, corpus):
+    plain = pairs_of(two_parts)
+    np.testing.assert_array_equal(pairs_of(two_parts, rules=1, cutmix=1.0), plain)
+    single = Mixture.of(corpus)
+    np.testing.assert_array_equal(pairs_of(single, mixup=0.2), pairs_of(single, rules=1, mixup=0.2))
+
+
+def test_images_of_permuted_slots_are_the_same_on_every_number_of_ranks(two_parts):
+    def images(ranks):
+        data = settings(two_parts.parts[0], cutmix=1.0)
+        loaders = [
+            TrainLoader(two_parts, data, 5, Worker(r, ranks, r, ranks), 12, 12 // ranks, 0, 2, "cpu")
+            for r in range(ranks)
+        ]
+        return torch.cat([batch.images for step in zip(*loaders, strict=True) for batch in step])
+
+    assert torch.equal(images(1), images(2))
 
 
 def test_leaving_a_loader_early_ends_its_thread(corpus):

@@ -97,6 +97,8 @@ def test_overrides_reach_nested_keys_with_their_types():
         ("evaluation.batch=7", ["evaluation.batch has no effect without data.heldout"]),
         ("optimizer.betas=[1.5, 2]", ["optimizer.betas", "1.5", "less than 1"]),
         ("checkpoint.every=0 steps", ["checkpoint.every", "longer than nothing"]),
+        ("model.position_init=xavier", ["model.position_init", "'xavier'", "big_vision"]),
+        ("data.train_interpolation=lanczos", ["data.train_interpolation", "'lanczos'", "bicubic"]),
         ("training.duration=1,5 epochs", ["training.duration", "'1,5 epochs' is not a duration"]),
     ],
 )

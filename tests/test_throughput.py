@@ -32,3 +32,20 @@ def test_all_that_training_waits_for_at_a_save_is_stall_and_none_of_it_lowers_th
     line = log_line(1, 100, {**values, "loss": 1.0, "learning_rate": 1.0, "gradient_norm": 1.0}, 1.0)
     assert f"checkpoint stall {100 * values['checkpoint_stall']:.1f} %" in line
     assert meter.measure(2)["checkpoint_stall"] == 0
+
+
+def test_the_overall_rate_counts_all_of_the_time_over_restarts():
+    whole: list[float] = []
+    with timed(whole):
+        meter = Meter(100, 10, 1.0, None, 1)
+        with meter.stalled():
+            time.sleep(0.2)
+        meter.measure(1)
+        with meter.paused():
+            time.sleep(0.1)
+        first = meter.total(2, None)
+    assert first["images"] == 20
+    assert 0.3 <= first["seconds"] <= whole[0]
+    second = Meter(98, 10, 1.0, None, 1).total(3, first)
+    assert second["images"] == 50
+    assert second["seconds"] > first["seconds"]

@@ -1,14 +1,18 @@
 """The training loop on real DeepSpeed: world sizes agree, a killed run resumes exactly, bad states are refused."""
 
+import json
 import shutil
 
 import pytest
+import torch
 
 from cluster.folders import LocalFolder
+from models.vit import VisionTransformer, VitConfig
 from pipeline import tracking
+from pipeline.checkpoints import newest
 from pipeline.packages import load_package
 from tests.corpora import image_folder, make_corpus
-from tests.running import losses, tiny, torchrun, torchrun_killed
+from tests.running import losses, newest_state, tiny, torchrun, torchrun_killed
 
 STEPS = 50
 TINY = [*tiny(STEPS, 10), "run.workers=null"]
@@ -100,6 +104,35 @@ def test_a_loss_that_is_not_finite_stops_the_run_with_step_rank_and_samples(plac
     assert "the loss became" in done.stderr
     assert "on rank" in done.stderr
     assert "samples [" in done.stderr
+
+
+def test_bf16_begins_with_the_fp32_weights_and_the_result_names_both_rates(places):
+    name = "bf16-begins"
+    still = ("optimizer.learning_rate=1e-30", "optimizer.warmup=0 steps", "training.duration=3 steps")
+    run(
+        places,
+        name,
+        2,
+        *still,
+        "training.precision=bf16",
+        "training.zero_stage=2",
+        "training.ema=0.5",
+        "training.seed=3",
+    )
+    folder = places[0] / "runs" / name
+    checkpoint = newest(LocalFolder(folder / "checkpoints"))
+    assert checkpoint is not None
+    torch.manual_seed(3)
+    drawn = VisionTransformer(VitConfig.from_json(checkpoint.state["architecture"])).state_dict()
+    state = newest_state(folder / "checkpoints")
+    for parameter, numbers in drawn.items():
+        for kind in ("weight", "ema"):  # to the last bit, but for the updates, which are of 1e-30
+            torch.testing.assert_close(state[f"{parameter} {kind}"], numbers, rtol=0, atol=1e-28)
+    result = json.loads((folder / "result.json").read_text())
+    spent = checkpoint.state["throughput"]
+    assert spent["images"] == 3 * 12
+    assert result["images_per_second_overall"] == pytest.approx(36 / spent["seconds"])
+    assert result["images_per_second"] == result["images_per_second_training"] > 0
 
 
 @pytest.mark.slow

@@ -106,6 +106,7 @@ def test_unknown_names_are_refused(name: str):
         ({"representation_size": 0}, "representation_size = 0"),
         ({"head_bias": float("nan")}, "head_bias = nan must be a number"),
         ({"norm_eps": 0}, "norm_eps = 0.0 must be above 0"),
+        ({"position_std": 0}, "position_std = 0.0 must be above 0"),
     ],
 )
 def test_impossible_architectures_are_refused(change: dict[str, Any], message: str):
@@ -145,6 +146,8 @@ def test_initialisation_is_that_of_the_original_code():
     assert model.representation is not None
     assert model.representation.weight.std() == pytest.approx((1 / width) ** 0.5, rel=0.02)
     assert model.pos_embed.std() == pytest.approx(0.02, rel=0.05)
+    other = VisionTransformer(replace(config, depth=1, position_std=0.05))
+    assert other.pos_embed.detach().std() == pytest.approx(0.05, rel=0.05)
     assert model.cls_token is not None
     biases = [p for n, p in model.named_parameters() if n.endswith("bias") and n != "head.bias"]
     assert not any(p.any() for p in [model.cls_token, model.head.weight, *biases])

@@ -2,13 +2,14 @@
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import pytest
 import scipy.ndimage
 import torch
 import transformers
+from PIL import Image
 
 from models.vit import VisionTransformer, VitConfig
 from models.weights import (
@@ -102,6 +103,38 @@ def test_position_embedding_is_zoomed_with_order_1(old: int, new: int, prefix: i
     expected = np.concatenate([pos[0, :prefix], zoomed.reshape(-1, 6)])
     resized = resize_position_embedding(torch.from_numpy(pos), old, new, prefix)[0].numpy()
     np.testing.assert_allclose(resized, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize(("old", "new"), [(14, 24), (24, 14), (7, 5)])
+def test_position_embedding_is_resized_bicubically_as_pillow_does_with_antialias(old: int, new: int):
+    grid = np.random.default_rng(0).normal(size=(old, old)).astype(np.float32)
+    pos = torch.from_numpy(grid.reshape(1, -1, 1))
+    expected = np.asarray(Image.fromarray(grid).resize((new, new), Image.Resampling.BICUBIC))
+    resized = resize_position_embedding(pos, old, new, 0, interpolation="bicubic", antialias=True)
+    np.testing.assert_allclose(resized.reshape(new, new), expected, atol=1e-5)
+    plain = resize_position_embedding(pos, old, new, 0, interpolation="bicubic").reshape(new, new).numpy()
+    # Keys' kernel with torch's a = -0.75 at the nearest 4 x 4 entries, those beyond the border being the outermost.
+    matrix = np.zeros((new, old))
+    for row, centre in enumerate((np.arange(new) + 0.5) * old / new - 0.5):
+        for tap in range(int(np.floor(centre)) - 1, int(np.floor(centre)) + 3):
+            x = abs(centre - tap)
+            near, far = (1.25 * x - 2.25) * x * x + 1, -0.75 * (x**3 - 5 * x**2 + 8 * x - 4)
+            matrix[row, np.clip(tap, 0, old - 1)] += near if x <= 1 else far
+    np.testing.assert_allclose(plain, matrix @ grid @ matrix.T, atol=1e-5)
+
+
+def test_fine_tuning_resizes_the_position_embedding_as_it_is_told():
+    state = randomised(SMALL).state_dict()
+    new = replace(SMALL, image_size=48)
+    kinds: list[dict[str, Any]] = [
+        {"interpolation": "bilinear"},
+        {"interpolation": "bicubic"},
+        {"interpolation": "bicubic", "antialias": True},
+    ]
+    found = [adapt_for_finetuning(state, SMALL, new, **kind)["pos_embed"] for kind in kinds]
+    assert torch.equal(found[0], adapt_for_finetuning(state, SMALL, new)["pos_embed"])
+    assert not torch.allclose(found[0], found[1], atol=1e-3)
+    assert not torch.allclose(found[1], found[2], atol=1e-3)
 
 
 def test_resizing_refuses_another_grid():

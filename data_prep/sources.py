@@ -18,6 +18,7 @@ from pydantic import Field
 from cluster import storage
 from cluster.command import absolute_path
 from cluster.folders import Folder, LocalFolder, file_at, folder_at
+from cluster.paths import shown
 from cluster.settings import Settings, SettingsError
 from data_prep.class_names import put_in_order, read_classes, read_words, relabel
 from data_prep.corpus_jobs import LAID_DOWN
@@ -116,7 +117,8 @@ def list_source(settings: SourceSettings, workers: int = 0, destination: Folder 
     except OSError as error:
         if isinstance(error, storage.StorageError):
             raise
-        raise SourceError(f"source {place} cannot be read: {error.strerror} ({error.filename})") from error
+        what = shown(os.fsdecode(error.filename)) if isinstance(error.filename, (str, bytes)) else "a file"
+        raise SourceError(f"source {place} cannot be read: {error.strerror} ({what})") from error
     return _with_chosen_classes(_without_giants(listing), settings)
 
 

@@ -52,7 +52,7 @@ def load_safetensors(path: str | Path) -> State:
         raise WeightsError(f"no weights at {path}: there is no such file")
     try:
         return load_file(path)
-    except SafetensorError as error:
+    except (SafetensorError, OSError, ValueError, KeyError, RuntimeError, TypeError) as error:  # of torch's own checks
         raise WeightsError(f"{path} is not a complete safetensors file ({error}): fetch or write it again") from error
 
 

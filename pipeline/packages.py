@@ -27,7 +27,7 @@ import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import mlflow
 import pandas as pd
@@ -38,6 +38,7 @@ from mlflow.exceptions import MlflowException
 from mlflow.models import Model, ModelSignature
 from mlflow.types.schema import Array, ColSpec, DataType, ParamSchema, ParamSpec, Schema
 from PIL import Image
+from pydantic import Field
 from torch import Tensor
 
 import models.classifier
@@ -45,7 +46,9 @@ import models.preprocess
 import models.vit
 from cluster.command import log
 from cluster.ownership import temporary_files_in, temporary_folder
-from models.classifier import FORMAT_VERSION, ClassifierError, package_digest
+from cluster.records import Record, check_record
+from cluster.storage import StorageError, read_json
+from models.classifier import DTYPES, FORMAT_VERSION, ClassifierError, package_digest
 from models.preprocess import Preprocessing
 from models.vit import VisionTransformer, VitConfig
 from models.weights import check_fits, load_safetensors, save_safetensors
@@ -167,6 +170,8 @@ def _check_parts(
         raise PackageError(f"activation = {activation!r} must be 'softmax' or 'sigmoid'")
     with torch.device("meta"):
         check_fits(VisionTransformer(config), state)
+    if others := {str(tensor.dtype) for tensor in state.values()} - {str(dtype) for dtype in DTYPES.values()}:
+        raise PackageError(f"the weights are {', '.join(sorted(others))}: float32, bfloat16 or float16 would do")
     broken = [name for name, tensor in state.items() if not tensor.isfinite().all()]
     if broken:
         raise PackageError(f"the weights are not finite: {', '.join(broken[:6])}; a package of them is of no use")
@@ -373,27 +378,43 @@ def _read_parts(folder: Path, uri: str, tags: dict[str, str]) -> Package:
     description_path = folder / "artifacts" / "model.json"
     if not description_path.is_file():
         raise PackageError(f"{uri} is no package of this project: it has no artifacts/model.json")
-    description: dict[str, Any] = json.loads(description_path.read_text(encoding="utf-8"))
-    if description["format_version"] > FORMAT_VERSION:
+    description = _read_description(description_path)
+    if description.format_version > FORMAT_VERSION:
         raise PackageError(
-            f"{uri} has package format {description['format_version']}, newer than the {FORMAT_VERSION} that this "
+            f"{uri} has package format {description.format_version}, newer than the {FORMAT_VERSION} that this "
             "version of the project reads: update it"
         )
     weights = folder / "artifacts" / "weights.safetensors"
     state = load_safetensors(weights)
     if tags.get(WEIGHTS_TAG, digest := _sha256(weights)) != digest:
         raise PackageError(f"the weights of {uri} are not the ones that were published: its {WEIGHTS_TAG} differs")
-    package = Package(
-        state=state,
-        config=VitConfig.from_json(description["architecture"]),
-        preprocessing=Preprocessing.from_json(description["preprocessing"]),
-        classes=description["classes"],
-        activation=description["activation"],
-        uri=uri,
-        tags=tags,
-    )
-    _check_parts(package.state, package.config, package.preprocessing, package.classes, package.activation)
-    return package
+    try:
+        config = VitConfig.from_json(description.architecture)
+        preprocessing = Preprocessing.from_json(description.preprocessing)
+    except ValueError as error:
+        raise PackageError(f"{description_path} describes no model: {error}") from error
+    if config.depth > len(state):  # before as many blocks are built
+        raise PackageError(f"{weights} has {len(state)} tensors, too few for {config.depth} blocks")
+    _check_parts(state, config, preprocessing, description.classes, description.activation)
+    return Package(state, config, preprocessing, description.classes, description.activation, uri, tags)
+
+
+class _Description(Record):
+    """What model.json must say."""
+
+    format_version: Annotated[int, Field(ge=1)]
+    architecture: dict[str, Any]
+    preprocessing: dict[str, Any]
+    activation: Activation
+    classes: list[str]
+
+
+def _read_description(path: Path) -> _Description:
+    try:
+        value = read_json(path)
+    except StorageError as error:
+        raise PackageError(str(error)) from error
+    return check_record(_Description, value, str(path), PackageError)
 
 
 # ----------------------------------------------------------------------------------------------------------------

@@ -25,12 +25,22 @@ from cluster.settings import SettingsError
 from cluster.storage import StorageError
 from data_prep.image_check import UnusableImage
 from data_prep.listing import SourceError
+from models.classifier import ClassifierError
 from models.weights import WeightsError
 from pipeline.packages import PackageError
 from pipeline.parts import DamagedCheckpointError
 from tests.fuzz_readers import READERS, Reader
 
-REFUSALS = (SettingsError, StorageError, SourceError, UnusableImage, WeightsError, PackageError, DamagedCheckpointError)
+REFUSALS = (
+    SettingsError,
+    StorageError,
+    SourceError,
+    UnusableImage,
+    WeightsError,
+    PackageError,
+    ClassifierError,
+    DamagedCheckpointError,
+)
 """Our own errors, which say what is wrong with a file."""
 LONGEST_S, MOST_BYTES = 5.0, 10**9
 

@@ -40,6 +40,7 @@ from data_prep.subset import SubsetSettings, choose
 from data_prep.table_files import columns_of, table_files
 from data_prep.tar_sample_source import list_corpus
 from data_prep.verify import verify
+from models.classifier import load_classifier
 from pipeline import checkpoints, layout
 from pipeline.config import RECIPES, EvaluateSettings, FinetuneSettings, PretrainSettings
 from pipeline.corpora import shuffle_windows
@@ -355,7 +356,7 @@ def _package(chance: random.Random, made: Path, place: Path) -> None:
         weights.write_bytes(len(header).to_bytes(8, "little") + header + content[8 + length :])
     else:
         weights.write_bytes(mutate_bytes(chance, content[: 8 + length]) + content[8 + length :])
-    load_package(str(folder))
+    chance.choice((load_package, load_classifier))(str(folder))
 
 
 def _checkpoint(chance: random.Random, made: Path, place: Path) -> None:

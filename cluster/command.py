@@ -20,6 +20,8 @@ from cluster.redact import printable, without_credentials
 
 log = logging.getLogger("vitforge")
 
+_LONGEST_MESSAGE = 8000
+"""Characters of an error that are shown."""
 USER_ERROR = 2
 """Exit status for what the user can put right; anything unforeseen leaves with 1 and a stack trace."""
 TIME_OVER = 75
@@ -114,7 +116,8 @@ def _status_of(error: BaseException) -> int:
 
 def _message(error: BaseException) -> str:
     if isinstance(error, ValueError) or not isinstance(error, OSError):
-        return str(error)
+        text = str(error)  # what it is about may be of any length
+        return text if len(text) <= _LONGEST_MESSAGE else f"{text[:_LONGEST_MESSAGE]}..."
     where = f"{error.filename}: " if error.filename else ""
     return f"{where}{error.strerror}: make room, then run the same command again"
 

@@ -181,8 +181,9 @@ def parse_override(word: str) -> tuple[list[str], Any]:
     try:
         return path, read_word(text)
     except YamlTextError as error:
+        as_text = f"{key[:_LONGEST_SHOWN]}=\"'{_short(text)[1:-1]}'\""
         raise SettingsError(
-            f"the value in {_short(word)} cannot be read (as text, write {key}=\"'{_short(text)[1:-1]}'\"): {error}"
+            f"the value in {_short(word)} cannot be read (as text, write {as_text}): {error}"
         ) from error
 
 

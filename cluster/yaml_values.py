@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 from yaml.nodes import CollectionNode, MappingNode, Node, ScalarNode
 
-MOST_CHARACTERS = 1 << 20
+MOST_CHARACTERS = 1 << 18
 """Of a text."""
 _DEEPEST = 16
 """Lists and mappings in each other."""
@@ -28,6 +28,16 @@ class YamlTextError(ValueError):
 
 class _Loader(yaml.SafeLoader):
     """1e-3 is a number (YAML 1.1 wants 1.0e-3), 2026-01-01 is text and not a date, and a key may not stand twice."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self._values = 0
+
+    def compose_node(self, parent: Node | None, index: int) -> Node | None:
+        self._values += 1
+        if self._values > _MOST_VALUES:
+            raise YamlTextError(f"more than {_MOST_VALUES:,} values (line {self.line + 1})")
+        return super().compose_node(parent, index)
 
     def construct_mapping(self, node: MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()

@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import faulthandler
 import logging
+import os
 import random
 import resource
 import shutil
@@ -76,6 +77,22 @@ def _limited(seconds: float) -> Iterator[None]:
         signal.setitimer(signal.ITIMER_REAL, *timer)  # that of the test itself
 
 
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without our log and the warnings of others, and with what is changed put back."""
+    log, environment = logging.getLogger("vitforge"), dict(os.environ)
+    level = log.level
+    log.setLevel(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        log.setLevel(level)
+        os.environ.clear()
+        os.environ.update(environment)
+
+
 def peak() -> int:
     """Most bytes of memory that this process has had."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -84,9 +101,7 @@ def peak() -> int:
 def run(reader: Reader, cases: int, seed: int = 0, patience: float = LONGEST_S) -> tuple[list[Failure], int]:
     """(what failed, how many cases were refused) of some cases of a reader."""
     failures, refused = [], 0
-    logging.getLogger("vitforge").setLevel(logging.CRITICAL)
-    warnings.simplefilter("ignore")
-    with tempfile.TemporaryDirectory(prefix="vitforge-fuzz-") as scratch:
+    with _quiet(), tempfile.TemporaryDirectory(prefix="vitforge-fuzz-") as scratch:
         base = Path(scratch, "base")
         base.mkdir()
         made = reader.make(base)
@@ -104,8 +119,6 @@ def run(reader: Reader, cases: int, seed: int = 0, patience: float = LONGEST_S) 
                     str(error).encode()
                 except UnicodeEncodeError:
                     what = f"a message that cannot be shown: {error!r}"
-                if len(str(error)) > 3000:
-                    what = f"a message of {len(str(error))} characters: {str(error)[:300]}"
             except (Exception, HangError) as error:
                 what, trace = f"{type(error).__name__}: {str(error)[:300]}", traceback.format_exc(limit=-6)[-3000:]
             took, taken = time.monotonic() - began, peak() - memory

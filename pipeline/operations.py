@@ -236,10 +236,10 @@ def _warp(images: torch.Tensor, matrices: NDArray[np.float64], space: Space) -> 
         # decide that.
         half = _ONE // 2 + (64 if space.library == "tensorflow" else 0)
         return _pixels_at(images, (x + half) >> 16, (y + half) >> 16, space.fill)
-    total = torch.zeros_like(images, dtype=torch.int64)
+    total = torch.zeros_like(images, dtype=torch.int32)
     left, top = x >> 16, y >> 16
     # 8 bits of the weights are enough for 8-bit pixels, and keep the sum of products exact.
-    right_share, lower_share = (x & (_ONE - 1)) >> 8, (y & (_ONE - 1)) >> 8
+    right_share, lower_share = (((at & (_ONE - 1)) >> 8).to(torch.int32) for at in (x, y))
     for down, lower in ((0, 256 - lower_share), (1, lower_share)):
         for across, right in ((0, 256 - right_share), (1, right_share)):
             total += (lower * right)[:, None] * _pixels_at(images, left + across, top + down, space.fill)

@@ -75,6 +75,20 @@ TORCHVISION = AugmentSettings(randaugment=RandAugmentSettings(kind="torchvision"
 TRIVIAL = AugmentSettings(trivialaugment=True)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+@pytest.mark.parametrize(
+    "settings",
+    [BIG_VISION, TORCHVISION, TRIVIAL, AugmentSettings(randaugment_layers=2), AugmentSettings(color_jitter=0.4)],
+    ids=["big_vision", "torchvision", "trivial", "the old keys", "jitter"],
+)
+def test_a_gpu_makes_the_same_pixels_as_a_cpu(settings):
+    data = DataSettings(corpus="", image_size=SIDE, augment=settings, mean=(0.0,) * 3, std=(1 / 255,) * 3)
+    ids, epochs = np.arange(96), np.zeros(96, np.int64)
+    images = as_tensor(photographs()).repeat(8, 1, 1, 1).float()
+    found = [pixels.finish(images.to(device), data, 0, epochs, ids).cpu() for device in ("cpu", "cuda")]
+    assert torch.equal(*found)
+
+
 def the_source(settings: AugmentSettings, magnitude: int) -> dict[str, Callable[[Pixels, random.Random], Pixels]]:
     if settings.trivialaugment:
         return reference.trivial_operations(magnitude)

@@ -13,11 +13,13 @@ from typing import Any, BinaryIO, TypeVar
 from cluster import s3_objects, storage
 from cluster.command import log
 from cluster.folders import Folder, Sink
+from cluster.redact import without_credentials
 from cluster.s3_connection import SECRETS, connection
 from cluster.s3_objects import Objects, Upload
 from cluster.storage import MissingError, StorageError, TooLargeError
 
 _T = TypeVar("_T")
+_ENDPOINTS = ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3")
 
 _PIECE = 8 << 20
 """Bytes that `Folder.open` fetches at a time from an object store: a request costs more than reading past a little."""
@@ -44,6 +46,9 @@ class ObjectFolder(Folder):
 
     def __reduce__(self) -> tuple[Any, ...]:
         secrets = {name: os.environ[name] for name in SECRETS if name in os.environ}
+        for name in _ENDPOINTS:  # Ray is not told one with a password in it
+            if (endpoint := os.environ.get(name)) and without_credentials(endpoint) != endpoint:
+                secrets[name] = endpoint
         return _arrive, (self._objects.bucket, self._objects.prefix, secrets)
 
     def child(self, name: str) -> "ObjectFolder":
@@ -232,8 +237,10 @@ def object_folder(url: str, key: str) -> ObjectFolder:
 
 
 def _arrive(bucket: str, prefix: str, secrets: Mapping[str, str]) -> ObjectFolder:
-    if not any(name in os.environ for name in (*SECRETS, "AWS_PROFILE")):  # the node's own come first
-        os.environ.update(secrets)
+    own = any(name in os.environ for name in (*SECRETS, "AWS_PROFILE"))
+    for name, value in secrets.items():  # the node's own come first
+        if name not in os.environ and not (own and name in SECRETS):
+            os.environ[name] = value
     return ObjectFolder(bucket, prefix)
 
 

@@ -11,22 +11,25 @@ import re
 import secrets
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from cluster.command import in_unpacked_job, log
 from cluster.launch_environment import LaunchError, ray_address
+from cluster.redact import without_credentials
+from cluster.s3_connection import SECRETS
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
 FORWARDED = ("VITFORGE_", "MLFLOW_", "AWS_", "NCCL_", "GLOO_", "OMP_", "RAY_TRAIN_")
 """Environment variables that begin so go along to every worker; on a running cluster Ray takes none by itself."""
 
-_SECRET = re.compile("SECRET|PASSWORD|TOKEN|ACCESS_KEY")
-"""Names that do not: Ray writes what it is to set into its logs. The workers of a private cluster inherit them, and
-the credentials of an object store travel inside pickled folders (cluster/object_store.py)."""
+_SECRET = re.compile("SECRET|PASSWORD|TOKEN|ACCESS_KEY|PASSPHRASE|MLFLOW_TRACKING_USERNAME")
+"""Names that do not, nor values with a credential in them: Ray writes what it is to set into its logs. The workers of a
+private cluster inherit them; those of a running one get them as `withheld_variables`, and the credentials of an object
+store inside pickled folders (cluster/object_store.py)."""
 
 _STARTS = 3
 """Attempts at starting a private cluster."""
@@ -61,8 +64,9 @@ def ray_session(min_cpus: int = 1) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
+    withheld = withheld_variables()
     variables = {
-        name: value for name, value in os.environ.items() if name.startswith(FORWARDED) and not _SECRET.search(name)
+        name: value for name, value in os.environ.items() if name.startswith(FORWARDED) and name not in withheld
     }
     if not in_unpacked_job():
         # A submitted job's working folder is on every worker's path already, at a place that differs by node.
@@ -90,6 +94,27 @@ def ray_session(min_cpus: int = 1) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def withheld_variables() -> dict[str, str]:
+    """The variables for workers that Ray must not be told, because it would log them; for `take_variables` there."""
+    return {
+        name: value
+        for name, value in os.environ.items()
+        if name.startswith(FORWARDED) and (_SECRET.search(name) or without_credentials(value) != value)
+    }
+
+
+def take_variables(withheld: Mapping[str, str]) -> None:
+    """Set in a worker what its driver withheld from Ray.
+
+    MLflow's are the driver's, which chose the server. Of the others, a node's own come first; credentials of an object
+    store are not mixed.
+    """
+    own = any(name in os.environ for name in (*SECRETS, "AWS_PROFILE"))
+    for name, value in withheld.items():
+        if name.startswith("MLFLOW_") or (name not in os.environ and not (name in SECRETS and own)):
+            os.environ[name] = value
 
 
 def _attach(address: str, options: dict[str, Any]) -> None:

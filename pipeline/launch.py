@@ -18,7 +18,7 @@ from cluster.authenticated_channel import new_secret
 from cluster.command import leads, log
 from cluster.launch_environment import launch
 from cluster.ownership import temporary_folder
-from cluster.ray_runtime import ray_session
+from cluster.ray_runtime import ray_session, withheld_variables
 from cluster.settings import SettingsError
 from cluster.stop_signals import STOP
 from cluster.storage import StorageError
@@ -186,7 +186,7 @@ class _Launcher:
         # On the driver's node: it must outlive every other. One that dies is there again at once, with nothing in it.
         here = {"ray.io/node-id": ray.get_runtime_context().get_node_id()}
         actor = ray.remote(num_cpus=0, label_selector=here, max_restarts=-1, max_task_retries=-1)(Mailbox)
-        mailbox = actor.remote(new_secret())
+        mailbox = actor.remote(new_secret(), withheld_variables())
         trainer = RanksTrainer(
             on_rank,
             train_loop_config={

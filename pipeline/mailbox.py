@@ -9,10 +9,12 @@ class Mailbox:
 
     Args:
         secret: of the ranks. Here, and not in Ray Train's configuration: Ray keeps and exports that as text.
+        variables: of the environment, with credentials in them; here for the same reason.
     """
 
-    def __init__(self, secret: bytes) -> None:
+    def __init__(self, secret: bytes, variables: dict[str, str]) -> None:
         self._secret = secret
+        self._variables = variables
         self._wish: str | None = None
         self._needs_s = 0.0
         self._places: dict[int, str] = {}
@@ -23,6 +25,10 @@ class Mailbox:
     def secret(self) -> bytes:
         """What the ranks know each other by."""
         return self._secret
+
+    def variables(self) -> dict[str, str]:
+        """What the driver has in its environment and the ranks need."""
+        return self._variables
 
     def ask(self, reason: str) -> None:
         """Ask the ranks to save and stop."""

@@ -9,6 +9,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.torch.config import _TorchBackend
 
 from cluster.launch_environment import forget_other_launchers
+from cluster.ray_runtime import take_variables
 from pipeline.workers import LOOPBACK, choose_interface
 
 
@@ -40,6 +41,7 @@ def on_rank(config: dict[str, Any]) -> None:
     rank = ray.train.get_context().get_world_rank()
     mailbox = config["mailbox"]
     mailbox.join.remote(rank, ray.get_runtime_context().get_node_id())
+    take_variables(ray.get(mailbox.variables.remote(), timeout=300))
     finished = config["target"](config["argument"], MailboxControl(mailbox, rank, config["attempt"]))
     if rank == 0:
         ray.get(mailbox.end.remote(finished))

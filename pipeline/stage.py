@@ -6,7 +6,7 @@ import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +19,7 @@ from cluster.folders import Folder, at_hand, folder_at
 from cluster.launch_environment import leads, under_torchrun
 from cluster.lease import Lease
 from cluster.ray_runtime import REPOSITORY
+from cluster.redact import cleaned, without_credentials
 from cluster.settings import SettingsError
 from data_prep.checked_rows import Checks
 from data_prep.mixture import Mixture
@@ -63,15 +64,20 @@ def home_folder(home: str) -> Path:
     """The folder of the tracking database and artifacts: on this machine, also where the runs are on an object store.
 
     Raises:
-        ValueError: a relative path inside a submitted job, or a URL in VITFORGE_HOME.
+        ValueError: a relative path inside a submitted job, a URL in VITFORGE_HOME, or a folder that MLflow can keep no
+            database in.
     """
-    given = os.environ.get("VITFORGE_HOME", "") or "~/vitforge"
     if home and "://" not in home:
-        return Path(absolute_path(home, "run.home"))
-    path = absolute_path(given, "VITFORGE_HOME")
-    if "://" in path:
-        raise SettingsError(f"VITFORGE_HOME = {path!r}: MLflow needs a folder; give run.home={path} for the runs alone")
-    return Path(path)
+        folder = Path(absolute_path(home, "run.home"))
+    else:
+        path = absolute_path(os.environ.get("VITFORGE_HOME", "") or "~/vitforge", "VITFORGE_HOME")
+        if "://" in path:
+            advice = f"give run.home={path} for the runs alone"
+            raise SettingsError(f"VITFORGE_HOME = {path!r}: MLflow needs a folder; {advice}")
+        folder = Path(path)
+    if not os.environ.get("MLFLOW_TRACKING_URI"):
+        tracking.database_uri(folder)  # refused now if MLflow cannot keep one there
+    return folder
 
 
 def run_folder(settings: RunSettings) -> Folder:
@@ -140,7 +146,7 @@ def run_stage(stage: str, settings: StageSettings, start: "Start", corpus: Mixtu
         record = _open_record(folder, stage, start)
         settings, newest = _resumed(settings, start, corpus, folder)
         uri = tracking.connect(home)
-        values = settings.model_dump(mode="json")
+        values = cleaned(settings.model_dump(mode="json"))
         tags = _lineage(stage, corpus, start)
         run = tracking.Run(settings.run.name, record.get("mlflow_run"), values, tags, start.parent_run)
         log.info("run %s in %s, tracked at %s", settings.run.name, folder, uri)
@@ -237,33 +243,29 @@ def _check_batch(settings: StageSettings, ranks: int) -> None:
 def _hand_over(
     stage: str, settings: StageSettings, start: Start, corpus: Mixture, folder: Folder, run: tracking.Run
 ) -> dict[str, Any]:
-    """Publish the newest checkpoint's weights, draw the curves and write down how the run went."""
+    """Send MLflow what it lacks, publish the newest checkpoint's weights, write down how the run went.
+
+    Raises:
+        TrackingError: MLflow does not answer; the run's folder has its result then, without the model.
+    """
     checkpoint = checkpoints.newest(folder.child("checkpoints"))
     assert checkpoint is not None
     rows = tracking.metrics_of(folder)
     with producing(folder, "curves.png") as path:
         pictures.draw_curves(rows, path)
+    result = _result(settings, folder, checkpoint, rows)
+    try:
+        run.complete(rows)
+    except tracking.TrackingError as error:
+        folder.write_json("result.json", result)
+        also = f", and {settings.registry.name!r} has no version of this model yet" if settings.registry.name else ""
+        raise tracking.TrackingError(
+            f"the model is trained, and saved in {folder}, but {error}{also}. Run the same command again once it "
+            "answers: that sends what is missing"
+        ) from error
+    run.missing_artifacts(folder, ("settings.json", "first_batch.png"))
+    with at_hand(folder, "curves.png") as path:
         run.artifact(path)
-    scores = [row for row in rows if "heldout/top1" in row]
-    rates = [row["images_per_second"] for row in rows if "images_per_second" in row]
-    waits = [row["data_wait"] for row in rows if "data_wait" in row]
-    # The first line of a run holds the warm-up of everything.
-    rates, waits = rates[1:] or rates, waits[1:] or waits
-    rate = sorted(rates)[len(rates) // 2] if rates else None
-    spent = checkpoint.state.get("throughput", {"images": 0})
-    result: dict[str, Any] = {
-        "run": settings.run.name,
-        "folder": str(folder),
-        "steps": checkpoint.step,
-        "images_per_second": rate,  # as it was called before there were two
-        # The median of the windows between log lines, without evaluations and checkpoints.
-        "images_per_second_training": rate,
-        # All images by all of the time in the loop, with evaluations and with every checkpoint before this one.
-        "images_per_second_overall": spent["images"] / spent["seconds"] if spent["images"] else None,
-        "data_wait": sorted(waits)[len(waits) // 2] if waits else None,
-        "heldout_top1": scores[-1]["heldout/top1"] if scores else None,
-        "model": None,
-    }
     if settings.registry.name:
         published = packages.publish(
             settings.registry.name,
@@ -284,6 +286,32 @@ def _hand_over(
         result["model"] = published.uri
     folder.write_json("result.json", result)
     return result
+
+
+def _result(
+    settings: StageSettings, folder: Folder, checkpoint: checkpoints.Checkpoint, rows: Sequence[Mapping[str, Any]]
+) -> dict[str, Any]:
+    """How a run went, but for the model that it registers."""
+    scores = [row for row in rows if "heldout/top1" in row]
+    rates = [row["images_per_second"] for row in rows if "images_per_second" in row]
+    waits = [row["data_wait"] for row in rows if "data_wait" in row]
+    # The first line of a run holds the warm-up of everything.
+    rates, waits = rates[1:] or rates, waits[1:] or waits
+    rate = sorted(rates)[len(rates) // 2] if rates else None
+    spent = checkpoint.state.get("throughput", {"images": 0})
+    return {
+        "run": settings.run.name,
+        "folder": str(folder),
+        "steps": checkpoint.step,
+        "images_per_second": rate,  # as it was called before there were two
+        # The median of the windows between log lines, without evaluations and checkpoints.
+        "images_per_second_training": rate,
+        # All images by all of the time in the loop, with evaluations and with every checkpoint before this one.
+        "images_per_second_overall": spent["images"] / spent["seconds"] if spent["images"] else None,
+        "data_wait": sorted(waits)[len(waits) // 2] if waits else None,
+        "heldout_top1": scores[-1]["heldout/top1"] if scores else None,
+        "model": None,
+    }
 
 
 @contextmanager
@@ -342,7 +370,7 @@ def _lineage(stage: str, corpus: Mixture, start: Start) -> dict[str, str]:
         "vitforge.git_revision": git_revision(),
         "vitforge.code": code_hash(),
     }
-    return {key: value for key, value in tags.items() if value}
+    return {key: without_credentials(value) for key, value in tags.items() if value}
 
 
 def git_revision() -> str:

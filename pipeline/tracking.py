@@ -8,16 +8,19 @@ import json
 import logging
 import os
 import platform
+import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote, urlsplit, urlunsplit
 
 from cluster.command import log
-from cluster.folders import Folder, LocalFolder
+from cluster.folders import Folder, LocalFolder, at_hand
 from cluster.ownership import MarkedFolder
+from cluster.redact import without_credentials
 from cluster.storage import StorageError, write_bytes
 from pipeline import mlflow_environment
 from pipeline.run_files import METRICS
@@ -38,6 +41,10 @@ def connect(home: Path, uri: str | None = None) -> str:
         home: folder of the SQLite file and the artifacts, where no server is named.
         uri: what a process before this one connected to; None takes MLFLOW_TRACKING_URI, else the file.
 
+    Returns:
+        The URI without credentials. A user and password of a server's address go to MLFLOW_TRACKING_USERNAME and
+        MLFLOW_TRACKING_PASSWORD, so that no message or log of a library has them.
+
     Raises:
         TrackingError: the server does not answer.
         ValueError: the folder cannot be used, or the file of the process before is not on this machine.
@@ -51,14 +58,18 @@ def connect(home: Path, uri: str | None = None) -> str:
     for chatty in ("alembic", "mlflow"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
     if uri is not None and uri.startswith("sqlite:///"):
-        file = uri.removeprefix("sqlite:///").partition("?")[0]
+        file = unquote(uri.removeprefix("sqlite:///").partition("?")[0])
         if not Path(file).exists():
             raise ValueError(
                 f"MLflow's database {file} is not on node {platform.node()}, where it is written to: name a server by "
                 "MLFLOW_TRACKING_URI, or put VITFORGE_HOME where all nodes see it"
             )
+    for variable in ("MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI"):
+        _take_credentials_out(variable)
     named = mlflow_environment.tracking_uri()
-    uri = uri or named or f"sqlite:///{home / 'mlflow.db'}"
+    if uri is None or (named and without_credentials(named) == uri):
+        uri = named or database_uri(home)
+    said = without_credentials(uri)
     try:
         home.mkdir(parents=True, exist_ok=True)
         lock = (home / ".mlflow.lock").open("w")
@@ -80,15 +91,46 @@ def connect(home: Path, uri: str | None = None) -> str:
         raise
     except Exception as error:  # MLflow lets those of SQLAlchemy, alembic and requests through
         raise TrackingError(
-            f"MLflow at {uri} does not answer as it should ({_first_line(error)}): check MLFLOW_TRACKING_URI"
+            f"MLflow at {said} does not answer as it should ({_first_line(error)}): check MLFLOW_TRACKING_URI"
         ) from error
-    return uri
+    return said
+
+
+def database_uri(home: Path) -> str:
+    """The address of the SQLite file in a folder.
+
+    Raises:
+        ValueError: the folder's name has what SQLAlchemy would end or change the path at.
+    """
+    path = str(home / "mlflow.db")
+    if "?" in path or unquote(path) != path:
+        # Escaped, they would do for SQLAlchemy 2.1, but MLflow 3.17 makes a folder of the escaped name too.
+        raise ValueError(
+            f"{home} cannot hold MLflow's database: '?', and '%' with two digits behind it, mean something else in its "
+            "address. Set run.home or VITFORGE_HOME to a folder without them, or MLFLOW_TRACKING_URI to a server"
+        )
+    return f"sqlite:///{path}"
+
+
+def _take_credentials_out(variable: str) -> None:
+    """Move a user and password from a server's address in the environment to the variables that MLflow has for them."""
+    address = os.environ.get(variable, "")
+    user, separator, host = address.partition("://")[2].partition("/")[0].rpartition("@")
+    name, colon, password = user.partition(":")
+    if not address.lower().startswith(("http://", "https://")) or not (separator and name and colon and password):
+        return
+    os.environ.setdefault("MLFLOW_TRACKING_USERNAME", unquote(name))
+    os.environ.setdefault("MLFLOW_TRACKING_PASSWORD", unquote(password))
+    os.environ[variable] = urlunsplit(urlsplit(address)._replace(netloc=host))
 
 
 def open_command(home: Path) -> str:
     """The command that opens MLflow's pages on what was tracked."""
     server = os.environ.get("MLFLOW_TRACKING_URI")
-    return server or f"{Path(sys.executable).with_name('mlflow')} ui --backend-store-uri sqlite:///{home / 'mlflow.db'}"
+    if server:
+        return without_credentials(server)
+    mlflow = Path(sys.executable).with_name("mlflow")
+    return shlex.join([str(mlflow), "ui", "--backend-store-uri", database_uri(home)])
 
 
 class Run:
@@ -97,7 +139,7 @@ class Run:
     Args:
         name: shown in MLflow.
         run_id: the run to continue; None starts one.
-        settings: logged as parameters by dotted name (of a new run).
+        settings: logged as parameters by dotted name (of a new run); without credentials, as the tags.
         tags: set on the run.
         parent: run id of the stage before this one.
 
@@ -126,7 +168,7 @@ class Run:
             try:
                 self.client.update_run(run_id, status="RUNNING")
             except Exception as error:  # as in `connect`
-                where = f"MLflow at {mlflow.get_tracking_uri()}"
+                where = f"MLflow at {without_credentials(mlflow.get_tracking_uri())}"
                 if getattr(error, "error_code", None) != "RESOURCE_DOES_NOT_EXIST":
                     raise TrackingError(
                         f"{where} does not go on with run {run_id} ({_first_line(error)}): put it right, then run the "
@@ -172,9 +214,39 @@ class Run:
 
     def catch_up(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """Send what the run's own record has and MLflow lacks: points that died with a process before this one."""
-        for row in rows:
-            self.metrics(row["step"], {metric_name(key): value for key, value in row.items() if key != "step"})
+        self._add(rows)
         self.flush()
+
+    def complete(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Send all that the run's own record has and MLflow lacks, at the end of a run.
+
+        Raises:
+            TrackingError: MLflow does not take it; the message says how many points it may lack.
+        """
+        import mlflow
+
+        self._waiting.clear()  # the record has all of them
+        self._known.clear()
+        self._add(rows)
+        try:
+            while self._waiting:
+                self._send(self._waiting[:MAX_BATCH])
+                del self._waiting[:MAX_BATCH]
+            self.client.get_run(self.run_id)
+        except Exception as error:
+            where = f"MLflow at {without_credentials(mlflow.get_tracking_uri())}"
+            raise TrackingError(
+                f"{where} does not answer ({_first_line(error)}), and may lack {len(self._waiting):,} metric points"
+            ) from error
+
+    def _add(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        now = int(time.time() * 1000)
+        for row in rows:
+            self._waiting += [
+                (metric_name(key), value, now, row["step"])
+                for key, value in row.items()
+                if key != "step" and value is not None and value == value
+            ]
 
     def metrics(self, step: int, values: Mapping[str, float]) -> None:
         """Record values of a step. Steps that MLflow has already are left as they are."""
@@ -199,6 +271,7 @@ class Run:
         except Exception as error:
             self._pause = min(2 * self._pause, 300.0)
             self._flushed = time.monotonic()
+            self._known.clear()  # it may have taken what it did not answer to
             log.warning("MLflow did not take the metrics (%s); they are kept and sent later", _first_line(error))
             return
         self._pause = FLUSH_SECONDS
@@ -227,10 +300,22 @@ class Run:
         except Exception as error:
             log.warning("MLflow did not take %s (%s); it stays at its place", path, _first_line(error))
 
+    def missing_artifacts(self, folder: Folder, names: Sequence[str]) -> None:
+        """Store those of some files of the run's folder that MLflow does not have."""
+        try:
+            there = {info.path for info in self.client.list_artifacts(self.run_id)}
+        except Exception as error:
+            log.warning("MLflow did not say which files it has (%s)", _first_line(error))
+            return
+        for name in names:
+            if name not in there and folder.size(name) is not None:
+                with at_hand(folder, name) as path:
+                    self.artifact(path)
+
     def tag(self, key: str, value: str) -> None:
         """Set a tag of the run."""
         try:
-            self.client.set_tag(self.run_id, key, value)
+            self.client.set_tag(self.run_id, key, without_credentials(value))
         except Exception as error:
             log.warning("MLflow did not take the tag %s = %s (%s)", key, value, _first_line(error))
 
@@ -240,7 +325,11 @@ class Run:
         try:
             self.client.set_terminated(self.run_id, status)
         except Exception as error:
-            log.warning("MLflow did not take that the run is %s (%s)", status, _first_line(error))
+            log.warning(
+                "MLflow did not take that the run is %s (%s); the same command tells it again",
+                status,
+                _first_line(error),
+            )
 
     def delete(self) -> None:
         """Take the run out of MLflow's pages, if we made it."""
@@ -256,11 +345,15 @@ class Run:
 def closing(run: Run, drop: Callable[[], bool]) -> Iterator[Run]:
     """Finish a run when the block ends: FAILED with an exception, KILLED with an interrupt, else FINISHED.
 
+    After a TrackingError it stays as it is.
+
     Args:
         drop: asked when a ValueError ends the block; if true nothing was done yet, and the run is deleted.
     """
     try:
         yield run
+    except TrackingError:
+        raise  # MLflow does not answer: the same command closes the run
     except Exception as error:
         run.finish("FAILED")
         if isinstance(error, ValueError) and drop():
@@ -368,4 +461,4 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
 
 
 def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
+    return without_credentials((str(error).splitlines() or [type(error).__name__])[0])

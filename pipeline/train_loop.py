@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from cluster.command import duration, log, set_up_logging
 from cluster.folders import Folder, at_hand
+from cluster.redact import cleaned
 from data_prep.checked_rows import Checks
 from data_prep.mixture import Mixture
 from models.losses import dense_targets, sigmoid_cross_entropy, softmax_cross_entropy
@@ -227,7 +228,7 @@ def _train(job: Job, worker: workers.Worker, oversight: Oversight) -> bool:
             **identity,
             "world_size": worker.world_size,
             "zero_stage": plan.zero_stage,
-            "resolved_settings": settings.model_dump(mode="json"),
+            "resolved_settings": cleaned(settings.model_dump(mode="json")),
             "decoder": backend,
             "micro_batch": plan.micro_batch,
             "samples_consumed": step * training.global_batch,

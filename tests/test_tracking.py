@@ -2,6 +2,7 @@
 
 import os
 import threading
+import traceback
 from functools import partial
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
@@ -11,6 +12,7 @@ import pytest
 from cluster.folders import LocalFolder, folder_at
 from cluster.storage import StorageError
 from pipeline import mlflow_environment, tracking
+from pipeline.stage import home_folder
 
 
 @pytest.fixture
@@ -62,6 +64,93 @@ def test_points_in_the_record_that_mlflow_never_got_are_sent_at_the_start(home):
         record.write(step, {"loss": float(step)})
     run.catch_up(tracking.metrics_of(LocalFolder(path.parent)))
     assert history(run, "train/loss") == [(step, float(step)) for step in range(1, 6)]
+
+
+def test_at_the_end_mlflow_gets_what_it_lacks_or_the_run_is_not_finished(home, failing_server):
+    """What waited in a process that is gone, and what was sent and never answered for, is in the record."""
+    record = tracking.MetricsFile(LocalFolder(home), 0)
+    run = tracking.Run("run", None)
+    for step in range(1, 1501):
+        record.write(step, {"loss": float(step), "learning_rate": None})
+        if step <= 700:
+            run.metrics(step, {"train/loss": float(step)})
+    run.flush()
+    rows = tracking.metrics_of(LocalFolder(home))
+    ranks = tracking.Run("", run.run_id)
+    works, ranks.client = ranks.client, mlflow.MlflowClient(failing_server)
+    lacks = pytest.raises(tracking.TrackingError, match=r"does not answer .*may lack 1,500 metric points")
+    with lacks, tracking.closing(ranks, drop=bool):
+        ranks.complete(rows)
+    assert mlflow.get_run(run.run_id).info.status == "RUNNING"
+    ranks.client = works
+    with tracking.closing(ranks, drop=bool):
+        ranks.complete(rows)
+    assert history(run, "train/loss") == [(step, float(step)) for step in range(1, 1501)]
+    assert mlflow.get_run(run.run_id).info.status == "FINISHED"
+
+
+def test_points_that_were_taken_without_an_answer_are_not_sent_twice(home, monkeypatch):
+    run = tracking.Run("run", None)
+    send = run.client.log_batch
+
+    def lost_answer(*arguments, **options):
+        send(*arguments, **options)
+        raise ConnectionError("reset")
+
+    monkeypatch.setattr(run.client, "log_batch", lost_answer)
+    run.metrics(1, {"train/loss": 1.0})
+    run.flush()
+    monkeypatch.undo()
+    run.metrics(2, {"train/loss": 2.0})
+    run.flush(last=True)
+    assert history(run, "train/loss") == [(1, 1.0), (2, 2.0)]
+
+
+@pytest.mark.parametrize("name", ["a?b", "a%25b", "%3F", "a?mode=memory", "x%2Fy"])
+def test_a_folder_that_the_database_would_not_be_in_is_refused(tmp_path, monkeypatch, name):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.setenv("VITFORGE_HOME", str(tmp_path / name))
+    for command in (lambda: home_folder(""), lambda: tracking.connect(tmp_path / name)):
+        with pytest.raises(ValueError, match="cannot hold MLflow's database"):
+            command()
+    assert list(tmp_path.iterdir()) == []
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+    assert home_folder("") == tmp_path / name
+
+
+@pytest.mark.parametrize("name", ["a %b#c;d&e=f'g\"h+ü@i:j"])
+def test_everything_is_in_the_folder_whatever_it_is_called(tmp_path, monkeypatch, name):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    home = tmp_path / "homes" / name
+    uri = tracking.connect(home)
+    run = tracking.Run("run", None)
+    (tmp_path / "file.txt").write_text("content")
+    run.artifact(tmp_path / "file.txt")
+    run.finish()
+    assert [path.name for path in (tmp_path / "homes").iterdir()] == [name]
+    assert (home / "mlflow.db").stat().st_size > 0
+    assert [path.parts[-1] for path in (home / "mlartifacts").rglob("*.txt")] == ["file.txt"]
+    downloaded = mlflow.artifacts.download_artifacts(run_id=run.run_id, artifact_path="file.txt")
+    assert open(downloaded, encoding="utf-8").read() == "content"  # noqa: PTH123, SIM115
+    assert tracking.connect(home, uri) == uri, "as the ranks do"
+
+
+def test_credentials_of_a_servers_address_go_where_nothing_shows_them(home, monkeypatch, failing_server):
+    address = failing_server.replace("http://", "http://me:p%40ss%2Fword@")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
+    for name in ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    with pytest.raises(tracking.TrackingError) as caught:
+        tracking.connect(home)
+    shown = "".join(traceback.format_exception(caught.value))
+    assert f"MLflow at {failing_server} does not answer" in shown
+    assert "ss/word" not in shown
+    assert "ss%2Fword" not in shown
+    assert (
+        os.environ["MLFLOW_TRACKING_URI"] == mlflow.get_tracking_uri() == tracking.open_command(home) == failing_server
+    )
+    assert (os.environ["MLFLOW_TRACKING_USERNAME"], os.environ["MLFLOW_TRACKING_PASSWORD"]) == ("me", "p@ss/word")
 
 
 def test_a_line_that_a_crash_cut_short_is_left_out(home):

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -185,3 +186,38 @@ def test_a_ray_that_cannot_start_is_one_message(tmp_path):
     assert "RAY_TMPDIR" in done.stderr
     assert "torchrun" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+def test_a_ray_that_is_too_slow_to_start_is_one_message_and_leaves_nothing(tmp_path):
+    """Its node manager is stopped as soon as it is there: on a busy machine it is as late as that."""
+    code = """
+import threading, time
+import psutil
+import cluster.ray_runtime as runtime
+from cluster.command import run_command
+runtime._STARTS = 1
+def stop():
+    while not time.sleep(0.005):
+        for child in psutil.Process().children():
+            if child.name() == "raylet":
+                child.suspend()
+                return
+def main():
+    threading.Thread(target=stop, daemon=True).start()
+    try:
+        with runtime.ray_session():
+            pass
+    finally:
+        print([child.name() for child in psutil.Process().children() if child.status() != "zombie"])
+run_command(main)
+"""
+    done = script(tmp_path, "-c", code)
+    assert done.returncode == 2, done.stderr
+    assert (
+        "error: Ray did not start on this machine (not within 1 times 30 s): run the same command again" in done.stderr
+    )
+    logs = Path(done.stderr.split("its logs are in ")[1].strip())
+    assert (logs / "gcs_server.out").exists()
+    assert "Traceback" not in done.stderr
+    assert done.stdout == "[]\n"

@@ -16,8 +16,13 @@ _TAG = 274
 _START_OF_SCAN = 0xDA
 _EXIF_FLAG = 8
 """In the first byte of WebP's VP8X chunk."""
-_SIZES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8}
-"""Bytes of a value by its type."""
+_TEXTS = (0x010E, 0x010F, 0x0110, 0x0131, 0x0132, 0x8298)
+_RATIONALS = {0x011A: 1, 0x011B: 1, 0x013E: 2, 0x013F: 6, 0x0211: 3, 0x0214: 6}
+"""Tags of which DALI's and OpenCV's parsers read a text, or so many rational numbers, elsewhere in the block. If that is
+beyond its end one gives up on the block and the other keeps what it has read."""
+
+
+_DAMAGED = "its EXIF is damaged and may ask for a turn: decoders disagree on that"
 
 
 class ConflictingOrientation(ValueError):  # noqa: N818 - it says what the image has
@@ -41,29 +46,30 @@ def read_orientation(data: bytes | memoryview, extension: str) -> int:
     if len(said) > 1:
         raise ConflictingOrientation("two EXIF blocks ask for different orientations")
     orientation = said.pop() if said else UPRIGHT
-    if orientation != UPRIGHT and not all(whole for _, whole in found):
-        raise ConflictingOrientation("its EXIF is damaged and asks for a turn: decoders disagree on that")
+    # Photographs have damaged blocks: a single one that asks for no turn does no harm.
+    if not all(whole for _, whole in found) and (orientation != UPRIGHT or len(found) > 1):
+        raise ConflictingOrientation(_DAMAGED)
     return orientation
 
 
 def _read_block(block: bytes) -> tuple[int | None, bool]:
-    """The orientation that a block asks for, if it has one, and whether all entries of its IFD0 are whole."""
+    """The orientation that a block asks for, if it has one, and whether all of its IFD0 can be read."""
     order = {b"II*\0": "<", b"MM\0*": ">"}.get(block[:4])
-    if order is None or len(block) < 10:
+    if order is None:  # which DALI's parser does not look at as closely
+        if block[:1] in (b"I", b"M") and (b"\x01\x12" in block or b"\x12\x01" in block):
+            raise ConflictingOrientation(_DAMAGED)
         return None, True
-    (start,) = struct.unpack_from(order + "I", block, 4)
-    if start + 2 > len(block):
+    if len(block) < 10 or (start := struct.unpack_from(order + "I", block, 4)[0]) + 2 > len(block):
         return None, True
     (count,) = struct.unpack_from(order + "H", block, start)
     orientation, whole = None, start + 2 + 12 * count <= len(block)
     for at in range(start + 2, min(start + 2 + 12 * count, len(block) - 9), 12):
-        tag, kind, values = struct.unpack_from(order + "HHI", block, at)
+        tag, _, length, value = struct.unpack_from(order + "HHIH", block, at)
         if tag == _TAG and orientation is None:
-            (value,) = struct.unpack_from(order + "H", block, at + 8)
             orientation = value if 1 <= value <= 8 else UPRIGHT
-        length = values * _SIZES.get(kind, len(block))
-        if length > 4 and at + 12 <= len(block):
-            whole = whole and struct.unpack_from(order + "I", block, at + 8)[0] + length <= len(block)
+        elsewhere = 8 * _RATIONALS.get(tag, 0) or (length if tag in _TEXTS and length > 4 else 0)
+        if elsewhere and at + 12 <= len(block):
+            whole = whole and struct.unpack_from(order + "I", block, at + 8)[0] + elsewhere <= len(block)
     return orientation, whole
 
 

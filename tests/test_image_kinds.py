@@ -37,7 +37,7 @@ REFUSED = {
     "jpeg two EXIF, 1 then 6": "two EXIF blocks ask for different orientations",
     "jpeg two EXIF, 6 then 3": "two EXIF blocks",
     "png two eXIf, 6 then 1": "two EXIF blocks",
-    "png orientation more entries said than there are": "its EXIF is damaged and asks for a turn",
+    "png orientation more entries said than there are": "its EXIF is damaged and may ask for a turn",
     "png gray and alpha 16": "16-bit gray with alpha",
     "png without IEND": "DALI. does not decode it",
     "png with a wrong checksum of the pixels": "DALI. does not decode it",

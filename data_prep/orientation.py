@@ -18,7 +18,7 @@ _EXIF_FLAG = 8
 """In the first byte of WebP's VP8X chunk."""
 _TEXTS = (0x010E, 0x010F, 0x0110, 0x0131, 0x0132, 0x8298)
 _RATIONALS = {0x011A: 1, 0x011B: 1, 0x013E: 2, 0x013F: 6, 0x0211: 3, 0x0214: 6}
-"""Tags of which DALI's and OpenCV's parsers read a text, or so many rational numbers, elsewhere in the block. If that is
+"""Tags of which DALI's and OpenCV's parsers read a text, or so many rational numbers, elsewhere in the block. Is that
 beyond its end one gives up on the block and the other keeps what it has read."""
 
 

@@ -54,7 +54,7 @@ REFUSED = {
 TAKEN = (
     "jpeg 411, odd sides", "jpeg RGB by its ids alone", "jpeg CMYK", "jpeg YCCK", "jpeg CMYK without Adobe's marker",
     "jpeg YCCK and JFIF without Adobe's marker", "jpeg XMP 6 alone", "jpeg two EXIF, none then 6",
-    "jpeg EXIF continued in a second segment", "jpeg orientation BYTE, <", "jpeg orientation BYTE, >",
+    "jpeg orientation BYTE, <", "jpeg orientation BYTE, >",
     "jpeg orientation LONG, >", "png orientation twice, 6 and 3", "png eXIf 6 with Exif\\0\\0", "png exif in zTXt",
     "png XMP 6", "png gray 16", "png RGB 16 with tRNS", "png palette 4 with tRNS, interlaced", "png with gAMA 1.0",
     "apng, default image outside of it", "webp lossless RGBA", "webp XMP 6", "webp animated", "bmp run-length 8",
@@ -67,7 +67,6 @@ def rows() -> dict[str, Row]:
     return {row.name: row for row in table(all_kinds())}
 
 
-@pytest.mark.xfail(reason="the border of a crop that is resized on the CPU, being repaired")
 def test_every_kind_is_refused_or_the_same_everywhere(rows):
     assert [str(row) for row in rows.values() if not row.holds] == []
 
@@ -108,9 +107,7 @@ def test_two_exif_blocks_are_taken_only_if_they_agree():
 
 def test_damaged_exif_is_harmless_without_a_turn():
     """Photographs have it, with entries that point nowhere."""
-    strayed = [
-        exif(n, after=[(0x0213, 1)]).replace(b"\x13\x02\x03\0\x01\0\0\0", b"\x13\x02\x03\0\xff\xff\0\0") for n in (1, 6)
-    ]
+    strayed = [exif(orientation, after=[(0x011A, 60_000)]) for orientation in (1, 6)]
     for plain, put in (
         (encoded(PICTURE), lambda data, block: jpeg_with(data, app1(block))),
         (encoded(PICTURE, "PNG"), lambda data, block: png_with(data, before=chunk(b"eXIf", block))),

@@ -23,6 +23,7 @@ from PIL import Image, ImageFile, TiffImagePlugin
 
 from data_prep.image_pixels import is_deep, mean_difference, upright
 from data_prep.orientation import TRANSPOSED, UPRIGHT, ConflictingOrientation, jpeg_segments, read_orientation
+from data_prep.reasons import repeatable
 from data_prep.training_decoder import UndecodableError, decode_as_training
 
 MAX_SIDE = 65535
@@ -77,7 +78,7 @@ class UnusableImage(ValueError):  # noqa: N818 - it says what the image is
     """
 
     def __init__(self, reason: str, *, may_pass: bool = False) -> None:
-        super().__init__(reason)
+        super().__init__(repeatable(reason))
         self.may_pass = may_pass
 
 
@@ -200,9 +201,7 @@ def _opened(data: bytes | memoryview, extension: str) -> Iterator[ImageFile.Imag
     except Image.DecompressionBombError as error:
         raise UnusableImage(f"too large: {error}") from error
     except Exception as error:  # Pillow's plugins raise whatever their parsing runs into
-        # without what differs from run to run: reasons are part of the corpus
-        text = re.sub(r" ?<[^<>]* at 0x[0-9a-f]+>", "", str(error)) or type(error).__name__
-        raise UnusableImage(f"damaged {name}: {text}") from error
+        raise UnusableImage(f"damaged {name}: {repeatable(str(error)) or type(error).__name__}") from error
 
 
 def _check_by_both(data: bytes | memoryview, extension: str) -> tuple[int, int]:

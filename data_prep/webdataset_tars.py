@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
+from data_prep.reasons import repeatable
 from data_prep.tar_headers import Member
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "tif", "tiff")
@@ -21,6 +22,9 @@ _MAX_LABEL_BYTES = 1 << 20
 
 class UnusableSample(ValueError):  # noqa: N818 - it says what the sample is
     """A sample that cannot be trained on; the message is the reason, for the quarantine list."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(repeatable(reason))
 
 
 @dataclass

@@ -8,7 +8,7 @@ import re
 import tempfile
 
 _ADDRESS = re.compile(r" ?<[^<>]* at 0x[0-9a-fA-F]+>| ?\bat 0x[0-9a-fA-F]{6,}| ?\b0x[0-9a-fA-F]{8,}")
-"""Of an object in memory as Python writes it (`<_io.BytesIO object at 0x7f...>`), or a pointer in a C library's text."""
+"""Of an object in memory as Python writes it (`<_io.BytesIO object at 0x7f...>`), or a pointer of a C library."""
 _OF_PROCESS = re.compile(r"/proc/(?:self|\d+)(?:/task/\d+)?/fd/\d+|/dev/fd/\d+|\b(pid|tid|process|thread|fd)[ =:]+\d+")
 _CONTROL = re.compile(r"[\x00-\x1f\x7f\x85\u2028\u2029]+")
 _LONGEST = 300

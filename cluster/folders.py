@@ -156,6 +156,10 @@ class Folder(ABC):
         """
 
     @abstractmethod
+    def remove_empty(self) -> None:
+        """Remove the folders in it that hold nothing, and itself if it holds nothing then."""
+
+    @abstractmethod
     def remove_unfinished(self, *, deep: bool = False) -> None:
         """Remove what killed writers left directly in the folder, and if `deep` in the folders in it."""
 
@@ -313,16 +317,20 @@ class LocalFolder(Folder):
 
     def remove_tree(self, ours: re.Pattern[str]) -> None:
         self.remove_unfinished(deep=True)
-        for folder, _, names in os.walk(self.local, topdown=False):
+        for folder, _, names in os.walk(self.local):
             for name in names:
                 path = Path(folder, name)
                 place = path.relative_to(self.local).as_posix()
                 if ours.fullmatch(place) or (_is_lock(name) and ours.fullmatch(_locked_by(place))):
                     path.unlink(missing_ok=True)
-            with suppress(OSError):
-                Path(folder).rmdir()
+        self.remove_empty()
         if left := self.tree():
             log.warning("%s stays: %s is not ours", self, next(iter(left)))
+
+    def remove_empty(self) -> None:
+        for folder, _, _ in os.walk(self.local, topdown=False):
+            with suppress(OSError):
+                Path(folder).rmdir()
 
     def remove_unfinished(self, *, deep: bool = False) -> None:
         storage.remove_unfinished(self.local)

@@ -54,7 +54,7 @@ class Lease:
         leaves_file: bool = True,
     ) -> None:
         self.folder, self.ttl_s = folder, ttl_s
-        self._advice, self._leaves_file = advice, leaves_file
+        self._advice, self.leaves_file = advice, leaves_file
         self.token = uuid.uuid4().hex
         self._lost = lost or end_process
         self._counter = 0
@@ -80,7 +80,7 @@ class Lease:
         assert self._thread is not None
         self._thread.join(timeout=self.ttl_s)
         try:
-            if self._leaves_file:
+            if self.leaves_file:
                 self.folder.swap(FILE, json_bytes({"token": None}), self._written)
             elif self._written is not None:
                 self.folder.remove_if(FILE, self._written)

@@ -138,6 +138,9 @@ class ObjectFolder(Folder):
         if left := self.tree():
             log.warning("%s stays: %s is not ours", self, next(iter(left)))
 
+    def remove_empty(self) -> None:
+        """A store has no folders beside those of its objects."""
+
     def remove_unfinished(self, *, deep: bool = False) -> None:
         _run(self._objects.abort_all(deep=deep))
 

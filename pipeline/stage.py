@@ -39,10 +39,10 @@ from pipeline.scratch import check_package_room, room_for_hand_over, temporary_f
 from pipeline.train_loop import Job, train
 
 _BEGUN = re.compile(
-    r"(run|settings|lease|heartbeat)\.json|initial\.safetensors|first_batch\.png|"
+    r"(run|settings|heartbeat)\.json|initial\.safetensors|first_batch\.png|"
     rf"checkpoints/step-[0-9a-f-]+/({checkpoints.FILES.pattern})"
 )
-"""The files of a run's folder before the first step."""
+"""The files of a run's folder before the first step, without its lease."""
 
 
 @dataclass(frozen=True)
@@ -336,8 +336,11 @@ def _held(folder: Folder) -> Iterator[str]:
             yield lease.token
         except ValueError:
             if fresh and folder.size(METRICS) is None:
-                stack.close()  # gives the lease back
-                folder.remove_tree(_BEGUN)
+                for name in filter(_BEGUN.fullmatch, folder.tree()):
+                    folder.remove(name)
+                lease.leaves_file = False
+                stack.close()  # gives the lease back: from here on another job may work there
+                folder.remove_empty()
             raise
 
 

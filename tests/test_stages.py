@@ -221,3 +221,18 @@ def test_under_torchrun_an_error_names_the_node_that_it_is_on(tmp_path):
     assert done.returncode == 2, done.stderr
     assert f"error on {os.uname().nodename} (rank 3): " in done.stderr
     assert "/nowhere" in done.stderr
+
+
+def test_a_refused_run_leaves_what_a_user_has_put_into_its_folder(home, corpus, monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+    folder = home / "runs" / "mine"
+    real = tracking.connect
+
+    def connect(*arguments):
+        if folder.exists():
+            (folder / "notes.txt").write_text("mine")
+        return real(*arguments)
+
+    monkeypatch.setattr(tracking, "connect", connect)
+    error_of(pretrain, monkeypatch, "demo", f"data.corpus={corpus.path}", "run.name=mine", "run.workers=1")
+    assert [path.name for path in folder.iterdir()] == ["notes.txt"]

@@ -18,7 +18,7 @@ from typing import Any, BinaryIO
 
 from cluster import paths, storage
 from cluster.command import log
-from cluster.ownership import temporary_folder
+from cluster.marked_folders import temporary_folder
 from cluster.storage import Sink, StorageError
 
 _LOCK = ".swap-lock"

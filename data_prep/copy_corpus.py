@@ -26,7 +26,7 @@ from cluster import storage
 from cluster.command import Progress, absolute_path, duration, log, run_command
 from cluster.folders import Folder, folder_at
 from cluster.lease import FILE as LEASE
-from cluster.ownership import temporary_folder
+from cluster.marked_folders import temporary_folder
 from cluster.paths import check_component
 from cluster.settings import Settings, parse_command
 from data_prep.corpus import Corpus

@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cluster.ahead import ahead
-from cluster.ownership import temporary_folder
+from cluster.marked_folders import temporary_folder
 from data_prep.columns import Strings
 from data_prep.tar_headers import BLOCK, ReadAt, TarError
 

@@ -25,7 +25,7 @@ import torch
 from cluster.command import absolute_path, log, run_command, set_up_logging
 from cluster.folders import Folder
 from cluster.launch_environment import leads
-from cluster.ownership import temporary_folder
+from cluster.marked_folders import temporary_folder
 from cluster.settings import SettingsError, parse_command
 from cluster.storage import read_json, write_json
 from data_prep.checked_rows import Checks

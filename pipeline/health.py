@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from cluster.command import log
 from cluster.folders import Folder
-from cluster.ownership import temporary_folder
+from cluster.marked_folders import temporary_folder
 from data_prep.contact_sheet import draw_contact_sheet
 from data_prep.mixture import Mixture
 from pipeline.config import HealthSettings

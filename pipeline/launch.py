@@ -17,7 +17,7 @@ import torch.distributed as dist
 from cluster.authenticated_channel import new_secret
 from cluster.command import leads, log
 from cluster.launch_environment import launch
-from cluster.ownership import temporary_folder
+from cluster.marked_folders import temporary_folder
 from cluster.ray_runtime import ray_session, withheld_variables
 from cluster.settings import SettingsError
 from cluster.stop_signals import STOP

@@ -45,7 +45,7 @@ import models.classifier
 import models.preprocess
 import models.vit
 from cluster.command import log
-from cluster.ownership import temporary_files_in, temporary_folder
+from cluster.marked_folders import temporary_files_in, temporary_folder
 from cluster.records import Record, check_record
 from cluster.storage import StorageError, read_json
 from models.classifier import DTYPES, FORMAT_VERSION, ClassifierError, package_digest

@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from cluster.folders import Folder
-from cluster.ownership import temporary_folder
+from cluster.marked_folders import temporary_folder
 
 METRICS = "metrics.jsonl"
 """The record of a run's metrics, in its folder; it appears when the first step is about to be taken."""

@@ -7,7 +7,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
 
-from cluster.ownership import MarkedFolder, OwnershipError, temporary_files_in
+from cluster.marked_folders import MarkedFolder, temporary_files_in
+from cluster.ownership import OwnershipError
 from cluster.settings import SettingsError
 
 _FULL = ("No space left on device", "Disk quota exceeded", "database or disk is full")

@@ -19,7 +19,7 @@ from urllib.parse import unquote, urlsplit, urlunsplit
 
 from cluster.command import log
 from cluster.folders import Folder, LocalFolder, at_hand
-from cluster.ownership import MarkedFolder
+from cluster.marked_folders import MarkedFolder
 from cluster.redact import without_credentials
 from cluster.storage import StorageError, write_bytes
 from pipeline import mlflow_environment

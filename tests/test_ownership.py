@@ -15,21 +15,25 @@ from pathlib import Path
 
 import pytest
 
-from cluster import ownership
-from cluster.ownership import MARK, MarkedFolder, OwnershipError, private_folder, remove_left_behind, temporary_folder
+from cluster import marked_folders
+from cluster.marked_folders import MarkedFolder, remove_left_behind, temporary_folder
+from cluster.ownership import MARK, OwnershipError, private_folder
 from tests.running import REPOSITORY
 
 OWNER = """
 import sys, time
 from pathlib import Path
-from cluster.ownership import MarkedFolder
+from cluster.marked_folders import MarkedFolder
 folder = MarkedFolder("weights", Path(sys.argv[1]))
 (folder.path / "deep").mkdir()
 (folder.path / "deep" / "part").write_bytes(b"0" * 100)
 print(folder.path, flush=True)
 time.sleep(600)
 """
-AS_NOBODY = "import os, pathlib, sys; from cluster.ownership import *; os.setgid(65534); os.setuid(65534); "
+AS_NOBODY = (
+    "import os, pathlib, sys; from cluster.marked_folders import MarkedFolder; "
+    "from cluster.ownership import private_folder; os.setgid(65534); os.setuid(65534); "
+)
 """(The libraries may lie where only we can read them.)"""
 as_root = pytest.mark.skipif(os.geteuid() != 0, reason="becoming another user needs root")
 
@@ -97,7 +101,9 @@ def test_a_process_number_that_another_process_has_now_is_not_its_owner(left: Pa
 def test_a_mark_that_proves_nothing_keeps_its_folder(
     left: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, object]
 ) -> None:
-    monkeypatch.setattr(ownership, "_OF_ONE_MACHINE", set())  # as if other machines had this file system mounted too
+    monkeypatch.setattr(
+        marked_folders, "_OF_ONE_MACHINE", set()
+    )  # as if other machines had this file system mounted too
     rewrite(left, **changes)
     remove_left_behind(tmp_path)
     assert (left / "deep" / "part").exists()

@@ -11,6 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from cluster.marked_folders import remove_left_behind
 from tests.corpora import image_folder, make_corpus
 from tests.ray_head import RayHead, ray_head
 from tests.running import REPOSITORY, environment, losses, tiny, torchrun
@@ -83,7 +84,9 @@ def test_a_killed_driver_leaves_no_rank_behind_and_a_rerun_goes_on(
     corpus: str, straight: dict[int, float], tmp_path: Path
 ) -> None:
     words = [sys.executable, *TINY, f"data.corpus={corpus}", "run.name=a", "run.workers=2"]
-    options = {"cwd": REPOSITORY, "env": environment(tmp_path), "stderr": subprocess.STDOUT, "text": True}
+    (temporary := tmp_path / "tmp").mkdir()
+    home = environment(tmp_path, TMPDIR=str(temporary), RAY_TMPDIR="/tmp")  # Ray's sockets need a short path
+    options = {"cwd": REPOSITORY, "env": home, "stderr": subprocess.STDOUT, "text": True}
     driver = subprocess.Popen(words, stdout=subprocess.DEVNULL, **options)  # type: ignore[call-overload]
     metrics = tmp_path / "runs" / "a" / "metrics.jsonl"
     wait_for(lambda: steps_of(metrics) >= 120)
@@ -93,11 +96,17 @@ def test_a_killed_driver_leaves_no_rank_behind_and_a_rerun_goes_on(
     assert len(ranks) == 2
     driver.kill()
     driver.wait()
+    left = list(temporary.glob("vitforge-*/vitforge-ray-*"))
+    assert len(left) == 1, "the killed driver's records"
     again = subprocess.run(words, stdout=subprocess.PIPE, timeout=600, **options)  # type: ignore[call-overload]
     assert again.returncode == 0, again.stdout[-4000:]
     assert not any(rank.is_running() for rank in ranks)
     assert "is dead; going on in its place" in again.stdout
     assert losses(metrics) == straight
+    assert list(temporary.glob("vitforge-*/vitforge-ray-*")) == []
+    for root in temporary.glob("vitforge-*"):
+        remove_left_behind(root)
+        assert list(root.iterdir()) == [], "what the killed ranks had"
 
 
 def test_ray_trains_controller_and_the_mailbox_may_be_killed(

@@ -28,18 +28,22 @@ def mark() -> dict[str, str]:
 
 
 def remove(run_id: str, experiment_id: str) -> None:
-    """Remove the logged models of a run, with their files, that became no version of a registered model.
+    """Remove the logged models of an experiment, with their files, that became no version of a registered model.
 
-    Only those that carry our mark, which what is published has lost, and whose process is this one, dead, or on another
-    machine: one process at a time publishes models of a run, the one that holds the run's lease. What MLflow does not
-    remove costs a warning.
+    Only those that carry our mark, which what is published has lost. Of `run_id` that is what this process left, and
+    what any other did that is not seen to live: one process at a time publishes models of a run, the one that holds the
+    run's lease. Of other runs it is what processes left that are seen to be dead. What MLflow does not remove costs a
+    warning.
     """
     client = mlflow.MlflowClient()
     try:
-        used = set().union(*(_models_of(version) for version in client.search_model_versions(f"run_id = '{run_id}'")))
-        for model in client.search_logged_models([experiment_id], f"source_run_id = '{run_id}'"):
+        marked = mlflow.search_logged_models([experiment_id], f"tags.`{_OWNER}` LIKE '%'", output_format="list")
+        for model in marked:
+            if not _is_left(model.tags, held=model.source_run_id == run_id) or _REGISTERED in model.tags:
+                continue
+            versions = client.search_model_versions(f"run_id = '{model.source_run_id}'")
             place = _PLACE.fullmatch(model.artifact_location)
-            if model.model_id in used or _REGISTERED in model.tags or not _is_left(model.tags):
+            if model.model_id in set().union(*map(_models_of, versions)):
                 continue
             if place is None or place[1] != model.model_id:  # what a server says decides no path
                 continue
@@ -66,9 +70,16 @@ def _models_of(version: ModelVersion) -> set[str]:
     return {*_MODEL.findall(version.source or ""), *filter(None, [version.model_id])}
 
 
-def _is_left(tags: Mapping[str, str]) -> bool:
+def _is_left(tags: Mapping[str, str], held: bool) -> bool:
+    """Whether the owner that a mark names does not need its model any more.
+
+    Args:
+        held: nobody else may publish models of the run.
+    """
     try:
         owner: Any = json.loads(tags.get(_OWNER, ""))
     except ValueError:
         return False
-    return isinstance(owner, dict) and (owner == this_process() or not is_here(owner) or is_dead(owner))
+    if not isinstance(owner, dict):
+        return False
+    return is_dead(owner) or (held and (owner == this_process() or not is_here(owner)))

@@ -543,8 +543,10 @@ def test_what_a_killed_publisher_left_is_removed_by_the_next(
         left = list(Path(temporary).rglob("weights.safetensors"))
         assert left, "the package itself, and what MLflow copied of it"
         monkeypatch.setattr(tempfile, "tempdir", temporary)
-        put("another", other)  # a run of its own has nothing to do with it
+        put("another", other)
         assert not any(path.exists() for path in left)
+        places = list({*place.iterdir()} - before)  # what a dead process left is removed by any run, its version is not
+        assert sum(bool(list(path.rglob("weights.safetensors"))) for path in places) == 1 + (moment == "registered")
         published = put("killed", run)
         assert put("killed", run) == published
     client = mlflow.MlflowClient()

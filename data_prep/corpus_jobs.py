@@ -119,11 +119,11 @@ def mark_working_folder(folder: Folder) -> None:
         folder.write_json(MARK, {"purpose": "what is needed until the corpus is finished", **this_process()})
 
 
-def check_destination(folder: Folder) -> list[str]:
-    """What is in a destination, without working folders.
+def check_working_folders(folder: Folder) -> None:
+    """Refuse a destination in which a folder of a user has the name of one of ours: what is in ours is removed.
 
     Raises:
-        CorpusError: files that are none of ours.
+        CorpusError: naming it.
     """
     for name, ours in _WORKING.items():
         # Those of before there were marks are told by the names of their files.
@@ -133,6 +133,15 @@ def check_destination(folder: Folder) -> list[str]:
                 f"destination {folder} is not empty and was not made by sharding (it has {f'{name}/{other}'!r}): give "
                 "another folder"
             )
+
+
+def check_destination(folder: Folder) -> list[str]:
+    """What is in a destination, without working folders.
+
+    Raises:
+        CorpusError: files that are none of ours.
+    """
+    check_working_folders(folder)
     found = [name for name in names_in(folder) if name not in (LAID_DOWN, DUPLICATES)]
     if found and PLAN not in found:
         raise CorpusError(

@@ -27,9 +27,9 @@ from data_prep.corpus_assembly import assemble
 from data_prep.corpus_format import MANIFEST, CorpusError
 from data_prep.corpus_jobs import (
     begin,
-    check_destination,
     check_places,
     check_room,
+    check_working_folders,
     finished_before,
     held,
     in_megabytes,
@@ -144,7 +144,7 @@ def shard_corpus(settings: ShardSettings) -> Corpus:
     folder = folder_at(absolute_path(settings.destination, "destination"), "destination")
     check_places(source_folder(absolute_path(settings.source, "source")), folder)
     with held(folder):
-        check_destination(folder)
+        check_working_folders(folder)
         return _shard_into(folder, settings)
 
 

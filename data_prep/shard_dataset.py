@@ -7,7 +7,7 @@ from cluster.folders import folder_at
 from cluster.ray_runtime import ray_session
 from data_prep.corpus import Corpus
 from data_prep.corpus_format import MANIFEST, CorpusError
-from data_prep.corpus_jobs import LAID_DOWN, LAID_DOWN_FILES, check_destination, held
+from data_prep.corpus_jobs import LAID_DOWN, LAID_DOWN_FILES, check_working_folders, held
 from data_prep.embedded_images import lay_down_dataset, list_laid_down
 from data_prep.listing import Listing, SourceError
 from data_prep.shard import ShardSettings, check_settings, shard_listing
@@ -63,7 +63,7 @@ def shard_dataset(
         )
 
     with held(folder):
-        check_destination(folder)
+        check_working_folders(folder)
         if folder.size(MANIFEST) is not None and not chosen.append:
             corpus = Corpus.open(folder)
             if corpus.manifest["created_by"]["source"] != chosen.source:

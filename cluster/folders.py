@@ -316,6 +316,9 @@ class LocalFolder(Folder):
         self._at(name).unlink(missing_ok=True)
 
     def remove_tree(self, ours: re.Pattern[str]) -> None:
+        if self.local.is_symlink():
+            log.warning("%s stays: it is a symbolic link", self)
+            return
         self.remove_unfinished(deep=True)
         for folder, _, names in os.walk(self.local):
             for name in names:

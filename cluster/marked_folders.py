@@ -4,8 +4,9 @@ Such a folder carries a mark, a file in it that names its user, host, boot, proc
 process holds a lock for as long as it lives. It is removed where
 
     the mark is ours (our user's, of this very folder, whole), and nobody holds the lock, and
-    the process is seen to be dead, or the folder is on a file system that one machine alone can have mounted:
-    every process that could hold the lock is one of this machine then, whatever container it is in.
+    the process is seen to be dead, or the folder is on a file system that one machine alone can have mounted, as the
+    process saw it and as we do (to the server of a network's file system it is a disk, to all others it is not): every
+    process that could hold the lock is one of this machine then, whatever container it is in.
 
 What lies on a file system of several machines and was made on another one stays: its process may live.
 """
@@ -117,7 +118,11 @@ def _write_mark(path: Path, purpose: str) -> int:
     try:
         with suppress(OSError):  # a file system without locks: what is left there is told by its process alone
             fcntl.flock(mark, fcntl.LOCK_EX)
-        record = {"purpose": purpose, "folder": path.name, "inode": path.stat().st_ino, **this_process()}
+        facts = path.stat()
+        own_disk = _is_of_one_machine(facts.st_dev)
+        record = {
+            "purpose": purpose, "folder": path.name, "inode": facts.st_ino, "own_disk": own_disk, **this_process()
+        }  # fmt: skip
         content = json.dumps(record).encode()
         if os.write(mark, content) != len(content):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path / MARK))
@@ -157,7 +162,8 @@ def _removed_if_dead(path: Path) -> bool:
                 os.geteuid(), path.name, facts.st_ino,
             ):  # fmt: skip
                 return False
-            if not is_dead(owner) and (is_here(owner) or not (unlocked and _is_of_one_machine(facts.st_dev))):
+            on_disk = owner.get("own_disk") is True and _is_of_one_machine(facts.st_dev)
+            if not is_dead(owner) and (is_here(owner) or not (unlocked and on_disk)):
                 return False
             _remove_content(folder)
             os.unlink(MARK, dir_fd=folder)  # last: what is left half removed is found again

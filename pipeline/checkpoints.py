@@ -262,6 +262,8 @@ def remove_uncommitted(folder: Folder) -> None:
 
 
 def _remove(folder: Folder) -> None:
+    if folder.local is not None and folder.local.is_symlink():
+        return  # to a checkpoint of another run, perhaps
     folder.remove(MANIFEST)  # first, so that nobody takes the rest for a checkpoint
     folder.remove_tree(FILES)
 

@@ -415,6 +415,21 @@ def test_what_a_user_keeps_in_the_scratch_folder_is_left_alone(open_checkpoints,
             path.rmdir() if path.is_dir() else path.unlink()
 
 
+def test_what_a_user_adds_to_a_checkpoint_stays_and_so_does_one_behind_a_link(open_checkpoints, folder, tmp_path):
+    save_steps(open_checkpoints(), 1)
+    first = folder.local / folder.folders()[0]
+    other = tmp_path / "other" / first.name.replace("00000001", "00000002")
+    shutil.copytree(first, other)
+    (first / "notes.txt").write_text("mine")
+    (folder.local / other.name).symlink_to(other)
+    before = sorted(path.name for path in other.iterdir())
+    save_steps(open_checkpoints(keep=1), 3, 4)
+    assert [path.name for path in first.iterdir()] == ["notes.txt"]
+    assert sorted(path.name for path in other.iterdir()) == before
+    open_checkpoints()
+    assert (first / "notes.txt").read_text() == "mine"
+
+
 def test_a_temporary_folder_that_may_be_another_s_is_refused(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     place = tmp_path / f"vitforge-{os.geteuid()}"

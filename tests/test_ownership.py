@@ -122,6 +122,12 @@ def test_a_machine_that_was_started_again_is_not_the_one_before(left: Path, tmp_
     assert left.exists() == (tmp_path.stat().st_dev not in devices_of_one_machine())
 
 
+def test_a_process_that_has_our_disk_mounted_over_a_network_may_live(left: Path, tmp_path: Path) -> None:
+    rewrite(left, boot="another", host="client", own_disk=False)
+    remove_left_behind(tmp_path)
+    assert (left / "deep" / "part").exists()
+
+
 def devices_of_one_machine() -> set[int]:
     kinds = {"ext4", "ext3", "xfs", "tmpfs", "overlay"}
     lines = [line.split() for line in Path("/proc/self/mountinfo").read_text().splitlines()]

@@ -34,6 +34,10 @@ _OF_ONE_MACHINE = {"ext2", "ext3", "ext4", "xfs", "f2fs", "jfs", "reiserfs", "tm
 """File systems that no two machines have mounted at a time. (Those of btrfs and zfs cannot be told by their device.)"""
 
 
+class TemporaryFolderError(ValueError):
+    """The system's temporary folder cannot be used."""
+
+
 class MarkedFolder:
     """A folder of this process alone, with its mark; removed when it is closed, or the process ends.
 
@@ -48,10 +52,22 @@ class MarkedFolder:
 
     Raises:
         OwnershipError: as `private_folder`.
-        OSError: it cannot be made.
+        TemporaryFolderError: the system's temporary folder is full, or cannot be written.
+        OSError: nothing can be made in `place`.
     """
 
     def __init__(self, purpose: str, place: Path | None = None) -> None:
+        try:
+            self._make(purpose, place)
+        except OSError as error:
+            if place is not None:
+                raise
+            raise TemporaryFolderError(
+                f"nothing can be written to the temporary folder {tempfile.gettempdir()} ({error.strerror}): make room "
+                "there, or set TMPDIR to another folder"
+            ) from error
+
+    def _make(self, purpose: str, place: Path | None) -> None:
         root = temporary_root() if place is None else place
         root.mkdir(parents=True, exist_ok=True)
         remove_left_behind(root)

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
 
-from cluster.marked_folders import MarkedFolder, temporary_files_in
+from cluster.marked_folders import MarkedFolder, TemporaryFolderError, temporary_files_in
 from cluster.ownership import OwnershipError
 from cluster.settings import SettingsError
 
@@ -29,11 +29,11 @@ class Scratch(MarkedFolder):
     def __init__(self, place: str, purpose: str) -> None:
         try:
             super().__init__(purpose, Path(place) if place else None)
-        except OwnershipError as error:
+        except (OwnershipError, TemporaryFolderError) as error:
             raise SettingsError(f"{error}, or checkpoint.scratch to a folder on this node's own disk") from error
         except OSError as error:
             raise SettingsError(
-                f"{place or error.filename} cannot be used for files on their way ({error.strerror}): set "
+                f"{place} cannot be used for files on their way ({error.strerror}): set "
                 "checkpoint.scratch to a folder on this node's own disk"
             ) from error
 

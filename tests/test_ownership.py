@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from cluster import marked_folders
-from cluster.marked_folders import MarkedFolder, remove_left_behind, temporary_folder
+from cluster.marked_folders import MarkedFolder, TemporaryFolderError, remove_left_behind, temporary_folder
 from cluster.ownership import MARK, OwnershipError, private_folder
 from tests.running import REPOSITORY
 
@@ -229,3 +229,21 @@ def test_the_folder_in_the_temporary_folder_is_this_user_s_alone(
             pass
         place.unlink()
     assert list(tmp_path.iterdir()) == []
+
+
+@as_root
+def test_a_full_temporary_folder_is_one_message_and_nothing_is_left_in_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8k", "tmpfs", str(tmp_path)]).returncode:
+        pytest.skip("mounting is not permitted here")
+    try:
+        monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+        (tmp_path / "full").write_bytes(bytes(8192))
+        with pytest.raises(TemporaryFolderError, match=rf"{tmp_path} \(No space left on device\): make room"):
+            MarkedFolder("weights")
+        assert list((tmp_path / f"vitforge-{os.geteuid()}").iterdir()) == []
+        (tmp_path / "full").unlink()
+        MarkedFolder("weights").close()
+    finally:
+        subprocess.run(["umount", str(tmp_path)], check=True)

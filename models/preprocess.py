@@ -58,7 +58,9 @@ _CHOICES = {
 class Preprocessing:
     """Encoded images or arrays -> float32 [B, 3, size, size].
 
-    Resizing works on 8-bit pixels; beyond its border an image counts as continued by its outermost pixels.
+    Resizing works on 8-bit pixels. Beyond its border an image counts as continued by its outermost pixels, as in DALI
+    on every device. (Pillow, and so torchvision, leaves out what lies beyond: where the border itself is shown, the
+    outermost ring differs.)
 
     Raises:
         ValueError: values that do not fit together; the message names the field.

@@ -32,7 +32,7 @@ from data_prep.checked_rows import Checks
 from data_prep.corpus import Corpus
 from models.vit import VisionTransformer
 from models.weights import load_into
-from pipeline import decoding, packages, tracking, workers
+from pipeline import decoder_choice, packages, tracking, workers
 from pipeline.config import EvaluateSettings
 from pipeline.crew import Terms
 from pipeline.data_config import DataSettings
@@ -76,7 +76,7 @@ def evaluate(job: Job, control: Control) -> bool:
     load_into(model, package.state)
     model.to(worker.device, dtype)
     data = data_settings(package, settings)
-    verdict = decoding.Verdict.for_all(workers.from_all(decoding.choose_backend(data, worker.gpu)))
+    verdict = decoder_choice.Verdict.for_all(workers.from_all(decoder_choice.choose_backend(data, worker.gpu)))
     backend = verdict.backend
     loader = EvalLoader(corpus, data, worker, settings.batch, backend, package.preprocessing)
     log.info("scoring %d images on %d rank(s), decoding on %s", corpus.num_samples, worker.world_size, backend)

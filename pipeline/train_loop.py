@@ -32,7 +32,7 @@ from pipeline import (
     agreement,
     augment,
     checkpoints,
-    decoding,
+    decoder_choice,
     layout,
     pictures,
     pixels,
@@ -123,7 +123,7 @@ def _train(job: Job, worker: workers.Worker, oversight: Oversight) -> bool:
     corpus, heldout = agreement.on_all_ranks(lambda: open_corpora(data, check="sizes", checks=job.checks))
     hashes = {"the training data": corpus.corpus_hash} | ({"data.heldout": heldout.corpus_hash} if heldout else {})
     agreement.check_ranks(hashes, worker)
-    verdict = decoding.Verdict.for_all(workers.from_all(decoding.choose_backend(data, worker.gpu)))
+    verdict = decoder_choice.Verdict.for_all(workers.from_all(decoder_choice.choose_backend(data, worker.gpu)))
     backend = verdict.backend
 
     # ---- model and engine ------------------------------------------------------------------------------------

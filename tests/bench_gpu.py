@@ -22,7 +22,7 @@ from cluster.command import set_up_logging
 from models.losses import softmax_cross_entropy
 from models.presets import train_flops, vit_config
 from models.vit import VisionTransformer, VitConfig
-from pipeline import decoding, throughput, workers
+from pipeline import decoder_choice, decoding, throughput, workers
 from pipeline.config import OptimizerSettings
 from pipeline.data_config import AugmentSettings, DataSettings
 from pipeline.engine import build_engine, prepare_deepspeed, reduce_and_update, set_learning_rate
@@ -86,7 +86,7 @@ def measure_decoders(worker: workers.Worker) -> None:
             augmenting = AugmentSettings(randaugment_layers=layers)
             settings = DataSettings(corpus="", mean=MEAN, std=STD, augment=augmenting, hw_decoder_load=share)
             what = f"decoding by {backend}, hardware share {share}, {layers} layers of RandAugment"
-            fault = decoding.probe(backend, settings)
+            fault = decoder_choice.probe(backend, settings)
             if fault is not None:
                 print(f"{what}: {fault}", flush=True)
                 continue

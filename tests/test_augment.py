@@ -11,7 +11,7 @@ from PIL import Image, ImageEnhance, ImageOps
 
 from data_prep.corpus import Corpus
 from models.preprocess import decode
-from pipeline import augment, decoding, operations, pixels
+from pipeline import augment, decoder_choice, decoding, operations, pixels
 from pipeline.data_config import AugmentSettings, DataSettings, RandAugmentSettings
 from pipeline.spaces import space_of
 from tests.corpora import image_folder, make_corpus
@@ -283,12 +283,12 @@ def test_the_hardware_decoders_share_needs_a_gpu():
 @pytest.mark.slow
 def test_the_probe_runs_what_the_run_would():
     chosen = settings(side=64, trivialaugment=True, color_jitter=0.3, erasing=0.5)
-    assert decoding.probe("cpu", chosen) is None
+    assert decoder_choice.probe("cpu", chosen) is None
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_the_probe_survives_a_path_that_does_not_work():
-    assert decoding.probe("gpu-slice", settings(side=64))
+    assert decoder_choice.probe("gpu-slice", settings(side=64))
     with pytest.raises(ValueError, match="this rank has no GPU"):
-        decoding.choose_backend(DataSettings(corpus="", decode="gpu"), gpu=False)
+        decoder_choice.choose_backend(DataSettings(corpus="", decode="gpu"), gpu=False)

@@ -21,7 +21,7 @@ import numpy as np
 import simplejpeg
 from PIL import Image, ImageFile, TiffImagePlugin
 
-from data_prep.image_pixels import is_deep, mean_difference, upright
+from data_prep.image_pixels import has_deep_colours, mean_difference, upright
 from data_prep.orientation import TRANSPOSED, UPRIGHT, ConflictingOrientation, jpeg_segments, read_orientation
 from data_prep.reasons import repeatable
 from data_prep.training_decoder import UndecodableError, decode_as_training
@@ -214,7 +214,7 @@ def _check_by_both(data: bytes | memoryview, extension: str) -> tuple[int, int]:
                 f"too large: {sides} pixels, more than {MAX_DECODED_PIXELS:,}: shrink it, or make it a JPEG"
             )
         orientation = _orientation(data, extension)
-        deep = is_deep(image)
+        deep = has_deep_colours(image)
         image.info.pop("xmp", None)  # by which Pillow turns a TIFF when it is loaded
         image.load()
         shown = image if deep else upright(image, orientation)

@@ -32,22 +32,21 @@ def open_upright(data: bytes | memoryview, shrink_to: int | None = None) -> Imag
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of metadata
         with Image.open(io.BytesIO(data)) as image:
-            if is_deep(image):  # Pillow clips 16 bits of gray, and cuts those of colours
-                pixels = decode_as_training(data)
-                return Image.fromarray(pixels[:, :, 0] if image.mode.startswith("I") else pixels)
+            if has_deep_colours(image):
+                return Image.fromarray(decode_as_training(data))
             if shrink_to is not None:
                 image.draft("RGB", (shrink_to, shrink_to))
             return upright(image, read_orientation(data, _EXTENSIONS.get(image.format or "", "")))
 
 
-def is_deep(image: Image.Image) -> bool:
-    """Whether an opened image, not loaded yet, has 16 bits a channel."""
+def has_deep_colours(image: Image.Image) -> bool:
+    """Whether an opened image, not loaded yet, has colours of 16 bits, of which Pillow gives the upper 8."""
     tiles = getattr(image, "tile", [])
-    return image.mode.startswith("I") or bool(image.format == "PNG" and tiles and "16" in str(tiles[0].args))
+    return bool(image.format == "PNG" and tiles and str(tiles[0].args).startswith("RGB") and "16" in tiles[0].args)
 
 
 def upright(image: Image.Image, orientation: int) -> Image.Image:
-    """An opened image of 8 bits as L or RGB, turned; a TIFF is turned by Pillow when it is loaded.
+    """An opened image as L or RGB of 8 bits, turned; a TIFF is turned by Pillow when it is loaded.
 
     The colours of four-coloured JPEGs are those of libjpeg-turbo and DALI: inverted if Adobe's marker is there. Pillow
     takes all for inverted.
@@ -55,6 +54,8 @@ def upright(image: Image.Image, orientation: int) -> Image.Image:
     image.info.pop("xmp", None)  # by which Pillow turns a TIFF when it is loaded
     if image.format in ("JPEG", "MPO") and image.mode == "CMYK" and "adobe_transform" not in image.info:
         image = ImageChops.invert(image)
+    if image.mode.startswith("I"):  # which Pillow's own conversion clips
+        image = Image.fromarray(np.rint(np.asarray(image, np.float32) / 257).astype(np.uint8))
     pixels = image if image.mode == "L" else image.convert("RGB")
     if orientation in _TURNS:
         return pixels.transpose(_TURNS[orientation])

@@ -56,7 +56,7 @@ def _read_block(block: bytes) -> tuple[int | None, bool]:
     """The orientation that a block asks for, if it has one, and whether all of its IFD0 can be read."""
     order = {b"II*\0": "<", b"MM\0*": ">"}.get(block[:4])
     if order is None:  # which DALI's parser does not look at as closely
-        if block[:1] in (b"I", b"M") and (b"\x01\x12" in block or b"\x12\x01" in block):
+        if (b"I" in block[:2] or b"M" in block[:2]) and (b"\x01\x12" in block or b"\x12\x01" in block):
             raise ConflictingOrientation(_DAMAGED)
         return None, True
     if len(block) < 10 or (start := struct.unpack_from(order + "I", block, 4)[0]) + 2 > len(block):

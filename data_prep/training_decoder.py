@@ -6,6 +6,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from cluster.storage import StorageError
+
 _of_thread = threading.local()
 
 
@@ -21,6 +23,7 @@ def decode_as_training(data: bytes | memoryview) -> NDArray[np.uint8]:
 
     Raises:
         UndecodableError: DALI cannot decode it.
+        StorageError: DALI is not installed.
     """
     pipeline = getattr(_of_thread, "pipeline", None)
     if pipeline is None:
@@ -30,14 +33,20 @@ def decode_as_training(data: bytes | memoryview) -> NDArray[np.uint8]:
         (output,) = pipeline.run()
     except RuntimeError as error:
         _of_thread.pipeline = None  # one that has failed is of no more use; another takes 1 ms
-        raise UndecodableError("the decoder of training (NVIDIA DALI) does not decode it") from error
+        raise UndecodableError("the decoder of training (NVIDIA DALI) does not decode it: write it again") from error
     pixels: NDArray[np.uint8] = np.asarray(output.at(0))
     return pixels
 
 
 def _build() -> Any:
     # Here, since most images (plain JPEGs) need no DALI: its import takes 0.2 CPU-s and 90 MB
-    from nvidia.dali import fn, pipeline_def, types
+    try:
+        from nvidia.dali import fn, pipeline_def, types
+    except ImportError as error:
+        raise StorageError(
+            "images other than plain JPEGs are checked with the decoder of training, NVIDIA DALI, which is not here "
+            f"({error}): shard them on Linux, with what requirements.lock names"
+        ) from error
 
     # The dynamic executor leaves alone what an array still holds.
     @pipeline_def(batch_size=1, num_threads=1, device_id=None, prefetch_queue_depth=1, exec_dynamic=True)

@@ -171,6 +171,10 @@ def tiff_files() -> Kinds:
         )
     yield "tiff gray 16, white is zero", tiff(WIDTH, HEIGHT, tags(1, 0, 16), [deep.astype("<u2").tobytes()])
     signed = (339, SHORT, [2])
+    yield (
+        "tiff gray 16, orientation 6",
+        tiff(WIDTH, HEIGHT, tags(1, 1, 16, (274, SHORT, [6])), [deep.astype("<u2").tobytes()]),
+    )
     yield "tiff gray 16 signed", tiff(WIDTH, HEIGHT, tags(1, 1, 16, signed), [deep.astype("<u2").tobytes()])
     yield "tiff gray 8 signed", tiff(WIDTH, HEIGHT, tags(1, 1, 8, signed), [gray.tobytes()])
     yield "tiff gray 32", tiff(WIDTH, HEIGHT, tags(1, 1, 32), [(deep.astype("<u4") << 16).tobytes()])

@@ -4,6 +4,7 @@ import itertools
 
 import numpy as np
 import pytest
+from nvidia.dali import fn, pipeline_def, types
 from PIL import Image
 
 from data_prep.convert import Conversion, convert
@@ -189,3 +190,27 @@ def test_16_bits_are_shrunk_and_described_as_training_and_consumers_see_them(nam
     assert of_deep["pictured"]
     assert of_deep["hash"] == of_shown["hash"]
     assert similarity(of_deep["shape"][None], of_shown["shape"][None], mirrored=False)[0] > 0.99
+
+
+def test_a_crop_is_cut_from_the_upright_image(rows):
+    """As training decodes: only the part that it shows."""
+    taken = {name: row.facts for name, row in rows.items() if isinstance(row.facts, ImageFacts)}
+    large = {name: facts for name, facts in taken.items() if min(facts.width, facts.height) > 20}
+    files = [np.frombuffer(all_kinds()[name], np.uint8) for name in large]
+    corners = [np.array([facts.height // 3, facts.width // 5]) for facts in large.values()]
+    sides = [np.array([facts.height // 2, facts.width // 3]) for facts in large.values()]
+
+    @pipeline_def(batch_size=len(files), num_threads=1, device_id=None, prefetch_queue_depth=1)
+    def graph():
+        encoded, corner, side = fn.external_source(source=lambda: (files, corners, sides), num_outputs=3, batch=True)
+        return fn.decoders.image_slice(
+            encoded, corner, side, axis_names="HW", normalized_anchor=False, normalized_shape=False,
+            device="cpu", output_type=types.RGB,
+        )  # fmt: skip
+
+    pipeline = graph()
+    pipeline.build()
+    (output,) = pipeline.run()
+    for row, (name, (top, left), (height, width)) in enumerate(zip(large, corners, sides, strict=True)):
+        part = decode(all_kinds()[name])[top : top + height, left : left + width]
+        np.testing.assert_array_equal(np.asarray(output.at(row)), part, err_msg=name)

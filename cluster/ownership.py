@@ -37,7 +37,7 @@ def _boot() -> str:
     boot, space = Path("/proc/sys/kernel/random/boot_id"), Path("/proc/self/ns/pid")
     if not boot.exists() or not space.is_symlink():
         return ""
-    return f"{boot.read_text().strip()} {space.readlink()}"
+    return f"{boot.read_text(encoding='ascii').strip()} {space.readlink()}"
 
 
 HERE = {"host": platform.node(), "boot": _boot()}
@@ -51,7 +51,7 @@ def _started(pid: int) -> float:
         psutil.NoSuchProcess: it has ended.
     """
     try:
-        return float(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
+        return float(Path(f"/proc/{pid}/stat").read_text(encoding="latin-1").rpartition(")")[2].split()[19])
     except (FileNotFoundError, ProcessLookupError):
         return psutil.Process(pid).create_time()  # a system without /proc
 

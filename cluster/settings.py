@@ -330,7 +330,7 @@ def help_text(
     if recipes is not None:
         lines.append("recipes (a name from this list, or the path of your own file):")
         for path in sorted(recipes.glob("*.yaml")):
-            lines.append(f"  {path.stem:<28} {path.read_text().splitlines()[0].lstrip('# ')}")
+            lines.append(f"  {path.stem:<28} {path.read_text(encoding='utf-8').splitlines()[0].lstrip('# ')}")
         lines.append("")
     lines.append("settings (give any of them as KEY=VALUE; KEY=null takes one back to its default):")
     for key, field in iterate_keys(settings_type):

@@ -50,9 +50,9 @@ def check_folder(folder: Folder, worker: Worker) -> None:
     marker = folder.local / ".shared"
     token = from_all(str(time.time_ns()))[0]
     if worker.leads:
-        marker.write_text(token)
+        marker.write_text(token, encoding="utf-8")
     from_all(None)  # rank 0 has written
-    seen = from_all((marker.exists() and marker.read_text() == token, node()))
+    seen = from_all((marker.exists() and marker.read_text(encoding="utf-8") == token, node()))
     blind = sorted({where for sees, where in seen if not sees})
     if blind:
         raise DisagreementError(

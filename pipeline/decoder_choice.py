@@ -71,7 +71,12 @@ def probe(backend: Backend, settings: DataSettings, timeout_s: float = 180.0) ->
     command = [sys.executable, "-m", "pipeline.decoder_choice", backend, settings.model_dump_json()]
     try:
         done = subprocess.run(
-            command, capture_output=True, text=True, timeout=timeout_s, cwd=Path(__file__).resolve().parents[1]
+            command,
+            capture_output=True,
+            encoding="utf-8",
+            errors="replace",
+            timeout=timeout_s,
+            cwd=Path(__file__).resolve().parents[1],
         )
     except subprocess.TimeoutExpired:
         return f"no answer within {timeout_s:.0f} s"

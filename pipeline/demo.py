@@ -162,7 +162,7 @@ def _speed(result: dict[str, Any]) -> str:
 
 
 def _result(run: Path) -> dict[str, Any]:
-    result: dict[str, Any] = json.loads((run / "result.json").read_text())
+    result: dict[str, Any] = json.loads((run / "result.json").read_text(encoding="utf-8"))
     return result
 
 

@@ -26,7 +26,10 @@ from pipeline.config import RECIPES, FinetuneSettings
 from pipeline.registry_names import check_names
 
 if TYPE_CHECKING:
+    from data_prep.mixture import Mixture
     from models.vit import VitConfig
+    from pipeline.packages import Package
+    from pipeline.stage import Colors
 
 
 def architecture(settings: FinetuneSettings, parent: "VitConfig", num_classes: int) -> "VitConfig":
@@ -49,35 +52,19 @@ def architecture(settings: FinetuneSettings, parent: "VitConfig", num_classes: i
         raise SettingsError(f"data.image_size = {settings.data.image_size} with the parent's model: {error}") from None
 
 
-def main() -> None:
-    """Read the command line and run the stage."""
-    settings = parse_command(
-        FinetuneSettings, prog="pipeline/finetune.py", description=__doc__ or "", recipes=RECIPES / "finetune"
-    )
-    # Checked before torch and the others are imported: a mistyped key is refused in the first second.
-    check_names(settings.run.name, settings.registry.name, settings.registry.alias)
-    from models.weights import adapt_for_finetuning
-    from pipeline import packages, tracking
-    from pipeline.corpora import checks_of, open_corpora, with_places
-    from pipeline.scratch import temporary_files
-    from pipeline.stage import Start, check_stage, home_folder, print_result, recorded_parent, run_stage
+def _prepared(
+    settings: FinetuneSettings, corpus: "Mixture", heldout: "Mixture | None", colors: tuple["Colors", "Colors"]
+) -> FinetuneSettings:
+    """The settings with absolute paths, and the parent's mean and deviation where they name none."""
+    from pipeline.corpora import with_places
 
-    corpus, heldout = open_corpora(settings.data)
-    check_stage(settings, corpus)
-    tracking.connect(home_folder(settings.run.home))
-    wanted = recorded_parent(settings)
-    with temporary_files(settings.checkpoint.scratch, "parent"):
-        parent = packages.load_package(wanted or settings.parent)
-    if wanted:
-        log.info("this run began with %s and goes on with it", wanted)
     data = with_places(settings.data, corpus, heldout).model_copy(
-        update={
-            "mean": settings.data.mean or parent.preprocessing.mean,
-            "std": settings.data.std or parent.preprocessing.std,
-        }
+        update={"mean": settings.data.mean or colors[0], "std": settings.data.std or colors[1]}
     )
-    settings = settings.model_copy(update={"data": data})
-    config = architecture(settings, parent.config, len(corpus.classes))
+    return settings.model_copy(update={"data": data})
+
+
+def _say_changes(parent: "Package", config: "VitConfig", corpus: "Mixture") -> None:
     if list(parent.classes) != corpus.names:
         log.info("new head: the parent knows %d classes, the corpus has %d", len(parent.classes), len(corpus.classes))
     log.info(
@@ -88,15 +75,57 @@ def main() -> None:
         parent.config.grid,
         config.grid,
     )
-    weights = adapt_for_finetuning(
-        parent.state,
-        parent.config,
-        config,
-        interpolation=settings.position_interpolation,
-        antialias=settings.position_antialias,
+
+
+def main() -> None:
+    """Read the command line and run the stage."""
+    settings = parse_command(
+        FinetuneSettings, prog="pipeline/finetune.py", description=__doc__ or "", recipes=RECIPES / "finetune"
     )
-    made_by = parent.tags.get("vitforge.mlflow_run")
-    start = Start(config, weights, parent.uri, made_by, checks_of(corpus, heldout))
+    # Checked before torch and the others are imported: a mistyped key is refused in the first second.
+    check_names(settings.run.name, settings.registry.name, settings.registry.alias)
+    from models.weights import adapt_for_finetuning
+    from pipeline import packages, tracking
+    from pipeline.corpora import checks_of, open_corpora
+    from pipeline.scratch import temporary_files
+    from pipeline.stage import (
+        Start,
+        check_stage,
+        home_folder,
+        kept_parent,
+        print_result,
+        recorded_parent,
+        run_stage,
+    )
+
+    corpus, heldout = open_corpora(settings.data)
+    check_stage(settings, corpus)
+    tracking.connect(home_folder(settings.run.home))
+    checks = checks_of(corpus, heldout)
+    kept = kept_parent(settings)
+    if kept is not None:
+        log.info("this run began with %s and goes on with it", kept.uri)
+        settings = _prepared(settings, corpus, heldout, kept.colors)
+        config = architecture(settings, kept.architecture, len(corpus.classes))
+        start = Start(config, {}, kept.uri, kept.run, kept.colors, checks)  # the run's folder has the weights
+    else:
+        wanted = recorded_parent(settings)
+        with temporary_files(settings.checkpoint.scratch, "parent"):
+            parent = packages.load_package(wanted or settings.parent)
+        if wanted:
+            log.info("this run began with %s and goes on with it", wanted)
+        colors = (parent.preprocessing.mean, parent.preprocessing.std)
+        settings = _prepared(settings, corpus, heldout, colors)
+        config = architecture(settings, parent.config, len(corpus.classes))
+        _say_changes(parent, config, corpus)
+        weights = adapt_for_finetuning(
+            parent.state,
+            parent.config,
+            config,
+            interpolation=settings.position_interpolation,
+            antialias=settings.position_antialias,
+        )
+        start = Start(config, weights, parent.uri, parent.tags.get("vitforge.mlflow_run"), colors, checks)
     print_result(run_stage("finetune", settings, start, corpus))
 
 

@@ -185,7 +185,7 @@ def settle_precision(
 def cpu_has_bf16() -> bool:
     """Whether the CPU has bf16 units (AMX or AVX-512); emulated, bf16 is several times slower than fp32."""
     cpuinfo = Path("/proc/cpuinfo")
-    flags = cpuinfo.read_text().split() if cpuinfo.exists() else []
+    flags = cpuinfo.read_text(encoding="utf-8", errors="replace").split() if cpuinfo.exists() else []
     return "amx_bf16" in flags or "avx512_bf16" in flags
 
 

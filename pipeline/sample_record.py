@@ -31,7 +31,7 @@ class SampleRecord:
         whole = path.read_bytes().rpartition(b"\n") if path.exists() else (b"", b"", b"")
         if whole[2]:
             os.truncate(path, len(whole[0] + whole[1]))  # a row that a crash cut short
-        self._file = path.open("a")
+        self._file = path.open("a", encoding="utf-8")
 
     def write(self, step: int, ids: list[NDArray[np.int64]]) -> None:
         """Add a step that was taken, with the ids of its micro-batches."""

@@ -45,6 +45,9 @@ _BEGUN = re.compile(
 """The files of a run's folder before the first step, without its lease."""
 
 
+Colors = tuple[float, float, float]
+
+
 @dataclass(frozen=True)
 class Start:
     """What a stage begins with."""
@@ -56,6 +59,8 @@ class Start:
     """The resolved parent, models:/NAME/VERSION."""
     parent_run: str | None = None
     """The MLflow run that made the parent."""
+    colors: tuple[Colors, Colors] | None = None
+    """Mean and deviation of the parent's preprocessing."""
     checks: Checks = field(default_factory=dict)
     """Of the indices of the corpora, as they were when they were looked at (data_prep/checked_rows.py)."""
 
@@ -346,9 +351,17 @@ def _held(folder: Folder) -> Iterator[str]:
 
 def _open_record(folder: Folder, stage: str, start: Start) -> dict[str, Any]:
     """RUN/run.json: which stage and parent the folder belongs to, its MLflow run."""
+    record: dict[str, Any]
     if folder.size("run.json") is None:
-        return {"stage": stage, "parent": start.parent}
-    record: dict[str, Any] = folder.read_json("run.json")
+        record = {"stage": stage, "parent": start.parent}
+        if start.parent is not None:  # so that the run goes on without it
+            record |= {
+                "parent_run": start.parent_run,
+                "architecture": start.architecture.to_json(),
+                "colors": start.colors,
+            }
+        return record
+    record = folder.read_json("run.json")
     if record["stage"] != stage or record["parent"] != start.parent:
         raise SettingsError(
             f"{folder} holds a {record['stage']} run from {record['parent'] or 'scratch'}, this is a {stage} run from "
@@ -357,10 +370,42 @@ def _open_record(folder: Folder, stage: str, start: Start) -> dict[str, Any]:
     return record
 
 
+@dataclass(frozen=True)
+class KeptParent:
+    """What a fine-tuning that has begun keeps of its parent beside the weights that it began with."""
+
+    uri: str
+    run: str | None
+    """The MLflow run that made it."""
+    architecture: VitConfig
+    """Of the fine-tuning, which has the parent's in all that cannot be chosen."""
+    colors: tuple[Colors, Colors]
+
+
 def recorded_parent(settings: StageSettings) -> str | None:
     """The resolved parent of a run that has begun: an alias may have moved since, the run keeps its parent."""
     folder = run_folder(settings.run)
     return folder.read_json("run.json").get("parent") if folder.size("run.json") is not None else None
+
+
+def kept_parent(settings: StageSettings) -> KeptParent | None:
+    """The parent of a fine-tuning that has begun and has all that it needs of it; None where it is still needed."""
+    folder = run_folder(settings.run)
+    if folder.size("run.json") is None or folder.size(INITIAL_WEIGHTS) is None:
+        return None
+    record = folder.read_json("run.json")
+    if record.get("parent") is None:
+        return None
+    if "architecture" in record:
+        architecture, colors = record["architecture"], record["colors"]
+    else:  # begun by an older version, which wrote that into checkpoints only
+        newest = checkpoints.newest(folder.child("checkpoints"))
+        if newest is None:
+            return None
+        data = newest.state["settings"]["data"]
+        architecture, colors = newest.state["architecture"], (data["mean"], data["std"])
+    mean, std = (tuple(values) for values in colors)
+    return KeptParent(record["parent"], record.get("parent_run"), VitConfig.from_json(architecture), (mean, std))
 
 
 def _lineage(stage: str, corpus: Mixture, start: Start) -> dict[str, str]:
@@ -380,7 +425,7 @@ def git_revision() -> str:
     """The revision of the code, with -dirty where files were changed; unknown outside a git checkout."""
     command = ["git", "-C", str(REPOSITORY), "describe", "--always", "--dirty", "--abbrev=40", "--match="]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=10)
+        done = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace", timeout=10)
     except (OSError, subprocess.TimeoutExpired):
         return "unknown"
     return done.stdout.strip() if done.returncode == 0 else "unknown"

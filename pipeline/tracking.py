@@ -72,7 +72,7 @@ def connect(home: Path, uri: str | None = None) -> str:
     said = without_credentials(uri)
     try:
         home.mkdir(parents=True, exist_ok=True)
-        lock = (home / ".mlflow.lock").open("w")
+        lock = (home / ".mlflow.lock").open("wb")
         # Two processes that make the tables of one new file at once leave it broken.
         fcntl.flock(lock, fcntl.LOCK_EX)
     except OSError as error:
@@ -386,7 +386,7 @@ class MetricsFile:
     def _begin(self, rows: Sequence[Mapping[str, Any]], step: int) -> None:
         content = "".join(json.dumps(row) + "\n" for row in rows if row["step"] <= step)
         write_bytes(self._path, content.encode())
-        self._file = self._path.open("a")
+        self._file = self._path.open("a", encoding="utf-8")
 
     def go_back(self, step: int) -> None:
         """Drop what was recorded after a step: those that follow it are taken again."""

@@ -30,6 +30,10 @@ class RayHead:
     """Of its job interface."""
     metrics_port: int
     """Where its node shows its metrics to Prometheus."""
+    gcs: str
+    """For RAY_ADDRESS."""
+    folder: Path
+    """Of its sessions, with all that it logs."""
 
     def metrics(self) -> str:
         """What Prometheus would read; nothing where the node does not answer yet."""
@@ -74,19 +78,19 @@ def _head(home: Path, cpus: int) -> Iterator[RayHead]:
         "--dashboard-agent-listen-port", ports[2], "--metrics-export-port", str(metrics_port),
         "--num-cpus", str(cpus),
     ]  # fmt: skip
-    with started(options, variables, Path(os.devnull)):
-        yield RayHead(variables, f"http://127.0.0.1:{ports[1]}", metrics_port)
+    with started(options, variables, Path(os.devnull)) as folder:
+        yield RayHead(variables, f"http://127.0.0.1:{ports[1]}", metrics_port, f"127.0.0.1:{ports[0]}", folder)
 
 
 @contextmanager
-def started(options: list[str], variables: dict[str, str], log: Path) -> Iterator[None]:
-    """`ray start --head` with some options, for the length of a block; what it started ends with it."""
+def started(options: list[str], variables: dict[str, str], log: Path) -> Iterator[Path]:
+    """`ray start --head` with some options, for the length of a block, which ends what it started; gives its folder."""
     folder = Path("/tmp") / f"vf-{os.getpid()}-{secrets.token_hex(3)}"  # Ray's sockets need a short path
     command = [RAY, "start", "--head", *options, "--temp-dir", str(folder), "--block"]
     with log.open("wb") as output:
         process = subprocess.Popen(command, env=variables, stdout=output, stderr=output)
     try:
-        yield
+        yield folder
     finally:
         children = psutil.Process(process.pid).children(recursive=True)
         process.send_signal(signal.SIGTERM)

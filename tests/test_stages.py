@@ -1,7 +1,9 @@
 """The stages' commands with input that cannot work: one clear message, status 2, nothing half-written."""
 
 import dataclasses
+import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -16,7 +18,7 @@ from models.presets import vit_config
 from models.vit import VisionTransformer
 from pipeline import evaluate, finetune, packages, pretrain, tracking
 from tests.corpora import image_folder, make_corpus
-from tests.running import REPOSITORY, environment, script, torchrun
+from tests.running import REPOSITORY, environment, losses, script, torchrun
 
 
 @pytest.fixture(scope="module")
@@ -155,8 +157,6 @@ def test_evaluation_takes_the_interface_that_is_named(home, corpus):
 
 
 def test_a_run_folder_in_use_or_of_another_stage_is_refused(home, corpus, monkeypatch):
-    import json
-
     folder = home / "runs" / "demo-pretrain"
     folder.mkdir(parents=True)
     (folder / "metrics.jsonl").write_text("")
@@ -236,3 +236,34 @@ def test_a_refused_run_leaves_what_a_user_has_put_into_its_folder(home, corpus, 
     monkeypatch.setattr(tracking, "connect", connect)
     error_of(pretrain, monkeypatch, "demo", f"data.corpus={corpus.path}", "run.name=mine", "run.workers=1")
     assert [path.name for path in folder.iterdir()] == ["notes.txt"]
+
+
+TUNE = [
+    "pipeline/finetune.py", "demo", "parent=models:/small@champion", "data.image_size=24", "training.global_batch=12",
+    "optimizer.warmup=null", "training.duration=2 steps", "log.every=1", "run.workers=null", "run.name=tune",
+    "registry.name=tuned", "registry.alias=champion",
+]  # fmt: skip
+
+
+@pytest.mark.slow
+def test_a_fine_tuning_needs_its_parent_once_and_moves_an_alias_once(home, corpus):
+    """It is stopped before its first checkpoint, the parent is deleted, a newer version takes the alias."""
+    publish(home)
+    command = [*TUNE, f"data.corpus={corpus.path}"]
+    done = torchrun(1, home, *command)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "registered models:/tuned/1 as @champion" in done.stderr
+    run = home / "runs" / "tune"
+    before = losses(run / "metrics.jsonl")
+    shutil.rmtree(run / "checkpoints")
+    client = mlflow.MlflowClient()
+    client.delete_registered_model("small")
+    source = client.get_model_version("tuned", "1").source
+    client.create_model_version("tuned", source)
+    client.set_registered_model_alias("tuned", "champion", "2")
+    done = torchrun(1, home, *command)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "this run began with models:/small/1 and goes on with it" in done.stderr
+    assert losses(run / "metrics.jsonl") == before
+    assert "there is already models:/tuned/1; @champion stays at version 2, which is newer" in done.stderr
+    assert "as @champion" not in done.stderr

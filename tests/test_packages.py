@@ -307,6 +307,16 @@ def test_a_name_is_refused_in_the_beginning_or_works_to_the_end(registry: Regist
         assert [str(part) for part in _get_model_name_and_version(client, uri)] == [name, resolve(uri).version]
 
 
+def test_a_name_is_refused_before_seconds_of_imports():
+    for setting in ("registry.alias=latest", "registry.alias=v2", "registry.name=it's", "registry.name=a/b"):
+        code = (
+            f"import sys; sys.argv = ['x', 'demo', 'data.corpus=/c', {setting!r}]; import pipeline.pretrain as stage\n"
+        )
+        code += "try: stage.main()\nexcept ValueError as error: print(error, {'mlflow', 'torch'} & set(sys.modules))"
+        done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=True)
+        assert re.fullmatch(r"registry\.\w+ = .* cannot be .* would do set\(\)\n", done.stdout), done.stdout
+
+
 def test_what_mlflow_refuses_is_refused(monkeypatch: pytest.MonkeyPatch):
     for alias in ("latest", "LATEST", "v2", "V10", "a b", "a/b", "a@b", "a'b", "", "a" * 256, "champion\n", "é!"):
         with pytest.raises(SettingsError, match=r"registry\.alias = .* cannot be an alias"):

@@ -25,8 +25,8 @@ def left_to_the_locale(tree: ast.AST) -> Iterator[int]:
             value = mode.value if isinstance(mode, ast.Constant) else "r" if builtin and mode is None else "b"
             missing = isinstance(value, str) and set(value) <= set("rwax+t")
         else:
-            value = given.get("text", given.get("universal_newlines"))
-            missing = name in ("run", "Popen", "check_output") and isinstance(value, ast.Constant) and bool(value.value)
+            text = given.get("text", given.get("universal_newlines"))
+            missing = name in ("run", "Popen", "check_output") and isinstance(text, ast.Constant) and bool(text.value)
         if missing:
             yield node.lineno
 

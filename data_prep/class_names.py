@@ -1,6 +1,5 @@
 """Files that say what classes there are, in which order, and what people call them."""
 
-import json
 import re
 from collections.abc import Sequence
 from dataclasses import replace
@@ -11,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cluster.command import log
+from cluster.storage import StorageError, parse_json
 from data_prep.columns import Labels
 from data_prep.listing import Listing, SourceError
 
@@ -69,8 +69,8 @@ def read_classes(path: Path) -> tuple[list[str], list[str] | None]:
 def _read_class_index(path: Path, key: str) -> list[tuple[str, str]]:
     """(name, description or "") in the order of the numbers that are the keys, or of the file."""
     try:
-        value = json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
+        value = parse_json(path.read_bytes(), path.name)
+    except (OSError, StorageError) as error:
         raise SourceError(f"{key} = {path} cannot be read: {error}") from error
     if isinstance(value, list) and all(isinstance(name, str) for name in value):
         return [(name, "") for name in value]

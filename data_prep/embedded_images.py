@@ -177,7 +177,7 @@ def _lay_down_file(task: _FileTask) -> dict[str, Any]:
     try:
         batches = parquet_batches(task.file, _ROWS, names)
         size = _lay_down(batches, columns, task.folder, task.part, f"{task.file.name}/", str(task.file), task.stamp)
-    except pa.ArrowException as error:
+    except pa.ArrowException as error:  # of its columns' types
         raise SourceError(f"table {task.file} cannot be read: {error}") from error
     return {"sizes": {".tar": size}}
 

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from cluster.command import Progress, log
 from cluster.folders import Folder, LocalFolder
+from cluster.paths import shown, why_not_inside
 from cluster.redact import address_without_credentials
 from data_prep.class_names import numbers_as_names
 from data_prep.columns import LABEL_DTYPE, Labels, Strings
@@ -144,12 +145,17 @@ def _normal(paths: list[str], image_of_row: NDArray[np.int64]) -> tuple[list[str
 
 def _check_paths(paths: Sequence[str], image_of_row: NDArray[np.int64], lines: NDArray[np.int64], where: str) -> None:
     for number, path in enumerate(paths):
-        parts = PurePosixPath(path).parts
-        if not parts or ("://" not in path and not path.startswith("/") and ".." in parts):
+        if not PurePosixPath(path).parts:
+            problem: str | None = "is empty"
+        elif "://" in path or path.startswith("/"):
+            problem = "has a zero character" if "\0" in path else None
+        else:
+            problem = why_not_inside(path)
+        if problem is not None:
             line = lines[np.flatnonzero(image_of_row == number)[0]]
             raise SourceError(
-                f"{where}, line {line}: path {path!r} must be an address, an absolute path, or relative to the source "
-                f"and inside it"
+                f"{where}, line {line}: path {shown(path)} {problem}: it must be an address, an absolute path, or "
+                f"relative to the source and inside it"
             )
 
 

@@ -5,6 +5,7 @@ import io
 import itertools
 import json
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any, BinaryIO, NamedTuple
@@ -16,6 +17,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from cluster.folders import Folder
+from cluster.storage import StorageError, parse_json
 from data_prep.listing import SourceError
 
 TABLE_SUFFIXES = (".csv", ".jsonl", ".parquet")
@@ -164,14 +166,14 @@ def _header(file: TableFile) -> tuple[list[str], list[str]]:
             if file.suffix == ".csv":
                 return next(csv.reader(lines), []), []
             # not every object need have all of the keys
-            entries = [json.loads(line) for line in itertools.islice(lines, _LOOKED_AT) if line.strip()]
+            entries = [parse_json(line, "a line") for line in itertools.islice(lines, _LOOKED_AT) if line.strip()]
             return list(dict.fromkeys(key for entry in entries if isinstance(entry, dict) for key in entry)), []
     except (OSError, UnicodeDecodeError, ValueError, csv.Error, pa.ArrowException) as error:
         raise SourceError(f"table {file} cannot be read: {error}") from error
 
 
 def _schema(file: TableFile) -> pa.Schema:
-    with file.open() as content:
+    with file.open() as content, _parquet_errors(file):
         return pq.read_schema(content)
 
 
@@ -189,7 +191,7 @@ def class_names_of(file: TableFile, label_column: str) -> list[str] | None:
         metadata = _schema(file).metadata or {}
         feature = json.loads(metadata[b"huggingface"])["info"]["features"][label_column]
         names = feature.get("names") or feature.get("feature", {}).get("names")
-    except (OSError, ValueError, KeyError, AttributeError, TypeError):
+    except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError):
         return None
     return names if isinstance(names, list) and all(isinstance(name, str) for name in names) else None
 
@@ -242,9 +244,30 @@ def label_lists(
 
 
 def parquet_batches(file: TableFile, rows: int, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
-    """Some columns of a Parquet file, `rows` rows at a time."""
-    with file.open() as content:
+    """Some columns of a Parquet file, `rows` rows at a time.
+
+    Raises:
+        SourceError: the file is damaged.
+        OSError: the storage fails.
+    """
+    with file.open() as content, _parquet_errors(file):
         yield from pq.ParquetFile(content).iter_batches(rows, columns=columns)
+
+
+@contextmanager
+def _parquet_errors(file: TableFile) -> Iterator[None]:
+    """Tells a damaged Parquet file from storage that fails: of the former pyarrow raises OSError without errno.
+
+    Memory that it cannot have is what a damaged file asks for.
+    """
+    try:
+        yield
+    except (pa.ArrowException, MemoryError, OverflowError) as error:
+        raise SourceError(f"table {file} is damaged: {error}") from error
+    except OSError as error:
+        if error.errno is not None or isinstance(error, StorageError):
+            raise
+        raise SourceError(f"table {file} is damaged: {error}") from error
 
 
 def _read_parquet(file: TableFile, columns: Columns) -> Iterator[TableRows]:
@@ -323,8 +346,8 @@ def _read_json_lines(file: TableFile, columns: Columns) -> Iterator[TableRows]:
                 continue
             where = f"table {file}, line {number}"
             try:
-                entry = json.loads(line)
-            except ValueError as error:
+                entry = parse_json(line, "it")
+            except StorageError as error:
                 raise SourceError(f"{where}: not JSON ({error})") from error
             path, labels, weights = _json_entry(entry, columns, where)
             full = collector.add(path, labels, weights, number)

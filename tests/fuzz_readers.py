@@ -27,7 +27,7 @@ from data_prep.copy_corpus import CopySettings
 from data_prep.corpus import Corpus
 from data_prep.corpus_format import MANIFEST, manifest_hash
 from data_prep.distributions import measure
-from data_prep.image_check import check_image
+from data_prep.image_check import UnusableImage, check_image
 from data_prep.index import IndexSettings
 from data_prep.index_task import IndexTask, Tar, index_tar
 from data_prep.listing import Listing
@@ -41,6 +41,7 @@ from data_prep.table_files import columns_of, table_files
 from data_prep.tar_sample_source import list_corpus
 from data_prep.verify import verify
 from models.classifier import load_classifier
+from models.vit import VitConfig
 from pipeline import checkpoints, layout
 from pipeline.config import RECIPES, EvaluateSettings, FinetuneSettings, PretrainSettings
 from pipeline.corpora import shuffle_windows
@@ -383,9 +384,18 @@ def _checkpoint(chance: random.Random, made: Path, place: Path) -> None:
     assert found is not None
     kind = FinetuneSettings if run.name == "finetune" else PretrainSettings
     settings = resolve(kind, {**before["resolved_settings"]})
-    as_begun(settings, found.state)
-    checkpoints.check_resumable(found, before, kind, allow_changes=chance.random() < 0.5)
-    checkpoints.full_weights(found)
+    expected = {**before, "architecture": VitConfig.from_json(before["architecture"]).to_json()}
+    refusals: list[Exception] = []
+    for action in (
+        lambda: as_begun(settings, found.state),
+        lambda: checkpoints.check_resumable(found, expected, kind, allow_changes=chance.random() < 0.5),
+        lambda: checkpoints.full_weights(found),
+    ):
+        try:
+            action()
+        except ValueError as error:
+            refusals.append(error)
+    _raise_worst(refusals)
 
 
 # ---- settings ------------------------------------------------------------------------------------------------------
@@ -487,6 +497,9 @@ def _make_images(base: Path) -> list[bytes]:
         with_exif = {} if kind == "BMP" else {"exif": exif}
         (image.convert("I;16") if mode == "I;16" else image).save(buffer, kind, **with_exif, **options)
         made.append(buffer.getvalue())
+    for content in made:  # decoders start once
+        with suppress(UnusableImage):
+            check_image(content)
     return made
 
 

@@ -118,8 +118,10 @@ def temporary_files_in(folder: Path) -> Iterator[None]:
 
 def remove_left_behind(root: Path) -> None:
     """Remove the marked folders directly in a folder whose processes are dead; see above."""
-    with os.scandir(root) as entries:
-        names = sorted(entry.name for entry in entries if _NAME.fullmatch(entry.name))
+    try:
+        names = sorted(filter(_NAME.fullmatch, os.listdir(root)))  # noqa: PTH208 names, of which there may be many
+    except OSError:  # a folder in which we may only make others
+        return
     for name in names:
         try:
             if _removed_if_dead(root / name):

@@ -11,6 +11,8 @@ from cluster.marked_folders import MarkedFolder, TemporaryFolderError, temporary
 from cluster.ownership import OwnershipError
 from cluster.settings import SettingsError
 
+_OTHER_FILES = 1 << 18
+"""Bytes of a package beside the weights, at most: code, MLflow's own files, an example."""
 _FULL = ("No space left on device", "Disk quota exceeded", "database or disk is full")
 """What libraries say that raise errors of their own: safetensors, MLflow, SQLite."""
 
@@ -83,10 +85,14 @@ def check_package_room(place: str, weights: float, kept: Path | None) -> None:
         SettingsError: it has too little room.
     """
     needs: list[tuple[Path, float, str]] = [
-        (Path(place or tempfile.gettempdir()), 2 * weights, "set checkpoint.scratch to a folder on another disk")
+        (
+            Path(place or tempfile.gettempdir()),
+            2 * (weights + _OTHER_FILES),
+            "set checkpoint.scratch to a folder on another disk",
+        )
     ]
     if kept is not None:
-        needs.append((kept, weights, "set run.home or VITFORGE_HOME to a folder on another disk"))
+        needs.append((kept, weights + _OTHER_FILES, "set run.home or VITFORGE_HOME to a folder on another disk"))
     wanted: dict[int, float] = {}
     for folder, needed, advice in needs:
         device = _existing(folder).stat().st_dev

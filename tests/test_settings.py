@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from cluster.settings import SettingsError, fill_saved, find_recipe, keep_saved, load_recipe, parse_command, resolve
 from pipeline.config import RECIPES, FinetuneSettings, PretrainSettings, duration_in_steps
 from pipeline.identity import settings_that_decide
+from pipeline.pretrain import architecture
 
 PRETRAIN = sorted((RECIPES / "pretrain").glob("*.yaml"))
 FINETUNE = sorted((RECIPES / "finetune").glob("*.yaml"))
@@ -47,6 +48,20 @@ def test_recipes_augment_as_their_sources():
     randaugment = s16.data.augment.randaugment
     assert (randaugment.kind, randaugment.layers, randaugment.magnitude) == ("big_vision", 2, 10)
     assert s16.data.augment.mixup == 0.2
+
+
+def test_recipes_resize_and_begin_as_their_sources():
+    for path in PRETRAIN + FINETUNE:
+        recipe = load_recipe(path)
+        if path.stem != "demo":
+            assert recipe["data"]["train_antialias"] is False, path
+            assert "train_interpolation" not in recipe["data"], path  # bilinear, as all of them
+        if path.parent.name == "pretrain" and path.stem != "demo":
+            source = "big_vision" if path.stem == "vit-s16-imagenet1k" else "paper"
+            assert recipe["model"]["position_init"] == source, path
+    s16 = resolve(PretrainSettings, load_recipe(RECIPES / "pretrain" / "vit-s16-imagenet1k.yaml"), ["model.width=576"])
+    assert architecture(s16, 10).position_std == pytest.approx(1 / 24)
+    assert architecture(demo(), 10).position_std == 0.02
 
 
 def test_overrides_reach_nested_keys_with_their_types():
@@ -119,6 +134,8 @@ def test_combinations_are_refused():
         demo("loss.kind=sigmoid", "loss.label_smoothing=0.1")
     with pytest.raises(SettingsError, match=r"eval_resize = 8.*image_size = 16"):
         demo("data.eval_resize=8")
+    with pytest.raises(SettingsError, match=r"position_antialias = true goes with position_interpolation = 'bicubic'"):
+        resolve(FinetuneSettings, load_recipe(RECIPES / "finetune" / "demo.yaml"), ["position_antialias=true"])
 
 
 def test_null_takes_a_key_of_the_recipe_back_to_its_default():

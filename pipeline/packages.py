@@ -47,6 +47,7 @@ import models.vit
 from cluster.command import log
 from cluster.marked_folders import temporary_files_in, temporary_folder
 from cluster.records import Record, check_record
+from cluster.redact import without_credentials
 from cluster.storage import StorageError, read_json
 from models.classifier import DTYPES, FORMAT_VERSION, ClassifierError, package_digest
 from models.preprocess import Preprocessing
@@ -423,7 +424,7 @@ def _read_description(path: Path) -> _Description:
 
 
 def _registry() -> str:
-    return str(mlflow.get_registry_uri())
+    return without_credentials(str(mlflow.get_registry_uri()))
 
 
 def _check_reachable() -> None:

@@ -298,7 +298,7 @@ class Run:
         try:
             self.client.log_artifact(self.run_id, str(path), folder)
         except Exception as error:
-            log.warning("MLflow did not take %s (%s); it stays at its place", path, _first_line(error))
+            log.warning("MLflow did not take %s (%s); the run's folder has it", path.name, _first_line(error))
 
     def missing_artifacts(self, folder: Folder, names: Sequence[str]) -> None:
         """Store those of some files of the run's folder that MLflow does not have."""

@@ -2,6 +2,7 @@
 
 import io
 import logging
+import os
 import re
 import shlex
 import subprocess
@@ -10,6 +11,7 @@ import sys
 import pytest
 
 from cluster.command import LogFormatter
+from cluster.ray_runtime import FORWARDED, take_variables, withheld_variables
 from cluster.redact import address_without_credentials, cleaned, printable, without_credentials
 from tests.running import REPOSITORY
 
@@ -118,3 +120,37 @@ def test_neither_messages_nor_traces_of_a_command_show_credentials():
         assert done.returncode == status
         assert "http://h/a \\x1b[2J" in done.stderr
         assert "hush" not in done.stderr.replace(code, "")
+
+
+def test_what_ray_would_log_travels_to_its_workers_otherwise(monkeypatch):
+    for name in list(os.environ):
+        if name.startswith(FORWARDED):
+            monkeypatch.delenv(name)
+    secret = {
+        "MLFLOW_TRACKING_USERNAME": "me",
+        "MLFLOW_TRACKING_PASSWORD": "hush",
+        "MLFLOW_TRACKING_TOKEN": "hush",
+        "MLFLOW_REGISTRY_URI": "postgresql://me:hush@host/mlflow",
+        "AWS_ACCESS_KEY_ID": "hush",
+        "AWS_SECRET_ACCESS_KEY": "hush",
+        "AWS_ENDPOINT_URL": "https://me:hush@host",
+    }
+    for name, value in {**secret, "AWS_REGION": "x", "MLFLOW_TRACKING_URI": "http://host", "HOME_TOKEN": "own"}.items():
+        monkeypatch.setenv(name, value)
+    withheld = withheld_variables()
+    assert withheld == secret
+    for name in secret:
+        monkeypatch.delenv(name)
+    with monkeypatch.context() as node:
+        node.setenv("MLFLOW_TRACKING_TOKEN", "of the node")
+        node.setenv("AWS_PROFILE", "of the node")
+        take_variables(withheld)
+        assert os.environ["MLFLOW_TRACKING_TOKEN"] == os.environ["MLFLOW_TRACKING_PASSWORD"] == "hush"
+        assert os.environ["AWS_ENDPOINT_URL"] == secret["AWS_ENDPOINT_URL"]
+        assert "AWS_SECRET_ACCESS_KEY" not in os.environ, "it has a profile of its own"
+    for name in secret:
+        os.environ.pop(name, None)
+    take_variables(withheld)
+    assert secret.items() <= os.environ.items()
+    for name in secret:
+        os.environ.pop(name, None)

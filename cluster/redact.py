@@ -22,18 +22,23 @@ _KEYS = frozenset(("access", "account", "api", "private", "session", "shared", "
 
 _PATHS = frozenset(("s3", "s3a", "s3n", "gs", "file", "sqlite", "models", "runs", "hdfs", "dbfs", "hf"))
 """Schemes whose addresses are paths: a `#` is part of a name there."""
-_ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://(?:[^\s/?#]*@)?[^\s'\"<>`]*")
+_ADDRESS = re.compile(r"(?<![A-Za-z0-9+.-])[A-Za-z0-9+.-]+://(?:[^\s/?#]*@)?[^\s'\"<>`]*")
 """An address within a text; a user and password may hold quotes."""
 _PARAMETER = re.compile(r"(?P<mark>[?&;#])(?P<name>[\w.%\[\]-]+)=(?P<value>[^\s&;#'\"<>)\]},]*)")
 _ASSIGNED = re.compile(
-    r"(?P<name>(?<![\w.%/-])[\w.%-]+)(?P<sign>\s?=\s?)(?P<value>\"[^\"]*\"|'[^']*'|[^\s&;,'\"<>)\]}]+)"
+    r"(?P<name>(?<![\w.%/-])[\w.%-]+)(?P<sign>\s?=\s?|:\s?)(?P<value>\"[^\"]*\"|'[^']*'|[^\s&;,'\"<>)\]}]+)"
 )
 _QUOTED = re.compile(r"(?P<name>(['\"])[\w.%-]+\2)(?P<sign>\s*:\s*)(?P<value>\"[^\"]*\"|'[^']*')")
 _HEADER = re.compile(
     r"(authorization['\"]?\s*[:=]\s*['\"]?)(?:(?:bearer|basic|token|digest)\s+)?[^\s'\"]+", re.IGNORECASE
 )
 _BEARER = re.compile(r"\b(bearer\s+)[A-Za-z0-9._~+/=-]{8,}", re.IGNORECASE)
+_BARE_USER = re.compile(r"(?<![\w/.@:%+-])([\w.%+-]+:)[^\s/@:'\"]+(?=@[\w.-])")
+"""`user:password@host` outside of an address."""
 HIDDEN = "***"
+
+_WORDS_OF_PROSE = {"bearer", "credential", "credentials", "secret", "signature", "token"}
+"""Words that a colon follows in sentences too."""
 
 _OBEYED = re.compile(
     "[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff\ufff9-\ufffb\ud800-\udfff\U000e0000-\U000e007f]"
@@ -65,7 +70,7 @@ def without_credentials(text: str) -> str:
     text = _BEARER.sub(rf"\1{HIDDEN}", _HEADER.sub(rf"\1{HIDDEN}", text))
     for pattern in (_ASSIGNED, _QUOTED):
         text = pattern.sub(_hide_value, text)
-    return text
+    return _BARE_USER.sub(rf"\1{HIDDEN}", text)
 
 
 def cleaned(value: Any) -> Any:
@@ -80,7 +85,8 @@ def cleaned(value: Any) -> Any:
 
 
 def _hide_value(found: "re.Match[str]") -> str:
-    if not _is_secret(found["name"].strip("'\""), query=False):
+    name = found["name"].strip("'\"")
+    if not _is_secret(name, query=False) or (found["sign"].startswith(":") and name.lower() in _WORDS_OF_PROSE):
         return found[0]
     mark = found["value"][0] if found["value"][:1] in ("'", '"') else ""
     return f"{found['name']}{found['sign']}{mark}{HIDDEN}{mark}"

@@ -57,6 +57,7 @@ KEPT = [
     "models:/pets@champion is at http://h:80: start it, or set MLFLOW_TRACKING_URI",
     "/data/token=3/a@b:c.jpg",
     "s3://BUCKET/FOLDER",
+    "12:30:01 class token: the first of 197; its secret: none; me@host.example",
     "step 450/562, loss 0.2128, lr 2.12e-04",
     "registry.alias = 'latest' is reserved; data.key = 3, auth = none",
 ]
@@ -86,6 +87,10 @@ def test_what_is_no_credential_stays_as_it_is(text):
         "Authorization: Bearer hush.hush-hush",
         "{'Authorization': 'Basic aHVzaA==hush'}",
         "password = 'hush'",
+        "password: hush",
+        "X-Amz-Security-Token: hush",
+        "access_token: 'hush hush'",
+        "cannot log in as me:hush@host.example",
         "http://me:hush@h is not http://me:hush@i?token=hush",
     ],
 )

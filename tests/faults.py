@@ -98,7 +98,7 @@ def at_random(run: WatchedRun) -> None:
 def while_saving(run: WatchedRun) -> None:
     """A part is being written to the node's own disk."""
     run.wait_for_steps(SAVE_EVERY // 2)
-    run.wait("a part being written", lambda: any(SCRATCH.glob("checkpoints-*/*")), poll=0.001)
+    run.wait("a part being written", lambda: any(SCRATCH.glob("vitforge-checkpoints-*/rank-*")), poll=0.001)
 
 
 def while_uploading(run: WatchedRun) -> None:

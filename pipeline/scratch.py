@@ -1,12 +1,12 @@
 """A folder on a node's own disk for files on their way elsewhere, and what happens where it is full."""
 
-import errno
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
 
+from cluster.command import NO_ROOM
 from cluster.marked_folders import MarkedFolder, TemporaryFolderError, temporary_files_in
 from cluster.ownership import OwnershipError
 from cluster.settings import SettingsError
@@ -130,8 +130,7 @@ def is_full(error: BaseException) -> bool:
         new = [each for each in following if each is not None and each not in seen]
         seen += new
         following = [cause for each in new for cause in (each.__cause__, each.__context__)]
-    numbers = (errno.ENOSPC, errno.EDQUOT)
-    return any(getattr(each, "errno", None) in numbers or any(what in str(each) for what in _FULL) for each in seen)
+    return any(getattr(each, "errno", None) in NO_ROOM or any(what in str(each) for what in _FULL) for each in seen)
 
 
 def _existing(folder: Path) -> Path:

@@ -1,10 +1,12 @@
 """The main job as users run it: the demo, the same as a submitted Ray job, and workers that are killed."""
 
 import json
+import os
 import subprocess
 import sys
 import time
 
+import mlflow
 import psutil
 import pytest
 
@@ -70,8 +72,18 @@ def test_a_killed_worker_is_started_again_and_the_run_ends_as_if_nothing_had_bee
         "checkpoint.every=50 steps",
         "registry.name=null",
     ]
-    straight = script(home, *words, "run.name=straight")
+    # What a shell may hold: paths from where it stands, and what MPI has left. The ranks have another working folder.
+    straight = script(
+        home, *words, "run.name=straight",
+        MLFLOW_TRACKING_URI=f"sqlite:///{os.path.relpath(tmp_path / 'mine.db', REPOSITORY)}",
+        MLFLOW_EXPERIMENT_NAME="mine", OMPI_COMM_WORLD_RANK="0", OMPI_COMM_WORLD_LOCAL_RANK="0",
+    )  # fmt: skip
     assert straight.returncode == 0, straight.stderr[-3000:]
+    assert "crash" not in straight.stderr
+    client = mlflow.MlflowClient(f"sqlite:///{tmp_path / 'mine.db'}")
+    tracked = client.search_runs([client.get_experiment_by_name("mine").experiment_id])
+    assert [run.info.run_name for run in tracked] == ["straight"]
+    assert "train/loss" in tracked[0].data.metrics
     process = subprocess.Popen(
         [sys.executable, *words, "run.name=killed"],
         cwd=REPOSITORY, env=environment(home), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,

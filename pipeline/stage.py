@@ -43,6 +43,11 @@ _BEGUN = re.compile(
     rf"checkpoints/step-[0-9a-f-]+/({checkpoints.FILES.pattern})"
 )
 """The files of a run's folder before the first step, without its lease."""
+_WITHOUT_RECORD = {
+    "lease.json", "heartbeat.json", METRICS, INITIAL_WEIGHTS, "first_batch.png", "curves.png", "result.json", "reports",
+    "checkpoints",
+}  # fmt: skip
+"""What may be in a run's folder that has lost its run.json, or never had one: that is the first to be written."""
 
 
 Colors = tuple[float, float, float]
@@ -324,10 +329,13 @@ def _held(folder: Folder) -> Iterator[str]:
     """The run's folder, held against a second job, removed again if no step was taken in it; gives the lease's token.
 
     Raises:
-        SettingsError: it cannot be made.
+        SettingsError: it cannot be made, or is no run's.
         LeaseError: another job works in it.
     """
-    fresh = not folder.names() and not folder.folders()
+    there = [*folder.names(), *folder.folders()]
+    fresh = not there
+    if "run.json" not in there and (others := sorted({*there} - _WITHOUT_RECORD)):
+        raise SettingsError(f"{folder} holds {others[0]!r} and is no run's folder: use another run.name")
     with ExitStack() as stack:
         try:
             lease = stack.enter_context(Lease(folder))

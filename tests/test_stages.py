@@ -223,6 +223,17 @@ def test_under_torchrun_an_error_names_the_node_that_it_is_on(tmp_path):
     assert "/nowhere" in done.stderr
 
 
+@pytest.mark.parametrize("name", ["settings.json", "notes/a.txt"])
+def test_a_folder_of_a_user_is_not_taken_for_a_run_s(home, corpus, monkeypatch, name):
+    path = home / "runs" / "mine" / name
+    path.parent.mkdir(parents=True)
+    path.write_text("mine")
+    message = error_of(pretrain, monkeypatch, "demo", f"data.corpus={corpus.path}", "run.name=mine")
+    assert f"holds '{name.partition('/')[0]}' and is no run's folder: use another run.name" in message
+    assert [each for each in path.parent.rglob("*") if each.is_file()] == [path]
+    assert path.read_text() == "mine"
+
+
 def test_a_refused_run_leaves_what_a_user_has_put_into_its_folder(home, corpus, monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
     folder = home / "runs" / "mine"

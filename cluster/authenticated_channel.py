@@ -73,7 +73,7 @@ def _opened(key: bytes, direction: bytes, number: int, mac: bytes, content: byte
     return json.loads(content)
 
 
-@dataclass
+@dataclass(eq=False)
 class _Connection:
     """A client, as the server sees it."""
 
@@ -135,7 +135,7 @@ class Server:
         self.address: tuple[str, int] = self._listener.getsockname()[:2]
         self._selector = selectors.DefaultSelector()
         self._selector.register(self._listener, selectors.EVENT_READ)
-        self._connections: list[_Connection] = []
+        self._connections: set[_Connection] = set()
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._serve, name="vitforge-channel", daemon=True)
         self._thread.start()
@@ -146,6 +146,7 @@ class Server:
         self._thread.join(timeout=10)
 
     def _serve(self) -> None:
+        looked = time.monotonic()
         while not self._closed.is_set():
             for key, _ in self._selector.select(timeout=0.2):
                 if key.data is None:
@@ -153,8 +154,10 @@ class Server:
                 elif key.data in self._connections:  # one before it may have cost this one its place
                     self._read(key.data)
             now = time.monotonic()
-            for connection in [one for one in self._connections if not one.proven and now - one.heard > _PROVE_S]:
-                self._drop(connection)
+            if now - looked > 0.1:
+                looked = now
+                for connection in [one for one in self._connections if not one.proven and now - one.heard > _PROVE_S]:
+                    self._drop(connection)
         for connection in list(self._connections):
             self._drop(connection)
         self._listener.close()
@@ -169,7 +172,7 @@ class Server:
             return
         accepted.setblocking(False)
         connection = _Connection(accepted, secrets.token_bytes(_NONCE), time.monotonic())
-        self._connections.append(connection)
+        self._connections.add(connection)
         self._selector.register(accepted, selectors.EVENT_READ, connection)
         self._send(connection, connection.nonce)
         for proven, most in ((False, _STRANGERS), (True, self._most)):

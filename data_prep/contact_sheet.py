@@ -49,7 +49,7 @@ def draw_contact_sheet(corpus: Corpus | Mixture, ids: ArrayLike, title: str, pat
         try:
             picture = _thumbnail(content)
             sheet.paste(picture, (left + (_CELL - picture.width) // 2, top + (_CELL - picture.height) // 2))
-        except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             failures.append(f"sample {sample} ({mixture.origin(sample)}): {error}")
             draw.rectangle((left, top, left + _CELL - 1, top + _CELL - 1), outline=_ALARM)
             draw.text((left + 8, top + _CELL // 2 - 6), "cannot be decoded", _ALARM, font)

@@ -33,7 +33,7 @@ from pipeline.crew import Terms
 from pipeline.decoding import preprocessing_of
 from pipeline.identity import as_begun, identity_of
 from pipeline.launch import run_ranks
-from pipeline.run_files import INITIAL_WEIGHTS, METRICS, producing
+from pipeline.run_files import INITIAL_WEIGHTS, METRICS, producing, read_run_record
 from pipeline.schedules import Schedule
 from pipeline.scratch import check_package_room, room_for_hand_over, temporary_files
 from pipeline.train_loop import Job, train
@@ -359,8 +359,8 @@ def _held(folder: Folder) -> Iterator[str]:
 
 def _open_record(folder: Folder, stage: str, start: Start) -> dict[str, Any]:
     """RUN/run.json: which stage and parent the folder belongs to, its MLflow run."""
-    record: dict[str, Any]
-    if folder.size("run.json") is None:
+    record = read_run_record(folder)
+    if record is None:
         record = {"stage": stage, "parent": start.parent}
         if start.parent is not None:  # so that the run goes on without it
             record |= {
@@ -369,7 +369,6 @@ def _open_record(folder: Folder, stage: str, start: Start) -> dict[str, Any]:
                 "colors": start.colors,
             }
         return record
-    record = folder.read_json("run.json")
     if record["stage"] != stage or record["parent"] != start.parent:
         raise SettingsError(
             f"{folder} holds a {record['stage']} run from {record['parent'] or 'scratch'}, this is a {stage} run from "
@@ -392,17 +391,15 @@ class KeptParent:
 
 def recorded_parent(settings: StageSettings) -> str | None:
     """The resolved parent of a run that has begun: an alias may have moved since, the run keeps its parent."""
-    folder = run_folder(settings.run)
-    return folder.read_json("run.json").get("parent") if folder.size("run.json") is not None else None
+    record = read_run_record(run_folder(settings.run))
+    return None if record is None else record["parent"]
 
 
 def kept_parent(settings: StageSettings) -> KeptParent | None:
     """The parent of a fine-tuning that has begun and has all that it needs of it; None where it is still needed."""
     folder = run_folder(settings.run)
-    if folder.size("run.json") is None or folder.size(INITIAL_WEIGHTS) is None:
-        return None
-    record = folder.read_json("run.json")
-    if record.get("parent") is None:
+    record = read_run_record(folder)
+    if record is None or folder.size(INITIAL_WEIGHTS) is None or record["parent"] is None:
         return None
     if "architecture" in record:
         architecture, colors = record["architecture"], record["colors"]

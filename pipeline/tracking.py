@@ -23,7 +23,7 @@ from cluster.marked_folders import MarkedFolder
 from cluster.redact import without_credentials
 from cluster.storage import StorageError, write_bytes
 from pipeline import mlflow_environment
-from pipeline.run_files import METRICS
+from pipeline.run_files import METRICS, metrics_of
 
 FLUSH_SECONDS = 5.0
 MAX_BATCH = 1000
@@ -419,18 +419,6 @@ class MetricsFile:
         self._file.close()
         if self._scratch:
             self._scratch.close()
-
-
-def metrics_of(folder: Folder) -> list[dict[str, Any]]:
-    """The rows of a run's metrics file, none where there is none; a last line that a crash cut short is left out."""
-    rows = []
-    content = folder.read_bytes(METRICS) if folder.size(METRICS) is not None else b""
-    for line in content.decode().splitlines():
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return rows
 
 
 def metric_name(key: str) -> str:

@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from data_prep.checked_rows import CheckedRows, hash_blocks
 from data_prep.corpus import Corpus
 from data_prep.corpus_format import INDEX, MANIFEST, SAMPLE_DTYPE, manifest_hash
 from data_prep.mixture import Schedule
@@ -64,7 +65,10 @@ def seeking(folder: Path) -> None:
     with path.open("wb") as file:
         file.truncate(SAMPLES * SAMPLE_DTYPE.itemsize)  # a hole: as long as the real one, without its bytes
     print(f"{SAMPLES:,} samples, global batch {GLOBAL_BATCH:,}, {RANKS:,} ranks; at the start {memory()}")
-    index = np.memmap(path, SAMPLE_DTYPE, "r")
+    began = time.process_time()
+    _, checks = hash_blocks(path, SAMPLE_DTYPE.itemsize)
+    print(f"looking at it: {time.process_time() - began:.1f} CPU-s; {checks.nbytes / 1e6:.1f} MB of checksums")
+    index = CheckedRows(path, SAMPLE_DTYPE, checks=checks, where=str(path))
     sizes = [SHARD] * (SAMPLES // SHARD)
     random = np.random.default_rng(0)
     schedule = Schedule([70, 25, 5])

@@ -60,7 +60,6 @@ def test_a_run_that_ends_while_the_server_is_away_is_completed_by_the_same_comma
     (problem,) = [line for line in said.splitlines() if line.startswith("error: ")]
     assert f"the model is trained, and saved in {home}/runs/a, but MLflow at {server.uri} does not answer" in problem
     assert "metric points, and 'small' has no version of this model yet. Run the same command again" in problem
-    assert "Traceback" not in said
     assert json.loads((home / "runs" / "a" / "result.json").read_text(encoding="utf-8"))["model"] is None
     server.start()
     run_id = json.loads((home / "runs" / "a" / "run.json").read_text(encoding="utf-8"))["mlflow_run"]

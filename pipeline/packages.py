@@ -62,6 +62,14 @@ WEIGHTS_TAG = "vitforge.weights"
 PACKAGE_TAG = "vitforge.package"
 """Tag of a model version: `package_digest` of all of its files. Versions of before have none."""
 
+DESCRIPTION = f"""A Vision Transformer made by Vitforge.
+
+`mlflow.pyfunc.load_model` runs the Python files inside this package, as it does for every MLflow model: load it if you
+trust this registry and the store of its files. The tag `{PACKAGE_TAG}` is a digest of all of its files.
+`models.classifier.load_classifier(FOLDER, digest=TAG)` of Vitforge compares them with it and runs none of them.
+"""
+"""Of a model version, where its consumers read."""
+
 Activation = Literal["softmax", "sigmoid"]
 
 _REQUIREMENTS = ("mlflow", "torch", "numpy", "pandas", "pillow")
@@ -149,6 +157,7 @@ def publish(
             example = _example(config.image_size)
             digest = _store(logged, run_id, folder / "package", artifacts, _signature(len(classes)), example)
             version = mlflow.register_model(f"models:/{logged.model_id}", name, tags={**tags, PACKAGE_TAG: digest})
+            mlflow.MlflowClient().update_model_version(name, version.version, DESCRIPTION)
         orphans.keep(version)
         _require_ready(version)
         stands = "" if alias is None else _set_alias(name, alias, version)

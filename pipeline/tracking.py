@@ -52,6 +52,7 @@ def connect(home: Path, uri: str | None = None) -> str:
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")  # that is for the result alone
     import mlflow
 
     # The store makes its tables on first use, and says so at length.
@@ -224,19 +225,25 @@ class Run:
             TrackingError: MLflow does not take it; the message says how many points it may lack.
         """
         import mlflow
+        from mlflow.entities import Metric
 
         self._waiting.clear()  # the record has all of them
         self._known.clear()
         self._add(rows)
+        missing, self._waiting = self._waiting, []
         try:
-            while self._waiting:
-                self._send(self._waiting[:MAX_BATCH])
-                del self._waiting[:MAX_BATCH]
             self.client.get_run(self.run_id)
+            for name in {name for name, *_ in missing}:
+                there = {point.step for point in self.client.get_metric_history(self.run_id, name)}
+                missing = [point for point in missing if point[0] != name or point[3] not in there]
+            while missing:
+                batch = [Metric(*point) for point in missing[:MAX_BATCH]]
+                self.client.log_batch(self.run_id, metrics=batch)
+                del missing[:MAX_BATCH]
         except Exception as error:
             where = f"MLflow at {without_credentials(mlflow.get_tracking_uri())}"
             raise TrackingError(
-                f"{where} does not answer ({_first_line(error)}), and may lack {len(self._waiting):,} metric points"
+                f"{where} does not answer ({_first_line(error)}), and may lack {len(missing):,} metric points"
             ) from error
 
     def _add(self, rows: Sequence[Mapping[str, Any]]) -> None:

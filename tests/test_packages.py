@@ -118,6 +118,8 @@ def test_a_package_comes_back_as_it_was_published(registry: Registry, dtype: tor
         assert (package.config, package.preprocessing) == (CONFIG, PREPROCESSING)
         assert (package.classes, package.activation) == (CLASSES, "softmax")
         assert package.tags["corpus"] == "abc"
+    told = mlflow.MlflowClient().get_model_version(version.name, version.version).description
+    assert "runs the Python files inside this package" in told
     folder = mlflow.artifacts.download_artifacts(version.uri, dst_path=str(registry.folder / str(dtype)))
     assert torch.equal(load_package(folder).state["head.bias"], state["head.bias"])
     assert not list(Path(folder).rglob("*.pkl"))

@@ -27,9 +27,9 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(make_corpus(image_folder(root / "images", classes=3, images=8), root / "corpus").path)
 
 
-@pytest.fixture
-def tracked(tmp_path: Path) -> Iterator[tuple[MlflowServer, str]]:
-    with mlflow_server(tmp_path / "server") as both:
+@pytest.fixture(scope="module")
+def tracked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[MlflowServer, str]]:
+    with mlflow_server(tmp_path_factory.mktemp("server")) as both:
         yield both
 
 

@@ -8,17 +8,20 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-fast lint bench lock clean
+.PHONY: demo test test-fast test-slow lint bench lock clean
 
 demo: $(READY)
 	$(BIN)/python pipeline/demo.py
 
-test: $(READY) lint test-fast
-	$(BIN)/python -m pytest -m slow
+test: $(READY) lint test-fast test-slow
 
 # Two at a time: most of them wait for processes that start.
 test-fast: $(READY)
 	$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile
+
+# Two at a time as well; a worker that has nothing left takes over what the other has not begun.
+test-slow: $(READY)
+	$(BIN)/python -m pytest -m slow -n 2 --dist worksteal --durations=10
 
 lint: $(READY)
 	$(BIN)/ruff check

@@ -17,7 +17,7 @@ from tests.running import losses, tiny, torchrun
 from tests.two_hosts import why_not
 from tests.watched_run import committed
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 TINY = [*tiny(50, 10), "run.workers=null"]
 
 

@@ -18,7 +18,7 @@ from tests.two_hosts import ADDRESSES, end_processes, two_hosts, why_not
 REASON = why_not()
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.timeout(900),
+    pytest.mark.timeout(1800),
     pytest.mark.skipif(REASON is not None, reason=f"two hosts need network namespaces: {REASON}"),
 ]
 STEPS = 150

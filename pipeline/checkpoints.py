@@ -315,7 +315,10 @@ def check_resumable(
     }
     if found["architecture"] != expected["architecture"]:
         changed = _differences(found["architecture"], expected["architecture"])
-        raise SettingsError(f"{where} is of another architecture ({changed}): give this run another run.name")
+        raise SettingsError(
+            f"{where} is of another architecture ({changed}): give this run another run.name, or "
+            f"{_own_settings(checkpoint)}"
+        )
     batches = [state["settings"]["training"]["global_batch"] for state in (found, expected)]
     if batches[0] != batches[1]:
         raise SettingsError(
@@ -332,10 +335,15 @@ def check_resumable(
     if changes and not allow_changes:
         raise SettingsError(
             f"{where} was written {', and '.join(changes)}: set that back, use another run.name, or go on with the "
-            "change by run.allow_changes=true"
+            f"change by run.allow_changes=true. Where it is the recipe that changed, {_own_settings(checkpoint)}"
         )
     for change in changes:
         log.warning("%s was written %s; the run goes on with the change", where, change)
+
+
+def _own_settings(checkpoint: Checkpoint) -> str:
+    run = checkpoint.folder.url.rstrip("/").rsplit("/", 2)[0]
+    return f"give {run}/settings.json as the recipe: those are the settings that the run began with"
 
 
 def _complete_architecture(saved: dict[str, Any]) -> dict[str, Any]:

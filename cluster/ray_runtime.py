@@ -221,6 +221,8 @@ def _not_started(error: Exception, tries: int) -> str:
 
 def _first_line(error: Exception) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    if "Traceback" in str(error):  # of what it came from: Ray puts that into the message
+        return lines[-1]
     return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
 
 

@@ -391,6 +391,17 @@ def _from_cache(key: str, name: str) -> list[_Part] | None:
     path = _cache_path(key)
     if not path.is_file():
         return None
+    try:
+        parts = _parts_in(path, name)
+    except Exception as error:  # numpy's and zipfile's readers raise whatever their parsing runs into
+        log.warning("what decoding %s gave before is damaged in %s (%s): decoding it again", name, path, error)
+        return None
+    warn_of_others([part.listed for part in parts])
+    log.info("what decoding %s gave is known from before (%s)", name, path)
+    return parts
+
+
+def _parts_in(path: Path, name: str) -> list[_Part]:
     with np.load(path, allow_pickle=False) as arrays:
         a = {key: arrays[key] for key in arrays.files}
     point_ends = np.concatenate([[0], np.cumsum(a["point_counts"])]).astype(int)
@@ -415,6 +426,4 @@ def _from_cache(key: str, name: str) -> list[_Part] | None:
             names.take(span), a["sizes"][span], a["offsets"][span], [bytes.fromhex(text) for text in others[number]]
         )
         parts.append(_Part(classes[number], listed, streams[int(a["numbers"][number])]))
-    warn_of_others([part.listed for part in parts])
-    log.info("what decoding %s gave is known from before (%s)", name, path)
     return parts

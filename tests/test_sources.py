@@ -17,6 +17,7 @@ import pytest
 
 from data_prep.corpus import Corpus
 from data_prep.shard import ShardSettings, shard_corpus
+from data_prep.sources import SourceSettings, list_source
 from data_prep.verify import verify
 from tests.corpora import encoded, image_folder
 
@@ -117,6 +118,25 @@ def test_gzip_tars_give_the_same_corpus_and_are_decoded_once(tmp_path, messages,
     again = shard(source, tmp_path / "again", shard_mb=8, workers=1)
     assert "is known from before" in messages()
     assert again.corpus_hash == corpus.corpus_hash
+
+
+def test_what_decoding_a_gzip_tar_gave_is_made_again_where_it_is_damaged(folder, tmp_path, messages, monkeypatch):
+    monkeypatch.setenv("VITFORGE_CACHE", str(tmp_path / "cache"))
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as tar:
+        for path in sorted(folder.rglob("*.JPEG")):
+            add(tar, str(path.relative_to(folder)), path.read_bytes())
+    (tmp_path / "source.tar.gz").write_bytes(gzip.compress(buffer.getvalue()))
+    settings = SourceSettings(source=str(tmp_path / "source.tar.gz"))
+    listed = list_source(settings)
+    (kept,) = (tmp_path / "cache" / "gzip").glob("*.npz")
+    whole = kept.read_bytes()
+    for damaged in (whole[:-300], b"", whole[:200] + bytes(300) + whole[500:]):
+        kept.write_bytes(damaged)
+        again = list_source(settings)
+        assert [again.names[row] for row in range(len(again))] == [listed.names[row] for row in range(len(listed))]
+        assert "is damaged in" in messages()
+        assert kept.read_bytes() == whole
 
 
 def test_a_folder_inside_the_source_can_be_named(folder, tmp_path, messages):

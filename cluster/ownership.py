@@ -51,7 +51,7 @@ def _started(pid: int) -> float:
         psutil.NoSuchProcess: it has ended.
     """
     try:
-        return float(Path(f"/proc/{pid}/stat").read_text(encoding="latin-1").rpartition(")")[2].split()[19])
+        return float(Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[19])
     except (FileNotFoundError, ProcessLookupError):
         return psutil.Process(pid).create_time()  # a system without /proc
 

@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 
 from data_prep.image_check import ImageFacts
+from tests.image_files import ORIENTATION, app1, chunk, exif, jpeg_with, png_with, webp_with
 from tests.image_kinds import Row, all_kinds, table
 
 WHOLE = (
@@ -88,6 +89,25 @@ def _rearrange(data: bytes, rng: random.Random) -> bytes:
     return b"".join(parts)
 
 
+def _add_exif(data: bytes, rng: random.Random) -> bytes:
+    """Adds an EXIF block that may be damaged, also beside another one."""
+    tags = (0x010F, 0x011A, 0x0128, 0x013E, 0x0211, 0x8769, ORIENTATION)
+    around = [[(rng.choice(tags), rng.choice([0, 1, 6, 60_000])) for _ in range(rng.randrange(2))] for _ in range(2)]
+    block = bytearray(
+        exif(rng.choice([1, 3, 6, 8]), endian=rng.choice("<>"), before=around[0], after=around[1], thumbnail=5)
+    )
+    for _ in range(rng.choice([0, 1, 2])):
+        block[rng.randrange(len(block))] = rng.choice([0, 1, 2, 6, 255])
+    damaged = bytes(block[: rng.choice([len(block), rng.randrange(len(block))])])
+    if data[:2] == b"\xff\xd8":
+        return jpeg_with(data, app1(damaged))
+    if data[1:4] == b"PNG":
+        return png_with(data, before=chunk(b"eXIf", damaged))
+    if data[12:15] == b"VP8":
+        return webp_with(data, (b"EXIF", damaged), flags=8)
+    return _edit_header(data, rng)
+
+
 def _parts(data: bytes) -> list[bytes]:
     """A file's beginning, and its segments or chunks."""
     ends = []
@@ -112,7 +132,7 @@ def _parts(data: bytes) -> list[bytes]:
 
 
 _DAMAGES: tuple[Callable[[bytes, random.Random], bytes], ...] = (
-    _cut, _flip, _edit_header, _blank, _drop, _insert, _rearrange,
+    _cut, _flip, _edit_header, _blank, _drop, _insert, _rearrange, _add_exif,
 )  # fmt: skip
 
 

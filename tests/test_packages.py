@@ -602,3 +602,23 @@ def test_a_full_temporary_folder_is_named_and_another_scratch_does(
         assert list((tmp_path / "scratch").iterdir()) == []
     finally:
         subprocess.run(["umount", str(small)], check=True)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"depth": 1_000_000}, "depth = 1000000: at most"),
+        ({"depth": 1000}, "tensors, too few for 1000 blocks"),
+        ({"width": 2**60}, "width = 1152921504606846976: at most"),
+        ({"width": float("nan")}, "width = nan must be a whole number"),
+        ({"unknown": 1}, "unknown architecture"),
+    ],
+)
+def test_a_description_of_a_model_that_cannot_be_is_refused_before_it_is_built(tmp_path, change, message):
+    folder = shutil.copytree(Path(__file__).parent / "frozen" / "package", tmp_path / "package")
+    path = folder / "artifacts" / "model.json"
+    description = json.loads(path.read_text())
+    description["architecture"].update(change)
+    path.write_text(json.dumps(description))
+    with pytest.raises(PackageError, match=re.escape(message)):
+        load_package(str(folder))

@@ -1,5 +1,7 @@
 """Settings: what is refused, with which message; what recipes and the command line give."""
 
+import re
+
 import pytest
 import yaml
 from hypothesis import given
@@ -284,3 +286,50 @@ def test_a_run_keeps_the_rules_that_it_began_with_unless_others_are_given():
     began_with = {**saved, "data": {**saved["data"], "rules": 1}}
     assert keep_saved(demo(), began_with).data.rules == 1
     assert keep_saved(demo(), old).model_copy(update={"data": demo().data}) == demo()
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("run.name=" + "[" * 100_000, "lists or mappings in each other"),
+        ("run.name=" + "{a: " * 1000, "lists or mappings in each other"),
+        ("run.name=&a [*a]", "stands inside what it names"),
+        ("data.augment.crop_area=[.nan, 1]", "no number that could be used"),
+        ("optimizer.learning_rate=1e999", "no number that could be used"),
+        ("training.global_batch=" + "9" * 5000, "training.global_batch"),
+        ("training.global_batch=1000000000000", "less than or equal to 16777216"),
+        ("training.duration=" + "1" * 100_000 + " steps", "not a duration"),
+        ("training.duration=" + "9" * 50 + " steps", "longer than anything"),
+        ("a." * 5000 + "a=1", "not of the form key.sub=value"),
+        ("training." + "x" * 100_000 + "=1", "unknown key"),
+        ("run.name=!!set {a}", "type set"),
+    ],
+    ids=lambda text: text[:30],
+)
+def test_what_no_one_means_is_refused_at_once_and_in_few_words(override, message):
+    with pytest.raises(SettingsError, match=re.escape(message)) as caught:
+        demo(override)
+    assert len(str(caught.value)) < 1500
+
+
+def test_a_recipe_that_unfolds_without_end_is_refused(tmp_path):
+    bomb = "a0: &a0 [x]\n" + "".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]\n" for n in range(1, 40))
+    merges = "a0: &a0 {x: 1}\n" + "".join(
+        f"a{n}: &a{n} {{<<: [{', '.join([f'*a{n - 1}'] * 9)}]}}\n" for n in range(1, 40)
+    )
+    for text in (bomb, merges, "k: 1\n" * 300_000, "".join(f"k{n}: 1\n" for n in range(30_000)), "- " * 5000):
+        (tmp_path / "recipe.yaml").write_text(text)
+        with pytest.raises(SettingsError, match=r"recipe\.yaml is not valid YAML"):
+            load_recipe(tmp_path / "recipe.yaml")
+
+
+@pytest.mark.parametrize("key", ["width", "depth", "mlp_dim", "heads"])
+def test_a_model_that_no_one_could_build_is_refused_before_it_is_built(key):
+    with pytest.raises(SettingsError, match=rf"{key} = 1000000000: at most \d+ would do"):
+        architecture(demo(f"model.{key}=1000000000"), num_classes=2)
+
+
+def test_anchors_still_stand_for_what_they_name(tmp_path):
+    (tmp_path / "recipe.yaml").write_text("a: &a {x: 1, y: [1, 2]}\nb: *a\nc: {<<: *a, x: 2}\n")
+    same = {"x": 1, "y": [1, 2]}
+    assert load_recipe(tmp_path / "recipe.yaml") == {"a": same, "b": same, "c": {**same, "x": 2}}

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from cluster.command import log
 from cluster.folders import Folder
+from cluster.redact import address_without_credentials
 from data_prep.class_names import after, put_in_order
 from data_prep.columns import Labels
 from data_prep.convert import Conversion
@@ -103,9 +104,12 @@ def _version_to_add_to(folder: Folder) -> Corpus:
 
 
 def _not_there_yet(listing: Listing, before: Corpus, conversion: Conversion) -> Listing:
-    there = np.fromiter((_digest(origin) for origin in _origins(before)), "S16")
+    # Older versions wrote down some credentials that are left out now.
+    there = np.fromiter((_digest(address_without_credentials(origin)) for origin in _origins(before)), "S16")
     here = np.fromiter((_digest(one_line(listing.names[row])) for row in range(len(listing))), "S16", len(listing))
     is_new = ~np.isin(here, there)
+    if isinstance(listing.images, RemoteImages):
+        _refuse_indistinct(listing, before, here, there)
     if not isinstance(listing.images, RemoteImages) and not _were_converted(before, conversion):
         _refuse_other_images(listing, before, here, there[: before.num_samples])
     rows = np.flatnonzero(is_new)
@@ -116,6 +120,25 @@ def _not_there_yet(listing: Listing, before: Corpus, conversion: Conversion) -> 
     left_before = {entry["origin"] for entry in before.quarantined()}
     kept = replace(listing, left_out=tuple(item for item in listing.left_out if item[0] not in left_before))
     return kept.take(rows)
+
+
+def _refuse_indistinct(listing: Listing, before: Corpus, here: NDArray[np.bytes_], there: NDArray[np.bytes_]) -> None:
+    """Refuse addresses that differ in credentials only, where the corpus has some of them: nothing tells which.
+
+    Args:
+        here, there: digests of the origins of the listing, and of the corpus.
+    """
+    origins, rows, counts = np.unique(here, return_index=True, return_counts=True)
+    known, known_counts = np.unique(there, return_counts=True)
+    has = dict(zip(known.tolist(), known_counts.tolist(), strict=True))
+    found = zip(origins.tolist(), rows.tolist(), counts.tolist(), strict=True)
+    mixed = [row for origin, row, count in found if 0 < has.get(origin, 0) < count]
+    if mixed:
+        raise SourceError(
+            f"{listing.place} has addresses that differ only in what is not written down (a key, a token, what follows "
+            f"a #), for example {one_line(listing.names[mixed[0]])!r}: it cannot be told which of them {before} "
+            "has. Give a table of those that are new, under addresses that differ otherwise"
+        )
 
 
 def _were_converted(corpus: Corpus, conversion: Conversion) -> bool:

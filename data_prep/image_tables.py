@@ -217,7 +217,14 @@ def _locate(
         "%s of %s images are fetched where the table says; shards are cut as if each had %s bytes (image_kb)",
         f"{int(far.sum()):,}", f"{len(paths):,}", f"{options.assumed_bytes:,}",
     )  # fmt: skip
-    return [address_without_credentials(path) for path in paths], assumed, images, np.zeros(len(paths), np.bool_)
+    names = [address_without_credentials(path) for path in paths]
+    if indistinct := len(paths) - len(set(names)):
+        log.warning(
+            "%s addresses differ from others only in what is not written down (a key, a token, what follows a #): "
+            "nothing in the corpus will tell their images apart",
+            f"{indistinct:,}",
+        )
+    return names, assumed, images, np.zeros(len(paths), np.bool_)
 
 
 def _sizes(root: Folder, paths: Sequence[str]) -> NDArray[np.int64]:

@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from data_prep.corpus import Corpus
+from data_prep.listing import SourceError
 from data_prep.shard import ShardSettings, shard_corpus
 from data_prep.sources import SourceSettings, list_source
 from data_prep.verify import verify
@@ -354,6 +355,26 @@ def test_what_opens_an_address_is_not_written_down(folder, server, tmp_path, mes
     assert any("hush2" in path for path in server.asked)
     written = [path.read_bytes() for path in (tmp_path / "corpus").iterdir()]
     assert not any(b"hush" in each for each in [*written, messages().encode()])
+
+
+def test_addresses_that_differ_in_a_key_alone_are_not_lost_in_silence(folder, server, tmp_path, messages):
+    images = sorted(path.relative_to(folder) for path in folder.rglob("*.JPEG"))
+
+    def table(*addresses):
+        lines = [f"{server.address}/{address},c{number % 2}" for number, address in enumerate(addresses)]
+        (tmp_path / "table.csv").write_text("\n".join(["url,label", *lines]) + "\n")
+        return tmp_path / "table.csv"
+
+    first = [f"{images[0]}?key=1", f"{images[0]}?key=2", f"{images[1]}?size=1#hush", f"{images[2]}?size=2"]
+    corpus = shard(table(*first), tmp_path / "corpus", image_kb=1)
+    assert "1 addresses differ from others only in what is not written down" in messages()
+    assert sorted(corpus.origins()) == sorted(
+        f"{server.address}/{name}" for name in (images[0], images[0], f"{images[1]}?size=1", f"{images[2]}?size=2")
+    )
+    again = shard(table(*first, str(images[3])), tmp_path / "corpus", image_kb=1, append=True)
+    assert len(again) == 5
+    with pytest.raises(SourceError, match="it cannot be told which of them"):
+        shard(table(*first, f"{images[0]}?key=3"), tmp_path / "corpus", image_kb=1, append=True)
 
 
 def test_what_could_not_be_compared_is_left_out_until_an_append(folder, server, tmp_path):

@@ -25,6 +25,8 @@ class Terminal:
         self.pid, self._master = pty.fork()
         if self.pid == 0:
             try:
+                for number in (signal.SIGINT, signal.SIGQUIT, signal.SIGHUP):
+                    signal.signal(number, signal.SIG_DFL)  # shells let what they start in the background ignore them
                 os.chdir(folder)
                 os.execvpe(words[0], words, variables)
             finally:

@@ -26,6 +26,7 @@ USER_ERROR = 2
 """Exit status for what the user can put right; anything unforeseen leaves with 1 and a stack trace."""
 TIME_OVER = 75
 """Exit status of a run that saved and ended because its time was over (EX_TEMPFAIL of sysexits.h: try again)."""
+_FIRST_SAYS_S = 5.0
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 """Error numbers of a full disk, and of a user's share of it that is used up."""
 EXIT_STATUSES = f"""exit status: 0 done, {USER_ERROR} something that you can put right, 1 anything else; 129, 130 or 143
@@ -110,8 +111,18 @@ def _status_of(error: BaseException) -> int:
         raise error
     if os.environ.get("VITFORGE_TRACEBACK") == "1":
         print(shown(traceback.format_exc()), file=sys.stderr)
+    if _follows():
+        time.sleep(_FIRST_SAYS_S)  # torchrun ends this rank meanwhile, if the first one of its node fails too
     print(shown(f"error{_where()}: {_message(error)}"), file=sys.stderr, flush=True)
     return USER_ERROR
+
+
+def _follows() -> bool:
+    """Whether another rank of this node is likely to say the same."""
+    try:
+        return launch().local_rank > 0
+    except LaunchError:
+        return False
 
 
 def _message(error: BaseException) -> str:

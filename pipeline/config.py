@@ -289,6 +289,9 @@ class RunSettings(Settings):
     stop_after: TimeSpan | None = None
     """Time from the command's start ("11 h 30 min") in which it must have saved and ended, with exit status 75, as a
     queue's limit wants. It stops early enough for a save, as long as one took before. The same command goes on."""
+    new_tracking: bool = False
+    """Where MLflow has lost this run (its database was damaged, or somebody deleted it), go on with a new tracking run,
+    which gets all of the metrics, and register the model there. Otherwise it changes nothing."""
     allow_changes: bool = False
     """Go on from a checkpoint of other settings or another corpus; never of another architecture or global batch."""
     collective_timeout_s: Seconds = 600

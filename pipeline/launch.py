@@ -5,6 +5,7 @@ for then; a node that joins makes the ranks save and stop, to go on with more; a
 them save and stop, to go on elsewhere; a crash is followed by another start.
 """
 
+import datetime
 import os
 import signal
 import time
@@ -15,8 +16,8 @@ from typing import Any, Literal
 import torch.distributed as dist
 
 from cluster.authenticated_channel import new_secret
-from cluster.command import leads, log
-from cluster.launch_environment import launch
+from cluster.command import NO_ROOM, USER_ERROR, leads, log
+from cluster.launch_environment import Launch, launch
 from cluster.marked_folders import temporary_folder
 from cluster.ray_runtime import ray_session, withheld_variables
 from cluster.settings import SettingsError
@@ -28,6 +29,9 @@ from pipeline.stopping import Control, Every, SignalControl, TimeLimit
 Target = Callable[[Any, Control], bool]
 """Runs on every rank; returns whether it came to its end (False: it saved and stopped because it was told to)."""
 
+_ERROR = "vitforge/error"
+"""In torchrun's store: what rank 0 says to the user, once it has failed."""
+_SAID_WITHIN_S = 5.0
 _BACK_OFF_S = (0, 5, 15, 45, 120)
 """Seconds before another start, by failures in a row. The first costs nothing: most failures are single."""
 
@@ -83,15 +87,19 @@ def _run_ranks(
             asked = _range(*terms.workers)
             raise SettingsError(f"torchrun started {world} ranks, the settings ask for {asked}: make them agree")
         check(world)
-        finished = target(argument, SignalControl(STOP, limit))
-        STOP.begun = False
+        try:
+            finished = target(argument, SignalControl(STOP, limit))
+        except Exception as error:
+            if _is_said_by_rank_0(error, started):
+                raise _silent_end(started, USER_ERROR) from None
+            raise
+        finally:
+            STOP.begun = False
         if dist.is_initialized():
             dist.destroy_process_group()  # left to the interpreter's end, its threads may abort a finished process
         if not finished:
-            # Beside rank 0 no other gives a status: torchrun ends a node's ranks as soon as one of them has failed, and
-            # rank 0 has still to close what is open.
-            silent = 0 < started.rank < started.local_world_size
-            raise SystemExit(0 if silent else STOP.status or 128 + signal.SIGTERM)
+            status = STOP.status or 128 + signal.SIGTERM
+            raise SystemExit(status) if started.rank == 0 else _silent_end(started, status)
         return
     if terms.workers is not None and terms.workers[0] == terms.workers[1]:
         check(terms.workers[0])
@@ -100,6 +108,36 @@ def _run_ranks(
         launcher = _Launcher(target, argument, name, terms, check, progress, limit)
         with closing(launcher.recruiter):
             launcher.run()
+
+
+def _silent_end(started: Launch, status: int) -> SystemExit:
+    """The end of a rank that is not the first and says nothing.
+
+    Beside rank 0 no other gives a status: torchrun ends a node's ranks as soon as one of them has failed, and rank 0
+    has still to close what is open.
+    """
+    return SystemExit(0 if started.rank < started.local_world_size else status)
+
+
+def _is_said_by_rank_0(error: Exception, started: Launch) -> bool:
+    """Whether this is another rank, which fails of what rank 0 says, or because rank 0 did of what can be put right.
+
+    Every rank calls it with its own error; what they say of theirs goes through the store that torchrun holds.
+    """
+    if not dist.is_initialized() or started.world_size == 1:
+        return False
+    can_be_put_right = isinstance(error, ValueError) or getattr(error, "errno", None) in NO_ROOM
+    try:
+        store = dist.distributed_c10d._get_default_store()
+        if started.rank == 0:
+            if can_be_put_right:
+                store.set(_ERROR, str(error))
+            return False
+        store.wait([_ERROR], datetime.timedelta(seconds=_SAID_WITHIN_S))
+        said = store.get(_ERROR).decode()
+    except RuntimeError:  # rank 0 has none, or another kind; or the store is gone
+        return False
+    return said == str(error) or not can_be_put_right
 
 
 class _Launcher:

@@ -1,5 +1,7 @@
 """Files of a run's folder: what their readers take from them, and paths of this machine for what wants one."""
 
+import contextlib
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -7,6 +9,7 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
+from cluster.command import log
 from cluster.folders import Folder
 from cluster.marked_folders import temporary_folder
 from cluster.records import Record, check_record
@@ -75,3 +78,50 @@ def producing(folder: Folder, name: str) -> Iterator[Path]:
         path = scratch / Path(name).name
         yield path
         folder.put(path, name)
+
+
+class Lines:
+    """A file that lines are added to. Those that a full disk does not take are kept, and written with the next ones.
+
+    Args:
+        path: the file, whole lines.
+
+    Raises:
+        OSError: it cannot be opened.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._file = path.open("ab", buffering=0)
+        self._size, self._kept, self._warned = path.stat().st_size, b"", False
+
+    def add(self, line: str) -> None:
+        """Write a line, now or later."""
+        self._kept += line.encode() + b"\n"
+        try:
+            self.flush()
+        except OSError as error:
+            if not self._warned:
+                self._warned = True
+                log.warning("%s: %s: what is added is kept and written later", self._path, error.strerror)
+
+    def flush(self) -> None:
+        """Write what is kept.
+
+        Raises:
+            OSError: it cannot be; it stays kept, and the file ends with a whole line.
+        """
+        try:
+            written = 0
+            while written < len(self._kept):
+                written += self._file.write(self._kept[written:]) or 0
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                os.ftruncate(self._file.fileno(), self._size)
+            raise OSError(error.errno, error.strerror, str(self._path)) from error
+        self._size += len(self._kept)
+        self._kept = b""
+
+    def close(self) -> None:
+        """Add no more."""
+        self._file.close()

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from cluster.folders import Folder
 from cluster.settings import SettingsError
+from pipeline.run_files import Lines
 
 
 class SampleRecord:
@@ -31,9 +32,8 @@ class SampleRecord:
         whole = path.read_bytes().rpartition(b"\n") if path.exists() else (b"", b"", b"")
         if whole[2]:
             os.truncate(path, len(whole[0] + whole[1]))  # a row that a crash cut short
-        self._file = path.open("a", encoding="utf-8")
+        self._lines = Lines(path)
 
     def write(self, step: int, ids: list[NDArray[np.int64]]) -> None:
         """Add a step that was taken, with the ids of its micro-batches."""
-        self._file.write(json.dumps({"step": step, "ids": np.concatenate(ids).tolist()}) + "\n")
-        self._file.flush()
+        self._lines.add(json.dumps({"step": step, "ids": np.concatenate(ids).tolist()}))

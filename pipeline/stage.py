@@ -157,14 +157,8 @@ def run_stage(stage: str, settings: StageSettings, start: "Start", corpus: Mixtu
         settings, newest = _resumed(settings, start, corpus, folder)
         uri = tracking.connect(home)
         values = cleaned(settings.model_dump(mode="json"))
-        tags = _lineage(stage, corpus, start)
-        run = tracking.Run(settings.run.name, record.get("mlflow_run"), values, tags, start.parent_run)
+        run = _tracked(settings, record, folder, values, _lineage(stage, corpus, start), start.parent_run)
         log.info("run %s in %s, tracked at %s", settings.run.name, folder, uri)
-        if "mlflow_run" not in record:
-            folder.write_json("run.json", {**record, "mlflow_run": run.run_id})
-            folder.write_json("settings.json", values)
-            with at_hand(folder, "settings.json") as path:
-                run.artifact(path)
         if start.weights is not None and folder.size(INITIAL_WEIGHTS) is None:
             with temporary_files(settings.checkpoint.scratch, "weights"), producing(folder, INITIAL_WEIGHTS) as path:
                 save_safetensors(start.weights, path)
@@ -173,6 +167,38 @@ def run_stage(stage: str, settings: StageSettings, start: "Start", corpus: Mixtu
             scratch = settings.checkpoint.scratch
             with room_for_hand_over(scratch, weights, home), temporary_files(scratch, "hand-over"):
                 return _hand_over(stage, settings, start, corpus, folder, run)
+
+
+def _tracked(
+    settings: StageSettings,
+    record: dict[str, Any],
+    folder: Folder,
+    values: dict[str, Any],
+    tags: dict[str, str],
+    parent_run: str | None,
+) -> tracking.Run:
+    """The tracking run of the run's folder: the one that it was begun with, or a new one.
+
+    Args:
+        values: the settings as they are recorded.
+
+    Raises:
+        LostRunError: MLflow has lost it, and run.new_tracking does not allow another one.
+    """
+    begun = record.get("mlflow_run")
+    try:
+        run = tracking.Run(settings.run.name, begun, values, tags, parent_run)
+    except tracking.LostRunError:
+        if not settings.run.new_tracking:
+            raise
+        run = tracking.Run(settings.run.name, None, values, {**tags, "vitforge.instead_of": str(begun)}, parent_run)
+        log.warning("MLflow has lost run %s: going on with run %s, which gets all of its metrics", begun, run.run_id)
+    if run.run_id != begun:
+        folder.write_json("run.json", {**record, "mlflow_run": run.run_id})
+        folder.write_json("settings.json", values)
+        with at_hand(folder, "settings.json") as path:
+            run.artifact(path)
+    return run
 
 
 def _resumed(

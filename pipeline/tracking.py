@@ -23,7 +23,7 @@ from cluster.marked_folders import MarkedFolder
 from cluster.redact import without_credentials
 from cluster.storage import StorageError, write_bytes
 from pipeline import mlflow_environment
-from pipeline.run_files import METRICS, metrics_of
+from pipeline.run_files import METRICS, Lines, metrics_of
 
 FLUSH_SECONDS = 5.0
 MAX_BATCH = 1000
@@ -32,6 +32,10 @@ MAX_BATCH = 1000
 
 class TrackingError(ValueError, ConnectionError):
     """MLflow does not answer, or not as it should; worth another try later."""
+
+
+class LostRunError(ValueError):
+    """MLflow no longer has a run; the message says what would do."""
 
 
 def connect(home: Path, uri: str | None = None) -> str:
@@ -58,13 +62,12 @@ def connect(home: Path, uri: str | None = None) -> str:
     # The store makes its tables on first use, and says so at length.
     for chatty in ("alembic", "mlflow"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
-    if uri is not None and uri.startswith("sqlite:///"):
-        file = unquote(uri.removeprefix("sqlite:///").partition("?")[0])
-        if not Path(file).exists():
-            raise ValueError(
-                f"MLflow's database {file} is not on node {platform.node()}, where it is written to: name a server by "
-                "MLFLOW_TRACKING_URI, or put VITFORGE_HOME where all nodes see it"
-            )
+    logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)  # traces of what it raises as well
+    if uri is not None and (file := _database(uri)) and not file.exists():
+        raise ValueError(
+            f"MLflow's database {file} is not on node {platform.node()}, where it is written to: name a server by "
+            "MLFLOW_TRACKING_URI, or put VITFORGE_HOME where all nodes see it"
+        )
     for variable in ("MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI"):
         _take_credentials_out(variable)
     named = mlflow_environment.tracking_uri()
@@ -91,10 +94,26 @@ def connect(home: Path, uri: str | None = None) -> str:
     except mlflow_environment.MlflowEnvironmentError:
         raise
     except Exception as error:  # MLflow lets those of SQLAlchemy, alembic and requests through
-        raise TrackingError(
-            f"MLflow at {said} does not answer as it should ({_first_line(error)}): check MLFLOW_TRACKING_URI"
-        ) from error
+        cure = _cure(uri, "check MLFLOW_TRACKING_URI")
+        raise TrackingError(f"MLflow at {said} does not answer as it should ({_first_line(error)}): {cure}") from error
     return said
+
+
+def _database(uri: str) -> Path | None:
+    """The file of a tracking store that is one of SQLite."""
+    return Path(unquote(uri.removeprefix("sqlite:///").partition("?")[0])) if uri.startswith("sqlite:///") else None
+
+
+def _cure(uri: str, otherwise: str) -> str:
+    """What would do for a store that fails."""
+    file = _database(uri)
+    if file is None or not file.exists():
+        return otherwise
+    return (
+        f"where {file} is damaged, put a copy of it back; or move it away (`mv {file} {file}.damaged`), and runs that "
+        "have begun go on with run.new_tracking=true, which gives each a new tracking run with all of its metrics. A "
+        "finished run registers its model anew when it is started so"
+    )
 
 
 def database_uri(home: Path) -> str:
@@ -146,7 +165,7 @@ class Run:
 
     Raises:
         TrackingError: MLflow does not answer.
-        ValueError: it has no run `run_id`.
+        LostRunError: it has no run `run_id`.
     """
 
     def __init__(
@@ -170,14 +189,15 @@ class Run:
                 self.client.update_run(run_id, status="RUNNING")
             except Exception as error:  # as in `connect`
                 where = f"MLflow at {without_credentials(mlflow.get_tracking_uri())}"
-                if getattr(error, "error_code", None) != "RESOURCE_DOES_NOT_EXIST":
+                if not self._lost(run_id, error):
                     raise TrackingError(
-                        f"{where} does not go on with run {run_id} ({_first_line(error)}): put it right, then run the "
-                        "same command again"
+                        f"{where} does not go on with run {run_id} ({_first_line(error)}): "
+                        + _cure(mlflow.get_tracking_uri(), "put it right, then run the same command again")
                     ) from error
-                raise ValueError(
-                    f"{where} has no run {run_id}, with which this run was begun: set MLFLOW_TRACKING_URI to what it "
-                    "was then, or use another run.name"
+                raise LostRunError(
+                    f"{where} has no run {run_id} (any more, perhaps), with which this run was begun: set "
+                    f"MLFLOW_TRACKING_URI to what it was then, restore it (`mlflow runs restore --run-id {run_id}`), "
+                    "or give run.new_tracking=true, which goes on with a new one that gets all of the metrics"
                 ) from error
         self.run_id: str = run_id
         self._waiting: list[tuple[str, float, int, int]] = []
@@ -186,6 +206,15 @@ class Run:
         self._pause = FLUSH_SECONDS
         self._known: dict[str, int] = {}
         """The last step that MLflow has of each metric, as far as it was asked."""
+
+    def _lost(self, run_id: str, error: Exception) -> bool:
+        """Whether what MLflow says of a run is that there is none, or that it was deleted."""
+        if getattr(error, "error_code", None) == "RESOURCE_DOES_NOT_EXIST":
+            return True
+        try:
+            return bool(self.client.get_run(run_id).info.lifecycle_stage == "deleted")
+        except Exception:  # as in `connect`; the first one is what is said
+            return False
 
     def _begin(self, name: str, tags: Mapping[str, str], settings: Mapping[str, Any]) -> str:
         """Make the run, or begin with the one that somebody has made for us; returns its number."""
@@ -393,18 +422,17 @@ class MetricsFile:
     def _begin(self, rows: Sequence[Mapping[str, Any]], step: int) -> None:
         content = "".join(json.dumps(row) + "\n" for row in rows if row["step"] <= step)
         write_bytes(self._path, content.encode())
-        self._file = self._path.open("a", encoding="utf-8")
+        self._lines = Lines(self._path)
 
     def go_back(self, step: int) -> None:
         """Drop what was recorded after a step: those that follow it are taken again."""
-        self._file.close()
+        self._lines.close()
         self._begin(metrics_of(LocalFolder(self._path.parent)), step)
         self.publish()
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
         """Add the values of a step."""
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
-        self._file.flush()
+        self._lines.add(json.dumps({"step": step, **values}))
 
     def publish(self, must: bool = False) -> None:
         """Bring what was written to the run's folder, if it is not there already.
@@ -412,9 +440,10 @@ class MetricsFile:
         Args:
             must: storage that fails is an error. Otherwise it costs a warning: a later call brings all of it.
         """
-        if self._scratch is None:
-            return
         try:
+            self._lines.flush()
+            if self._scratch is None:
+                return
             self._folder.put(self._path, METRICS)
         except (OSError, StorageError) as error:
             if must:
@@ -423,7 +452,7 @@ class MetricsFile:
 
     def close(self) -> None:
         """Write no more."""
-        self._file.close()
+        self._lines.close()
         if self._scratch:
             self._scratch.close()
 
@@ -456,4 +485,7 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
 
 
 def _first_line(error: Exception) -> str:
-    return without_credentials((str(error).splitlines() or [type(error).__name__])[0])
+    lines = str(error).splitlines() or [type(error).__name__]
+    if lines[0].startswith("(raised as a result of Query-invoked autoflush"):  # SQLAlchemy 2.1 says what only then
+        lines = lines[1:] or lines
+    return without_credentials(lines[0])

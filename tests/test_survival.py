@@ -1,5 +1,6 @@
 """What runs survive: wishes to stop, ranks that hang, batches that are not finite."""
 
+import contextlib
 import json
 import os
 import signal
@@ -263,3 +264,80 @@ def test_a_batch_that_makes_the_loss_jump_is_left_out_and_reported(places):
     assert all(str(sample) in report["origins"] for sample in samples)
     assert all((reports / name).stat().st_size > 100 for name in report["images"].values())
     assert (reports / f"step-{report['step']:08d}" / "sheet.png").stat().st_size > 1000
+
+
+FULL = """
+    from cluster.command import run_command
+    from pipeline import pretrain, saving
+
+    saving._RETRY_WAITS = (0.2,)
+    run_command(pretrain.main)
+"""
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of its own, of 16 MB."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", str(disk)]
+    if subprocess.run(command, capture_output=True).returncode:
+        pytest.skip("file systems cannot be mounted here")
+    yield disk
+    subprocess.run(["umount", "-l", str(disk)], check=True)
+
+
+@pytest.mark.slow
+def test_a_full_disk_is_one_message_and_the_same_command_goes_on_when_there_is_room(places, small_disk, tmp_path):
+    script = tmp_path / "full.py"
+    script.write_text(textwrap.dedent(FULL))
+    line = words(places, "full", "training.duration=300 steps", "checkpoint.keep=9", "log.samples=true")
+    command = ["cluster/torchrun.py", *torchrun_command(2, (str(script), *line[1:]))[3:]]
+    variables = environment(small_disk, PYTHONPATH=str(REPOSITORY))
+    process = subprocess.Popen(
+        [sys.executable, *command], cwd=REPOSITORY, env=variables, stderr=subprocess.PIPE, text=True
+    )
+    folder = small_disk / "runs" / "full"
+    filler = (small_disk / "filler").open("wb", buffering=0)
+    while process.poll() is None and not list((folder / "checkpoints").glob("step-*/manifest.json")):
+        time.sleep(0.05)
+    with contextlib.suppress(OSError):
+        while process.poll() is None:
+            filler.write(bytes(4096))
+    _, said = process.communicate(timeout=240)
+    assert process.returncode == 2, said
+    assert said.count("\nerror") == 1, said
+    assert "No space left on device. The checkpoints before it are as they were: make room" in said
+    assert "Traceback" not in said
+    committed = newest(LocalFolder(folder / "checkpoints"))
+    assert committed is not None
+    filler.close()
+    (small_disk / "filler").unlink()
+    done = torchrun(2, small_disk, *line)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert f"resumed from {committed}" in done.stderr
+    assert list(losses(folder / "metrics.jsonl")) == list(range(1, 301))
+
+
+@pytest.mark.slow
+def test_a_finished_run_whose_database_is_lost_is_tracked_and_registered_anew(places, tmp_path):
+    line = words(places, "lost", "training.duration=6 steps", "registry.name=lost")
+    home = tmp_path / "home"
+    done = torchrun(1, home, *line)
+    assert done.returncode == 0, done.stderr[-4000:]
+    first = json.loads((home / "runs" / "lost" / "run.json").read_text())["mlflow_run"]
+    (home / "mlflow.db").rename(home / "mlflow.db.damaged")
+    refused = torchrun(1, home, *line)
+    assert refused.returncode != 0
+    assert f"has no run {first}" in refused.stderr
+    assert "give run.new_tracking=true" in refused.stderr
+    for _ in range(2):  # the second time there is nothing to make anew
+        done = torchrun(1, home, *line, "run.new_tracking=true")
+        assert done.returncode == 0, done.stderr[-4000:]
+        assert "training is finished already" in done.stderr
+        now = json.loads((home / "runs" / "lost" / "run.json").read_text())["mlflow_run"]
+        assert now != first
+    tracking.connect(home)
+    assert [point.step for point in mlflow.MlflowClient().get_metric_history(now, "train/loss")] == list(range(1, 7))
+    assert mlflow.get_run(now).data.tags["vitforge.instead_of"] == first
+    assert mlflow.MlflowClient().get_model_version("lost", "1").run_id == now

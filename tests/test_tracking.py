@@ -161,8 +161,30 @@ def test_a_line_that_a_crash_cut_short_is_left_out(home):
 
 
 def test_a_run_that_the_store_does_not_have_is_named(home):
-    with pytest.raises(ValueError, match="has no run 0123456789abcdef0123456789abcdef"):
-        tracking.Run("", "0123456789abcdef0123456789abcdef")
+    deleted = tracking.Run("run", None)
+    mlflow.MlflowClient().delete_run(deleted.run_id)
+    for number in ("0123456789abcdef0123456789abcdef", deleted.run_id):
+        with pytest.raises(tracking.LostRunError, match=rf"has no run {number}[^$]*give run.new_tracking=true"):
+            tracking.Run("", number)
+
+
+@pytest.mark.parametrize("damage", [b"", b"SQLite format 3\0", b"nothing of a database" * 1000])
+def test_a_database_that_is_damaged_or_lost_is_said_to_be_with_what_would_do(home, monkeypatch, damage):
+    """Empty, it is as good as new, and lacks the run."""
+    number = tracking.Run("run", None).run_id
+    database = home / "mlflow.db"
+    other = home / "other"
+    other.mkdir()
+    (other / "mlflow.db").write_bytes(damage and damage + database.read_bytes()[len(damage) : 8192])
+    expected = ".damaged`\\), and runs that have begun go on with run.new_tracking=true" if damage else "has no run"
+
+    def go_on():
+        tracking.connect(other)
+        tracking.Run("", number)
+
+    with pytest.raises(ValueError, match=expected) as caught:
+        go_on()
+    assert "run.new_tracking=true" in str(caught.value)
 
 
 class Unwell(BaseHTTPRequestHandler):

@@ -13,14 +13,13 @@ import simplejpeg
 from PIL import Image
 
 from data_prep.image_check import ImageFacts, UnusableImage
-from data_prep.image_pixels import open_upright
+from data_prep.image_pixels import JPEG_FRAMES, open_upright, read_jpeg_header
 from data_prep.orientation import TRANSPOSED, jpeg_segments, read_orientation
 
 BY_CHOICE = "left out: "
 """Begins the reason of an image that is whole, but not wanted."""
 
 _SUBSAMPLINGS = ("444", "422", "420", "440", "411")
-_FRAMES = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}
 _BASELINE = 0xC0
 
 
@@ -84,7 +83,7 @@ def convert(
 def _is_baseline(image: bytes | memoryview) -> bool:
     """Whether a JPEG is what a hardware decoder takes: sequential, Huffman-coded, 8 bits, not four colours."""
     for marker, start, _ in jpeg_segments(image):
-        if marker in _FRAMES:
+        if marker in JPEG_FRAMES:
             return marker == _BASELINE and image[start] == 8 and image[start + 5] != 4
     return False
 
@@ -93,7 +92,7 @@ def _decode(image: bytes | memoryview, extension: str) -> tuple[Image.Image, str
     """The upright pixels as grey or RGB, and the subsampling of the colours to keep."""
     subsampling = "420"
     if extension == "jpg":
-        subsampling = str(simplejpeg.decode_jpeg_header(image)[3])
+        subsampling = read_jpeg_header(image)[3]
     pixels = open_upright(image)
     turned = read_orientation(image, extension) in TRANSPOSED
     if subsampling not in _SUBSAMPLINGS or turned:

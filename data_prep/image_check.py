@@ -21,7 +21,7 @@ import numpy as np
 import simplejpeg
 from PIL import Image, ImageFile, TiffImagePlugin
 
-from data_prep.image_pixels import has_deep_colours, largest_difference, upright
+from data_prep.image_pixels import has_deep_colours, largest_difference, read_jpeg_header, upright
 from data_prep.orientation import TRANSPOSED, UPRIGHT, ConflictingOrientation, jpeg_segments, read_orientation
 from data_prep.reasons import repeatable
 from data_prep.training_decoder import UndecodableError, decode_as_training
@@ -60,7 +60,8 @@ _COMMON_TIFFS = {
 }
 """Pillow's mode and the bits a sample of the TIFFs that DALI (training) and Pillow (consumers) decode alike."""
 _START_OF_SCAN = 0xDA
-_FOUR_COLOURS = ("CMYK", "YCCK")
+FOUR_COLOURS = ("CMYK", "YCCK")
+"""What simplejpeg calls the colours of JPEGs of four."""
 _USUAL_FRAMES = (0xC0, 0xC1, 0xC2)
 """Markers of Huffman-coded JPEGs, sequential or progressive; others (arithmetic coding) are not in every libjpeg."""
 _RARE_LAYOUTS: dict[tuple[str, Any], str] = {
@@ -139,7 +140,7 @@ def _check_jpeg(data: bytes | memoryview) -> tuple[int, int]:
         except ValueError as still:
             raise UnusableImage(f"damaged JPEG: {_readable(still)}") from still
     usual = any(marker in _USUAL_FRAMES for marker, _, _ in jpeg_segments(data))
-    if not usual or colours in _FOUR_COLOURS or _orientation(data, "jpg") != UPRIGHT:
+    if not usual or colours in FOUR_COLOURS or _orientation(data, "jpg") != UPRIGHT:
         return _check_by_both(data, "jpg")
     with _opened(data, "jpg"):  # what consumers read is the header
         return width, height
@@ -151,10 +152,10 @@ def _decode_jpeg(data: bytes | memoryview) -> tuple[int, int, str]:
     Pixels at an eighth of the size, without colour, find the same damage as whole ones (that shows in the bit stream)
     in 60 % of the time.
     """
-    height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
+    height, width, colours, _ = read_jpeg_header(data)
     if height * width > MAX_PIXELS:
         raise UnusableImage(f"too large: {width}x{height} pixels, more than {MAX_PIXELS:,}")
-    target = "CMYK" if colours in _FOUR_COLOURS else "GRAY"
+    target = "CMYK" if colours in FOUR_COLOURS else "GRAY"
     simplejpeg.decode_jpeg(data, target, min_factor=8, min_height=1, min_width=1)
     return height, width, colours
 

@@ -4,12 +4,15 @@ import io
 import warnings
 
 import numpy as np
+import simplejpeg
 from numpy.typing import NDArray
 from PIL import Image, ImageChops
 
-from data_prep.orientation import read_orientation
+from data_prep.orientation import jpeg_segments, read_orientation
 from data_prep.training_decoder import decode_as_training
 
+JPEG_FRAMES = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}
+"""Markers of the segments that say a JPEG's size and components."""
 _EXTENSIONS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -21,6 +24,23 @@ _TURNS = {
     8: Image.Transpose.ROTATE_90,
 }
 """What turns an image upright that is stored in an EXIF orientation."""
+
+
+def read_jpeg_header(data: bytes | memoryview) -> tuple[int, int, str, str]:
+    """A JPEG's height and width as stored, what its colours are, and their subsampling, as simplejpeg names them.
+
+    Raises:
+        ValueError: it has no header that libjpeg-turbo can read.
+    """
+    try:
+        height, width, colours, subsampling = simplejpeg.decode_jpeg_header(data)
+    except KeyError:  # simplejpeg (1.9.0) has no name for 4:4:1, which a turn makes of 4:1:1, and decodes it
+        for marker, start, _ in jpeg_segments(data):
+            if marker in JPEG_FRAMES:
+                height, width = (int.from_bytes(data[at : at + 2], "big") for at in (start + 1, start + 3))
+                return height, width, "CMYK" if data[start + 5] == 4 else "YCbCr", "441"
+        raise ValueError("no frame header before the first scan") from None
+    return int(height), int(width), str(colours), str(subsampling)
 
 
 def open_upright(data: bytes | memoryview, shrink_to: int | None = None) -> Image.Image:

@@ -21,10 +21,11 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from data_prep.decoder_process import refuse_deadly
-from data_prep.image_check import MAX_PIXELS, UnusableImage, check_image
-from data_prep.image_pixels import open_upright
+from data_prep.image_check import FOUR_COLOURS, MAX_PIXELS, UnusableImage, check_image
+from data_prep.image_pixels import open_upright, read_jpeg_header
+from data_prep.orientation import UPRIGHT, ConflictingOrientation, read_orientation
 
-VERSION = 3
+VERSION = 4
 """Of all in this module that decides a descriptor: kept hashes of another version are not used."""
 
 _SIDE = 32
@@ -116,11 +117,11 @@ def _reduced(data: bytes | memoryview) -> NDArray[np.float32] | None:
         refuse_deadly(data)
     except UnusableImage:
         return None
-    if bytes(data[:3]) == b"\xff\xd8\xff" and b"Exif\0\0" not in bytes(data[:4096]):
+    if bytes(data[:3]) == b"\xff\xd8\xff" and _is_upright(data):
         try:
             return _reduced_jpeg(data)
         except ValueError:
-            pass  # CMYK, or harmless oddities that Pillow does not mind
+            pass  # four colours, or harmless oddities that Pillow does not mind
     try:
         check_image(data)  # Pillow decodes what sharding leaves out
         # by way of RGB: palettes and sixteen bits become what training sees
@@ -130,10 +131,19 @@ def _reduced(data: bytes | memoryview) -> NDArray[np.float32] | None:
     return _resized(gray, gray.width, gray.height)
 
 
+def _is_upright(jpeg: bytes | memoryview) -> bool:
+    try:
+        return read_orientation(jpeg, "jpg") == UPRIGHT
+    except ConflictingOrientation:
+        return False
+
+
 def _reduced_jpeg(data: bytes | memoryview) -> NDArray[np.float32]:
-    height, width, _, _ = simplejpeg.decode_jpeg_header(data)
+    height, width, colours, _ = read_jpeg_header(data)
     if height * width > MAX_PIXELS:
         raise ValueError("sharding leaves it out")
+    if colours in FOUR_COLOURS:
+        raise ValueError("without Adobe's marker libjpeg-turbo's gray is not that of the colours shown")
     gray = simplejpeg.decode_jpeg(data, "GRAY", min_height=_DECODED, min_width=_DECODED, min_factor=1)[:, :, 0]
     # Reduced by n/8 the decoder rounds up, and the last row and column stand for less than a pixel: leave that out
     eighths = next(n for n in range(8, 0, -1) if gray.shape == (-(-height * n // 8), -(-width * n // 8)))

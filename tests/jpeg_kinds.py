@@ -38,6 +38,8 @@ def colours() -> Kinds:
         pixels = np.asarray(picture)
         for subsampling in ("444", "422", "420", "440", "411", "Gray"):
             yield f"jpeg {subsampling}, {name} sides", simplejpeg.encode_jpeg(pixels, 92, "RGB", subsampling)
+    wide = simplejpeg.encode_jpeg(np.asarray(PICTURE), 92, "RGB", "411")
+    yield "jpeg 441", jpeg_components(wide, sampling=b"\x14\x11\x11")
     yield "jpeg progressive", encoded(ODD, progressive=True)
     yield "jpeg with restarts", encoded(PICTURE, restart_marker_rows=1)
     yield "jpeg gray", encoded(PICTURE.convert("L"))
@@ -103,6 +105,8 @@ def orientations() -> Kinds:
     yield "jpeg XMP 6, EXIF without orientation", jpeg_with(plain, app1(exif(0, before=[(0x128, 2)])), xmp_segment(6))
     yield "jpeg EXIF 6 before JFIF", jpeg_with(plain, app1(exif(6)), plain[2:20], without=[0xE0])
     yield "jpeg EXIF 6 just before the scan", jpeg_with(plain, back=app1(exif(6)))
+    profile = segment(0xE2, b"ICC_PROFILE\0\1\1" + SRGB.ljust(9000, b"\0"))
+    yield "jpeg EXIF 6 behind a long profile", jpeg_with(plain, profile, app1(exif(6)))
     yield "jpeg EXIF 6 with fill bytes before", jpeg_with(plain, b"\xff\xff" + app1(exif(6)))
     yield "jpeg EXIF 6 in APP2", jpeg_with(plain, segment(0xE2, b"Exif\0\0" + exif(6)))
     yield "jpeg Exif\\0\\xff 6", jpeg_with(plain, segment(0xE1, b"Exif\0\xff" + exif(6)))

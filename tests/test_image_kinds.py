@@ -53,7 +53,8 @@ REFUSED = {
 }
 """Kinds with reasons, of which some end DALI's process."""
 TAKEN = (
-    "jpeg 411, odd sides", "jpeg RGB by its ids alone", "jpeg CMYK", "jpeg YCCK", "jpeg CMYK without Adobe's marker",
+    "jpeg 411, odd sides", "jpeg 441", "jpeg RGB by its ids alone", "jpeg CMYK", "jpeg YCCK",
+    "jpeg CMYK without Adobe's marker",
     "jpeg YCCK and JFIF without Adobe's marker", "jpeg XMP 6 alone", "jpeg two EXIF, none then 6",
     "jpeg orientation BYTE, <", "jpeg orientation BYTE, >",
     "jpeg orientation LONG, >", "png orientation twice, 6 and 3", "png eXIf 6 with Exif\\0\\0", "png exif in zTXt",
@@ -190,6 +191,19 @@ def test_16_bits_are_shrunk_and_described_as_training_and_consumers_see_them(nam
     assert of_deep["pictured"]
     assert of_deep["hash"] == of_shown["hash"]
     assert similarity(of_deep["shape"][None], of_shown["shape"][None], mirrored=False)[0] > 0.99
+
+
+def test_duplicates_are_found_by_what_training_and_consumers_see(rows):
+    large = [
+        name
+        for name, row in rows.items()
+        if isinstance(row.facts, ImageFacts) and min(row.facts.width, row.facts.height) > 20
+    ]
+    as_stored = describe_images([all_kinds()[name] for name in large])
+    as_shown = describe_images([encoded(Image.fromarray(decode(all_kinds()[name])), "PNG") for name in large])
+    bits = [int(different).bit_count() for different in as_stored["hash"] ^ as_shown["hash"]]
+    alike = (np.array(bits) <= 3) & (as_stored["pictured"] == as_shown["pictured"])
+    assert [name for name, same in zip(large, alike, strict=True) if not same] == []
 
 
 def test_a_crop_is_cut_from_the_upright_image(rows):

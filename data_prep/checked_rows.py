@@ -70,6 +70,7 @@ class CheckedRows:
         dtype: of a row.
         checks: of the blocks; None where nobody has looked at the file yet, and nothing is compared.
         where: what to call it in messages.
+        cached: whether the file is a copy, that is made anew where it is missing: one that is altered is removed.
         validate: is shown all rows before they are used, and raises CorpusError for what no row can be.
 
     Raises:
@@ -83,10 +84,12 @@ class CheckedRows:
         *,
         checks: NDArray[np.uint32] | None,
         where: str,
+        cached: bool = False,
         validate: Callable[[NDArray[Any]], None] = lambda rows: None,
     ) -> None:
         self.dtype = np.dtype(dtype)
         self._checks, self._where, self._validate = checks, where, validate
+        self._copy = path if cached else None
         try:
             self._file = path.open("rb", buffering=0)  # closes with the last reference
             self._length = os.fstat(self._file.fileno()).st_size // self.dtype.itemsize
@@ -170,9 +173,16 @@ class CheckedRows:
         if not altered and self._checks is not None:
             altered = _checksums(content, block) != self._checks[first:end].tolist()
         if altered:
-            raise AlteredIndexError(
-                f"{self._where} was altered while it was in use: rows {first * BLOCK_ROWS} to "
-                f"{min(end * BLOCK_ROWS, len(self)) - 1} are not what they were when it was opened. Bring the file "
-                "back as it was, find out who or what writes there, and run the same command again"
-            )
+            raise self._altered(first * BLOCK_ROWS, min(end * BLOCK_ROWS, len(self)) - 1)
         return content
+
+    def _altered(self, first: int, last: int) -> AlteredIndexError:
+        if self._copy is None:
+            advice = "Bring the file back as it was, find out who or what writes there, and run the same command again"
+        else:
+            self._copy.unlink(missing_ok=True)
+            advice = "This node's copy of it is removed: run the same command again"
+        return AlteredIndexError(
+            f"{self._where} was altered while it was in use: rows {first} to {last} are not what they were when it was "
+            f"opened. {advice}"
+        )

@@ -185,7 +185,8 @@ class Corpus:
     def _rows(self, name: str, dtype: Any, validate: Callable[[NDArray[Any]], None] = lambda rows: None) -> CheckedRows:
         checks = self.checks.get(self.manifest["files"][name]["xxh3_128"])
         where = f"{self.path}/{name}"
-        return CheckedRows(self.path / name, dtype, checks=checks, where=where, validate=validate)
+        cached = self.folder.local is None
+        return CheckedRows(self.path / name, dtype, checks=checks, where=where, cached=cached, validate=validate)
 
     def _validate(self, rows: NDArray[np.void]) -> None:
         """Refuse rows of the index that lie in no shard, or have a class that is none."""

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from cluster.folders import folder_at
 from data_prep.checked_rows import BLOCK_ROWS, AlteredIndexError, CheckedRows, hash_blocks
 from data_prep.corpus import Corpus
 from data_prep.corpus_format import INDEX, LABELS, MANIFEST, PLACES, SAMPLE_DTYPE, CorpusError, manifest_hash
@@ -16,6 +17,7 @@ from pipeline.data_config import DataSettings
 from pipeline.loader import EvalLoader, TrainLoader
 from pipeline.workers import Worker
 from tests.corpora import image_folder, make_corpus
+from tests.s3_server import S3Server
 
 ROWS = 3 * BLOCK_ROWS + 77
 LABEL = 16
@@ -114,6 +116,26 @@ def test_an_index_that_is_cut_short_in_use_is_an_error_and_no_crash(tmp_path: Pa
         file.truncate(100)
     with pytest.raises(AlteredIndexError):
         corpus.read([len(corpus) - 1])
+
+
+def test_a_damaged_copy_in_the_cache_of_a_node_is_fetched_anew(
+    tmp_path: Path, s3: S3Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    corpus = single(tmp_path)
+    store = folder_at(s3.bucket() + "/corpus", "test")
+    for name in corpus.folder.tree():
+        store.put(corpus.path / name, name)
+    monkeypatch.setenv("VITFORGE_CACHE", str(tmp_path / "driver"))
+    driver = Corpus.open(store)
+    monkeypatch.setenv("VITFORGE_CACHE", str(tmp_path / "node"))
+    for damaged in (True, False):
+        rank = Corpus.open(store, "sizes", checks=driver.checks)
+        if damaged:
+            flip(rank.path / INDEX, LABEL)
+            with pytest.raises(AlteredIndexError, match="copy of it is removed"):
+                rank.labels_of([0])
+        else:
+            assert rank.labels_of([0])[1] == corpus.labels_of([0])[1]
 
 
 def rewrite(corpus: Corpus, name: str, content: bytes) -> None:

@@ -8,10 +8,12 @@ from urllib.parse import quote, unquote
 
 _SECRET_WORDS = {
     "accesskey", "accesskeyid", "accesstoken", "apikey", "authorization", "authtoken", "awsaccesskeyid", "bearer",
-    "credential", "credentials", "googleaccessid", "hmac", "jwt", "passphrase", "passwd", "password", "pwd",
-    "refreshtoken", "secret", "secretkey", "signature", "token",
+    "credential", "credentials", "googleaccessid", "hmac", "jwt", "passcode", "passphrase", "passwd", "password", "pw",
+    "pwd", "refreshtoken", "secret", "secretkey", "signature", "token",
 }  # fmt: skip
 """Words that mean a credential wherever they stand in a name: `api-token`, `client_secret`, `accessToken`."""
+_SECRET_ENDS = ("accesskey", "apikey", "passwd", "password", "secret", "token")
+"""Of words that were run together: `sessiontoken`, `dbpassword`."""
 _SECRET_IN_QUERIES = {
     "auth", "expires", "jsessionid", "key", "pass", "policy", "sas", "session", "sessionid", "sid", "sig",
 }  # fmt: skip
@@ -25,16 +27,26 @@ _PATHS = frozenset(("s3", "s3a", "s3n", "gs", "file", "sqlite", "models", "runs"
 _ADDRESS = re.compile(r"(?<![A-Za-z0-9+.-])[A-Za-z0-9+.-]+://(?:[^\s/?#]*@)?[^\s'\"<>`]*")
 """An address within a text; a user and password may hold quotes."""
 _PARAMETER = re.compile(r"(?P<mark>[?&;#])(?P<name>[\w.%\[\]-]+)=(?P<value>[^\s&;#'\"<>)\]},]*)")
+_IN_QUOTES = r"(?P<quote>\\*['\"])(?s:.{0,2000}?)(?<!\\)(?P=quote)"
+"""A value in quotes, which have backslashes where a text in quotes stands in another one."""
 _ASSIGNED = re.compile(
-    r"(?P<name>(?<![\w.%/-])[\w.%-]+)(?P<sign>\s?=\s?|:\s?)(?P<value>\"[^\"]*\"|'[^']*'|[^\s&;,'\"<>)\]}]+)"
+    rf"(?P<name>(?<![\w.%/-])[\w.%-]+)(?P<sign>\s?=\s?|:\s?)(?P<value>{_IN_QUOTES}|\\*['\"]?[^\s&;,'\"<>)\]}}]+)"
 )
-_QUOTED = re.compile(r"(?P<name>(['\"])[\w.%-]+\2)(?P<sign>\s*:\s*)(?P<value>\"[^\"]*\"|'[^']*')")
+_QUOTED = re.compile(rf"(?P<name>(?P<mark>\\*['\"])[\w.%-]+(?P=mark))(?P<sign>\s*:\s*)(?P<value>{_IN_QUOTES})")
+_OPTION = re.compile(rf"(?P<name>(?<!\S)--[\w.-]+)(?P<sign>\s+)(?P<value>{_IN_QUOTES}|[^\s'\"-]\S*)")
+_COOKIE = re.compile(r"\b((?:set-)?cookie\\*['\"]?:\s*\\*['\"]?)[^\r\n'\"\\]+", re.IGNORECASE)
 _HEADER = re.compile(
     r"(authorization['\"]?\s*[:=]\s*['\"]?)(?:(?:bearer|basic|token|digest)\s+)?[^\s'\"]+", re.IGNORECASE
 )
 _BEARER = re.compile(r"\b(bearer\s+)[A-Za-z0-9._~+/=-]{8,}", re.IGNORECASE)
 _BARE_USER = re.compile(r"(?<![\w/.@:%+-])([\w.%+-]+:)[^\s/@:'\"]+(?=@[\w.-])")
 """`user:password@host` outside of an address."""
+_DAMAGED_ADDRESS = re.compile(
+    r"(?P<start>(?<![A-Za-z0-9+.-])https?:[/\\]{1,2}|(?<![^\s'\"=(\[,])//)[^\s/\\?#'\"]*@", re.IGNORECASE
+)
+"""The beginning of an address without its scheme or with other slashes, as what takes paths apart leaves it."""
+_DEEPEST = 4
+"""Addresses within the parameters of addresses that are looked at; what has more is left out."""
 HIDDEN = "***"
 
 _WORDS_OF_PROSE = {"bearer", "credential", "credentials", "secret", "signature", "token"}
@@ -62,14 +74,21 @@ def without_credentials(text: str) -> str:
     percent-encoded too), and what follows a `#` are left out; elsewhere `password=VALUE`, `"token": "VALUE"` and
     authorization headers lose their values. What holds none comes back as it is.
     """
-    text = _ADDRESS.sub(lambda found: address_without_credentials(found[0]), text)
+    return _clean(text, 0)
+
+
+def _clean(text: str, depth: int) -> str:
+    """As `without_credentials`, for what stands `depth` parameters deep in an address."""
+    text = _ADDRESS.sub(lambda found: _clean_address(found[0], depth), text)
+    text = _DAMAGED_ADDRESS.sub(r"\g<start>", text)
     text = _PARAMETER.sub(
         lambda found: f"{found['mark']}{found['name']}={HIDDEN}" if _is_secret(found["name"], query=True) else found[0],
         text,
     )
-    text = _BEARER.sub(rf"\1{HIDDEN}", _HEADER.sub(rf"\1{HIDDEN}", text))
-    for pattern in (_ASSIGNED, _QUOTED):
-        text = pattern.sub(_hide_value, text)
+    for pattern in (_HEADER, _BEARER, _COOKIE):
+        text = pattern.sub(rf"\1{HIDDEN}", text)
+    for pattern in (_ASSIGNED, _QUOTED, _OPTION):
+        text = _hide_values(pattern, text)
     return _BARE_USER.sub(rf"\1{HIDDEN}", text)
 
 
@@ -84,12 +103,19 @@ def cleaned(value: Any) -> Any:
     return value
 
 
-def _hide_value(found: "re.Match[str]") -> str:
-    name = found["name"].strip("'\"")
-    if not _is_secret(name, query=False) or (found["sign"].startswith(":") and name.lower() in _WORDS_OF_PROSE):
-        return found[0]
-    mark = found["value"][0] if found["value"][:1] in ("'", '"') else ""
-    return f"{found['name']}{found['sign']}{mark}{HIDDEN}{mark}"
+def _hide_values(pattern: "re.Pattern[str]", text: str) -> str:
+    """A text without the values that a pattern finds beside names of credentials, also within another's value."""
+    kept, start, at = [], 0, 0
+    while found := pattern.search(text, at):
+        name = found["name"].strip("'\"\\-")
+        prose = found["sign"].startswith(":") and name.lower() in _WORDS_OF_PROSE
+        if prose or not _is_secret(name, query=False):
+            at = found.end("sign")
+            continue
+        mark = found["quote"] or ""
+        kept.append(f"{text[start : found.end('sign')]}{mark}{HIDDEN}{mark}")
+        start = at = found.end()
+    return "".join([*kept, text[start:]])
 
 
 def _is_secret(name: str, query: bool) -> bool:
@@ -100,6 +126,8 @@ def _is_secret(name: str, query: bool) -> bool:
     joined = "".join(parts)
     if _SIGNING.fullmatch(name) or joined in _SECRET_WORDS or not _SECRET_WORDS.isdisjoint(parts):
         return True
+    if any(part.endswith(_SECRET_ENDS) for part in parts):
+        return True
     if any(one in _KEYS and other == "key" for one, other in itertools.pairwise(parts)):
         return True
     return query and (joined in _SECRET_IN_QUERIES or not _SECRET_IN_QUERIES.isdisjoint(parts))
@@ -107,6 +135,10 @@ def _is_secret(name: str, query: bool) -> bool:
 
 def address_without_credentials(address: str) -> str:
     """An address as `without_credentials` has it; what is a path of this machine comes back as it is."""
+    return _clean_address(address, 0)
+
+
+def _clean_address(address: str, depth: int) -> str:
     start, far, rest = address.partition("://")
     if not far:
         return address
@@ -123,19 +155,19 @@ def address_without_credentials(address: str) -> str:
     rest, hash_sign, fragment = rest.partition("#")
     path, question, query = rest.partition("?")
     path = re.sub(r";([^;=/]+)=[^;/]*", lambda found: "" if _is_secret(found[1], query=True) else found[0], path)
-    question, query = _clean_query(question, query)
+    question, query = _clean_query(question, query, depth)
     if is_path:
-        hash_sign, fragment = _clean_query(hash_sign, fragment)
+        hash_sign, fragment = _clean_query(hash_sign, fragment, depth)
     else:
         hash_sign, fragment = "", ""
     return f"{start}://{host}{path}{question}{query}{hash_sign}{fragment}"
 
 
-def _clean_query(mark: str, query: str) -> tuple[str, str]:
+def _clean_query(mark: str, query: str, depth: int) -> tuple[str, str]:
     """A query with its mark, as they are where nothing in it is a credential."""
     parts = re.split("([&;])", query)
     pairs = list(zip(parts[::2], ["", *parts[1::2]], strict=True))
-    kept = [(_clean_value(part), sign) for part, sign in pairs if part and not _secret_pair(part)]
+    kept = [(_clean_value(part, depth), sign) for part, sign in pairs if part and not _secret_pair(part)]
     if [part for part, _ in kept] == parts[::2]:
         return mark, query
     text = "".join(part if place == 0 else (sign or "&") + part for place, (part, sign) in enumerate(kept))
@@ -147,10 +179,16 @@ def _secret_pair(part: str) -> bool:
     return bool(equals) and _is_secret(name, query=True)
 
 
-def _clean_value(part: str) -> str:
-    """A parameter whose value is an address, as image proxies take them, without the credentials of that."""
+def _clean_value(part: str, depth: int) -> str:
+    """A parameter without the credentials in its value: of an address, as image proxies take them, or encoded ones."""
     name, equals, value = part.partition("=")
     inner = unquote(value)
-    if "://" not in inner or (clean := without_credentials(inner)) == inner:
+    while "://" not in inner and depth < _DEEPEST and (more := unquote(inner)) != inner:
+        inner, depth = more, depth + 1
+    if inner == value and "://" not in inner:
+        return part
+    if depth == _DEEPEST:
+        return f"{name}{equals}{HIDDEN}"
+    if (clean := _clean(inner, depth + 1)) == inner:
         return part
     return f"{name}{equals}{quote(clean, safe='')}"

@@ -20,6 +20,9 @@ _MOST_VALUES = 20_000
 """Values of a text, with those behind its aliases counted each time."""
 _LONGEST_NUMBER = 100
 """Characters; what is longer is text."""
+_TAG = "tag:yaml.org,2002:"
+_SCALARS = {f"{_TAG}{name}" for name in ("null", "bool", "int", "float", "str", "merge", "value")}
+"""What a value may be said to be; PyYAML's constructors of others expect what its own patterns have found."""
 
 
 class YamlTextError(ValueError):
@@ -124,7 +127,7 @@ def _read(text: str, instead: Callable[[Node], str | None]) -> Any:
         raise YamlTextError(str(error)) from error
     except YamlTextError:
         raise
-    except (ValueError, OverflowError, TypeError, KeyError, RecursionError) as error:  # of PyYAML's constructors
+    except (ValueError, OverflowError, TypeError, LookupError, RecursionError) as error:  # of PyYAML's constructors
         raise YamlTextError(f"a value in it is none that can be read ({type(error).__name__}: {error})") from error
     return _plain(value)
 
@@ -135,6 +138,8 @@ def _count(node: Node, known: dict[int, int]) -> int:
     Raises:
         YamlTextError: they are too many, or a node is inside itself.
     """
+    if isinstance(node, ScalarNode):
+        _check_scalar(node)
     if not isinstance(node, CollectionNode):
         return 1
     if id(node) in known:
@@ -153,6 +158,15 @@ def _count(node: Node, known: dict[int, int]) -> int:
     return total
 
 
+def _check_scalar(node: ScalarNode) -> None:
+    """Refuse what is said (`!!int`) to be of a type that its text is not, or that is none of ours."""
+    line = node.start_mark.line + 1
+    if node.tag not in _SCALARS:
+        raise YamlTextError(f"a value of type {_short(node.tag.removeprefix(_TAG))} cannot be used here (line {line})")
+    if node.tag != f"{_TAG}str" and len(node.value) > _LONGEST_NUMBER:  # !!int of 1:1:1:... takes quadratic time
+        raise YamlTextError(f"{_short(node.value)} is no {node.tag.removeprefix(_TAG)} (line {line})")
+
+
 def _plain(value: Any) -> Any:
     if isinstance(value, dict):
         for key in value:
@@ -165,9 +179,22 @@ def _plain(value: Any) -> Any:
         raise YamlTextError(f"{value} is no number that could be used")
     if isinstance(value, int) and abs(value) >= 1 << 63:
         raise YamlTextError("a number of more than 18 digits cannot be used: as text, write it in quotes")
-    if value is None or isinstance(value, (str, int, float)):
+    if isinstance(value, str):
+        return _text(value)
+    if value is None or isinstance(value, (int, float)):
         return value
     raise YamlTextError(f"a value of type {type(value).__name__} cannot be used here")
+
+
+def _text(value: str) -> str:
+    """Text, with the halves of a character that JSON's escapes (`\\ud83d\\ude00`) give joined."""
+    try:
+        whole = value.encode("utf-16", "surrogatepass").decode("utf-16")
+    except UnicodeDecodeError:
+        raise YamlTextError(f"{ascii(value)[:60]} has half a character") from None
+    if "\0" in whole:
+        raise YamlTextError(f"{_short(value)} has a zero character")
+    return whole
 
 
 def _short(text: str) -> str:

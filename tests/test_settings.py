@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cluster.settings import SettingsError, fill_saved, find_recipe, keep_saved, load_recipe, parse_command, resolve
+from cluster.yaml_values import read_yaml
 from pipeline.config import RECIPES, FinetuneSettings, PretrainSettings, duration_in_steps
 from pipeline.identity import settings_that_decide
 from pipeline.pretrain import architecture
@@ -183,6 +184,29 @@ def test_every_wrong_key_is_named_at_once():
         demo("model.nam=x", "training.global_batch=x")
     assert "model.nam" in str(caught.value)
     assert "training.global_batch" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        '!!int ""', "!!int _", '!!float "-"', "!!timestamp soon", "!!binary aGVsbG8=", "!!set {a}", "!!omap [a: 1]",
+        "!!int 1" + ":1" * 100_000, "!!float 1" + ":1" * 100_000, '!!int "' + "9" * 5000 + '"', "!!bool perhaps",
+        "!<tag:yaml.org,2002:timestamp> x", r'"half of \ud83d"', r'"/a\0b"', "!!python/name:os.system ''",
+    ],
+)  # fmt: skip
+def test_a_value_that_is_not_what_it_is_said_to_be_is_refused(value, tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(f"run:\n  name: {value}\n")
+    with pytest.raises(SettingsError, match="is not valid YAML"):
+        load_recipe(recipe)
+    with pytest.raises(SettingsError, match="cannot be read"):
+        demo(f"run.name={value}")
+
+
+def test_types_and_characters_may_be_written_out():
+    assert read_yaml(r'{a: !!int "3", b: !!str 3, c: "\ud83d\ude00", d: !!float "1", e: !!null ""}') == {
+        "a": 3, "b": "3", "c": "\U0001f600", "d": 1.0, "e": None,
+    }  # fmt: skip
 
 
 def test_recipe_files_that_cannot_be_used(tmp_path):

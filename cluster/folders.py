@@ -221,9 +221,10 @@ class LocalFolder(Folder):
         found = {}
         for folder, _, names in os.walk(self.local):
             for name in names:
-                if not _is_hidden(name):
-                    path = Path(folder, name)
-                    found[path.relative_to(self.local).as_posix()] = path.stat().st_size
+                path = Path(folder, name)
+                # a link to nothing is no file, nor is what has just gone
+                if not _is_hidden(name) and (size := storage.file_size(path)) is not None:
+                    found[path.relative_to(self.local).as_posix()] = size
         return dict(sorted(found.items()))
 
     def size(self, name: str) -> int | None:

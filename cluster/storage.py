@@ -57,6 +57,10 @@ _PASSING = {
 """Errors of mounted file systems whose server is away."""
 
 
+NOT_THERE = {errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP}
+"""Errors that say that there is no file of a name: a longer one than any has and a link to itself among them."""
+
+
 def unreadable(path: Path, error: OSError) -> StorageError:
     """What to raise where a file cannot be read."""
     kind = ReadError if error.errno in _PASSING else StorageError
@@ -193,9 +197,12 @@ def hash_file(path: Path) -> str:
 def file_size(path: Path) -> int | None:
     """Bytes of a regular file, or None where there is none."""
     try:
-        return path.stat().st_size if path.is_file() else None
-    except FileNotFoundError:
-        return None
+        facts = path.stat()
+    except OSError as error:
+        if error.errno in NOT_THERE:
+            return None
+        raise
+    return facts.st_size if stat.S_ISREG(facts.st_mode) else None
 
 
 def sync_folder(folder: Path) -> None:

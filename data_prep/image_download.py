@@ -30,6 +30,14 @@ _IN_MEMORY = 4 << 20
 """Bytes of an answer that are held in memory; what is larger goes on through a file that has no name."""
 _FREE_EXPANSION = 1 << 20
 """Bytes up to which the expansion is not looked at."""
+_HOLDING_IPV4 = tuple(
+    (ipaddress.IPv6Network(network), shift)
+    for network, shift in (("::/96", 0), ("::ffff:0:0/96", 0), ("64:ff9b::/96", 0), ("2002::/16", 80))
+)
+"""Networks of IPv6 whose addresses lead to one of IPv4, and by how many bits that is shifted in them: IPv4-compatible
+and -mapped (RFC 4291), NAT64 (RFC 6052), 6to4 (RFC 3056). (Those of Teredo, 2001::/32, are not global to Python.)"""
+_LOCAL_TRANSLATION = ipaddress.IPv6Network("64:ff9b:1::/48")
+"""NAT64 of a network's own (RFC 8215), with IPv4 addresses anywhere in it; global to Python 3.11."""
 
 
 class SlowServerError(Exception):
@@ -74,6 +82,7 @@ class ImageDownloads:
             self._session.mount(scheme, _Adapter(self, pool_connections=64, pool_maxsize=threads))
         # A server that compresses what is an image already makes work, or trouble.
         self._session.headers.update({"User-Agent": "vitforge", "Accept-Encoding": "identity"})
+        self._session.hooks["response"].append(_without_body_of_redirect)
         self.public_only = public_only
         self.current = threading.local()
         threading.Thread(target=self._watch, name="downloads", daemon=True).start()
@@ -199,8 +208,7 @@ class _Watched:
         attempt.uses(connected)
         if self.watcher.public_only:
             peer = ipaddress.ip_address(connected.getpeername()[0].partition("%")[0])
-            peer = getattr(peer, "ipv4_mapped", None) or peer
-            if not peer.is_global or peer.is_multicast:
+            if not is_public(peer):
                 attempt.refused = f"its server has the address {peer}, which is not a public one (fetch_public_only)"
                 connected.close()
                 raise ConnectionRefusedError(attempt.refused)
@@ -210,3 +218,20 @@ class _Watched:
         if self.sock is not None:  # a connection that was kept
             self.watcher.current.attempt.uses(self.sock)
         super().request(*arguments, **options)  # type: ignore[misc]
+
+
+def is_public(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:
+    """Whether an address is one of the public internet, and so is the one of IPv4 that it leads to, if it does."""
+    if isinstance(address, ipaddress.IPv6Address):
+        for network, shift in _HOLDING_IPV4:
+            if address in network:
+                return is_public(ipaddress.IPv4Address(int(address) >> shift & 0xFFFFFFFF))
+        if address.is_site_local or address in _LOCAL_TRANSLATION:
+            return False
+    return address.is_global and not address.is_multicast
+
+
+def _without_body_of_redirect(answer: requests.Response, **options: Any) -> None:
+    """requests 2.34 reads the body of an answer that redirects whole, unpacked and in memory: closed, there is none."""
+    if answer.is_redirect:
+        answer.close()

@@ -16,6 +16,7 @@ from cluster.command import Progress, log
 from cluster.folders import Folder, LocalFolder
 from cluster.paths import shown, why_not_inside
 from cluster.redact import address_without_credentials
+from cluster.storage import NOT_THERE, unreadable
 from data_prep.class_names import numbers_as_names
 from data_prep.columns import LABEL_DTYPE, Labels, Strings
 from data_prep.listing import Listing, SourceError
@@ -240,7 +241,9 @@ def _sizes(root: Folder, paths: Sequence[str]) -> NDArray[np.int64]:
         for path in chunk:
             try:
                 found.append(Path(local, path).stat().st_size)
-            except (FileNotFoundError, NotADirectoryError):
+            except OSError as error:
+                if error.errno not in NOT_THERE:
+                    raise unreadable(Path(local, path), error) from error
                 found.append(-1)
         return found
 

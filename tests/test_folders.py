@@ -84,6 +84,16 @@ def test_what_killed_writers_left_is_removed_in_the_folders_below_too(tmp_path: 
     assert all(path.exists() for path in [living, folder, link, *theirs])
 
 
+def test_a_link_to_nothing_and_a_name_that_is_none_are_no_files(tmp_path: Path) -> None:
+    (tmp_path / "latest").symlink_to("gone")
+    (tmp_path / "loop").symlink_to("loop")
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "file").write_bytes(b"content")
+    folder = LocalFolder(tmp_path)
+    assert folder.tree() == {"file": 7}
+    assert [folder.size(name) for name in ("latest", "loop", "pipe", "file", "n" * 300)] == [None, None, None, 7, None]
+
+
 def test_the_longest_name_can_be_written(tmp_path: Path) -> None:
     for name in ("n" * 255, "ü" * 127):
         LocalFolder(tmp_path).write_bytes(name, b"content")

@@ -3,6 +3,7 @@
 import gzip
 import http.server
 import io
+import ipaddress
 import os
 import resource
 import socket
@@ -10,6 +11,7 @@ import tarfile
 import threading
 import time
 import zlib
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +20,7 @@ from PIL import Image
 
 from data_prep.columns import Strings
 from data_prep.image_check import TOO_MANY_BYTES, UnusableImage, check_image
+from data_prep.image_download import is_public
 from data_prep.remote_images import FetchPolicy, RemoteImages
 from data_prep.sources import SourceSettings, list_source
 from data_prep.tar_headers import TarError, iterate_members
@@ -99,6 +102,14 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.send_header("Content-Length", "0")
         self.end_headers()
 
+    def send_bombed(self) -> None:
+        self.send_response(302)
+        for header in (("Location", "/image"), ("Content-Encoding", "gzip"), ("Content-Length", str(len(BOMB)))):
+            self.send_header(*header)
+        self.end_headers()
+        with suppress(OSError):
+            self.wfile.write(BOMB)
+
     def log_message(self, *_: object) -> None:
         pass
 
@@ -125,6 +136,12 @@ def test_images_come_whole_packed_or_not_small_or_large(address):
 
 def test_answers_that_expand_or_do_not_end_are_no_images(address):
     assert fetch(f"{address}/bomb", f"{address}/endless") == ["compressed to less than 1/100: no image", TOO_MANY_BYTES]
+
+
+def test_what_comes_with_a_redirection_is_not_read(address):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    assert fetch(f"{address}/bombed") == [IMAGE]
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000, "kB, of 300 MB"
 
 
 def test_servers_that_drip_are_given_up_and_tried_again(address):
@@ -160,6 +177,32 @@ def test_private_addresses_are_refused_where_that_is_asked_for(address, monkeypa
         assert isinstance(reason, str)
         assert reason.startswith("not fetched: its server has the address ")
         assert "which is not a public one (fetch_public_only)" in reason
+
+
+@pytest.mark.parametrize(
+    ("host", "public"),
+    [
+        ("8.8.8.8", True), ("169.254.169.254", False), ("100.64.0.1", False), ("::1", False), ("fec0::1", False),
+        ("2606:4700::1", True), ("64:ff9b::808:808", True), ("64:ff9b::a9fe:a9fe", False), ("64:ff9b:1::1", False),
+        ("2002:808:808::1", True), ("2002:7f00:1::1", False), ("::ffff:10.0.0.1", False), ("::7f00:1", False),
+        ("ff0e::1", False),
+    ],
+)  # fmt: skip
+def test_an_address_that_leads_to_a_private_one_is_not_public(host: str, public: bool):
+    assert is_public(ipaddress.ip_address(host)) is public
+
+
+def test_names_in_tables_that_no_file_can_have_are_left_out(tmp_path: Path):
+    (tmp_path / "loop.png").symlink_to("loop.png")
+    names = [f"{'a' * 300}.png", "loop.png", "/" + "b" * 5000]
+    (tmp_path / "right.png").write_bytes(IMAGE)
+    rows = [f"{name},x" for name in [*names[:2], "right.png"]]
+    (tmp_path / "table.csv").write_text("\n".join(["path,label", *rows]))
+    listing = list_source(SourceSettings(source=str(tmp_path), labels=str(tmp_path / "table.csv")))
+    assert sorted(name for name, _ in listing.left_out) == sorted(names[:2])
+    (tmp_path / "table.csv").write_text(f"path,label\n{names[2]},x\n{tmp_path}/right.png,x\n")
+    listing = list_source(SourceSettings(source=str(tmp_path), labels=str(tmp_path / "table.csv")))
+    assert [name for name, _ in listing.left_out] == names[2:]
 
 
 def test_paths_in_tables_that_are_no_files_are_not_waited_for(tmp_path):

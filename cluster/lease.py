@@ -213,7 +213,7 @@ def _parse(content: bytes | None) -> dict[str, Any] | None:
     """The holder that a lease names; None for a free one, or one that is not readable."""
     try:
         record = json.loads(content) if content else None
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     return record if isinstance(record, dict) and record.get("token") else None
 

@@ -80,11 +80,13 @@ class MarkedFolder:
             (self.path / MARK).unlink(missing_ok=True)
             self.path.rmdir()
             raise
+        self._mark = mark
         self._end = weakref.finalize(self, _end, self.path, mark, os.getpid())
 
     def empty(self) -> None:
         """Remove what is in the folder; it stays marked."""
         with _opened(self.path) as folder:
+            _refuse_unless_marked(folder, self._mark)
             _remove_content(folder)
 
     def close(self) -> None:
@@ -155,10 +157,21 @@ def _end(path: Path, mark: int, pid: int) -> None:
     if os.getpid() != pid:  # a fork of the owner ends
         return
     with suppress(OSError), _opened(path) as folder:
+        _refuse_unless_marked(folder, mark)
         _remove_content(folder)
         os.unlink(MARK, dir_fd=folder)
         path.rmdir()
     os.close(mark)
+
+
+def _refuse_unless_marked(folder: int, mark: int) -> None:
+    """Refuse a folder that has taken the name of ours: who may write beside ours can move others there.
+
+    Raises:
+        OSError: our mark is not in it.
+    """
+    if not os.path.samestat(os.stat(MARK, dir_fd=folder, follow_symlinks=False), os.fstat(mark)):
+        raise FileNotFoundError(errno.ENOENT, "the mark is another's", MARK)
 
 
 def _removed_if_dead(path: Path) -> bool:

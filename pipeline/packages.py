@@ -65,7 +65,8 @@ PACKAGE_TAG = "vitforge.package"
 DESCRIPTION = f"""A Vision Transformer made by Vitforge.
 
 `mlflow.pyfunc.load_model` runs the Python files inside this package, as it does for every MLflow model: load it if you
-trust this registry and the store of its files. The tag `{PACKAGE_TAG}` is a digest of all of its files.
+trust this registry and the store of its files. The tag `{PACKAGE_TAG}` is a digest of all of its files
+(but of what Python compiles into `__pycache__`: remove that, if it lies in a copy of yours, before you run the code).
 `models.classifier.load_classifier(FOLDER, digest=TAG)` of Vitforge compares them with it and runs none of them.
 """
 """Of a model version, where its consumers read."""

@@ -67,6 +67,13 @@ def test_a_lease_that_was_given_back_is_free_at_once(folder):
         pass
 
 
+@pytest.mark.parametrize("content", [b"[" * 100_000, b"\xff", b"[]", b'{"token": ""}', b'"' * 3])
+def test_a_lease_that_names_nobody_is_free(folder, content):
+    folder.write_bytes(FILE, content)
+    with Lease(folder, ttl_s=1.5):
+        pass
+
+
 def test_a_holder_elsewhere_is_waited_for_and_replaced_only_if_it_does_not_renew(folder):
     with Lease(folder, ttl_s=300):
         record = elsewhere(folder)

@@ -159,6 +159,19 @@ def test_what_is_not_the_folder_that_was_marked_stays(left: Path, tmp_path: Path
     assert sorted(path.relative_to(tmp_path) for path in tmp_path.rglob("*")) == before
 
 
+def test_what_has_taken_the_name_of_a_living_folder_stays(tmp_path: Path) -> None:
+    folder = MarkedFolder("weights", tmp_path)
+    folder.path.rename(tmp_path / "moved")
+    mine = folder.path
+    mine.mkdir()
+    (mine / "file").write_text("mine")
+    with pytest.raises(FileNotFoundError):
+        folder.empty()
+    shutil.copy(tmp_path / "moved" / MARK, mine / MARK)
+    folder.close()
+    assert (mine / "file").read_text() == "mine"
+
+
 def test_links_out_of_a_folder_are_not_followed(left: Path, tmp_path: Path) -> None:
     mine = tmp_path / "mine"
     mine.mkdir()

@@ -16,9 +16,11 @@ from pipeline.stopping import Control
 
 @pytest.fixture
 def handlers() -> Iterator[None]:
-    """Puts back the signals' handlers that a command and Ray Train replace."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    """Puts back the signals' handlers that a command and Ray replace."""
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGALRM)
+    before = {number: signal.getsignal(number) for number in numbers}
     yield
+    signal.set_wakeup_fd(-1)
     for number, handler in before.items():
         signal.signal(number, handler)
 

@@ -16,7 +16,7 @@ MOST_CHARACTERS = 1 << 18
 """Of a text."""
 _DEEPEST = 16
 """Lists and mappings in each other."""
-_MOST_VALUES = 20_000
+_MOST_VALUES = 4_000
 """Values of a text, with those behind its aliases counted each time."""
 _LONGEST_NUMBER = 100
 """Characters; what is longer is text."""

@@ -1,4 +1,4 @@
-"""Resizing of training crops on the CPU, in torch: 0.6 CPU-ms an image where DALI's own operator takes 1.0."""
+"""Resizing of training crops on the CPU, in torch: 0.3 CPU-ms an image where DALI's own operator takes 1.0."""
 
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -47,50 +47,48 @@ class Resizer:
 
     def _resize_some(self, images: list[NDArray[np.uint8]], rows: Iterable[int]) -> None:
         for row in rows:
-            pixels, target = (values.permute(2, 0, 1) for values in (torch.from_numpy(images[row]), self._pixels[row]))
-            target.copy_(self._scaled(pixels, *target.shape[1:]))
+            target = self._pixels[row]
+            target.copy_(self._scaled(images[row], *target.shape[:2]))
             if self._extend:
-                self._extend_border(pixels, target)
+                self._extend_border(images[row], target.numpy())
 
-    def _scaled(self, pixels: torch.Tensor, height: int, width: int) -> torch.Tensor:
-        return F.interpolate(pixels[None], size=[height, width], mode=self._interpolation, antialias=self._antialias)[0]
+    def _scaled(self, pixels: NDArray[np.uint8], height: int, width: int) -> torch.Tensor:
+        image = torch.from_numpy(pixels).permute(2, 0, 1)[None]
+        scaled = F.interpolate(image, size=[height, width], mode=self._interpolation, antialias=self._antialias)
+        return scaled[0].permute(1, 2, 0)
 
-    def _extend_border(self, pixels: torch.Tensor, target: torch.Tensor) -> None:
+    def _extend_border(self, pixels: NDArray[np.uint8], target: NDArray[np.uint8]) -> None:
         """Make of `target`, whose weights torch has scaled to sum 1 inside the image, what the extended image gives.
 
         The weights that lie beyond a border go to its outermost pixel: along each axis the result is
         (1 - before - after) torch's + before first + after last, where first and last are the image's outermost lines,
         resized along the other axis.
         """
-        height, width = pixels.shape[1:]
-        side = target.shape[-1]
+        # In NumPy: on so few numbers an operation of torch costs three times as much.
+        height, width = pixels.shape[:2]
+        side = len(target)
         rows, columns = (_beyond(length, side, self._interpolation) for length in (height, width))
         if columns is not None:
-            _add_border(target, self._scaled(_outermost(pixels, 2), side, 2), columns, 2)
+            left_right = self._scaled(np.ascontiguousarray(pixels[:, [0, -1]]), side, 2).numpy()
+            _add_border(target.swapaxes(0, 1), left_right.swapaxes(0, 1), columns)
         if rows is not None:
-            edges = self._scaled(_outermost(pixels, 1), 2, side)
+            edges = self._scaled(pixels[[0, -1]], 2, side).numpy()
             if columns is not None:
-                _add_border(edges, _outermost(_outermost(pixels, 1), 2), columns, 2)
-            _add_border(target, edges, rows, 1)
+                _add_border(edges.swapaxes(0, 1), pixels[[0, -1]][:, [0, -1]].swapaxes(0, 1), columns)
+            _add_border(target, edges, rows)
 
 
-def _outermost(pixels: torch.Tensor, axis: int) -> torch.Tensor:
-    """The first and the last line along an axis."""
-    length = pixels.shape[axis]
-    return torch.cat([pixels.narrow(axis, 0, 1), pixels.narrow(axis, length - 1, 1)], axis)
+_Border = tuple[NDArray[np.int64], NDArray[np.float32], NDArray[np.float32], NDArray[np.float32]]
 
 
-_Border = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
-
-
-def _add_border(target: torch.Tensor, edges: torch.Tensor, border: _Border, axis: int) -> None:
-    places, before, after = border
-    shape = [1, 1, 1]
-    shape[axis] = -1
-    low, high = before.view(shape), after.view(shape)
-    inner = target.index_select(axis, places).float()
-    extended = (1 - low - high) * inner + low * edges.narrow(axis, 0, 1) + high * edges.narrow(axis, 1, 1)
-    target.index_copy_(axis, places, extended.round_().clamp_(0, 255).to(torch.uint8))
+def _add_border(target: NDArray[np.uint8], edges: NDArray[np.uint8], border: _Border) -> None:
+    """Along the first axis of `target`, [S, ...], what lies beyond its ends is `edges`, [2, ...]."""
+    places, *shares = border
+    inside, before, after = (share[:, None, None] for share in shares)
+    extended = target[places] * inside
+    extended += edges[0] * before
+    extended += edges[1] * after
+    target[places] = np.rint(extended, out=extended).clip(0, 255, out=extended)
 
 
 @lru_cache(65536)
@@ -98,7 +96,7 @@ def _beyond(length: int, side: int, interpolation: Interpolation) -> _Border | N
     """Where an antialiased filter that makes `side` of `length` pixels reads beyond them; None where it does not.
 
     Returns:
-        Three tensors [K]: places from 0 to side - 1, shares of the filter before the first pixel and after the last.
+        Four arrays [K]: places from 0 to side - 1; shares of the filter inside, before the first pixel, after the last.
     """
     scale = length / side
     if interpolation == "bilinear" and scale <= 1:
@@ -121,5 +119,5 @@ def _beyond(length: int, side: int, interpolation: Interpolation) -> _Border | N
     touched = (before != 0) | (after != 0)
     if not touched.any():
         return None
-    places, before, after = places[touched], before[touched], after[touched]
-    return torch.from_numpy(places), torch.from_numpy(before).float(), torch.from_numpy(after).float()
+    low, high = before[touched].astype(np.float32), after[touched].astype(np.float32)
+    return places[touched], 1 - low - high, low, high

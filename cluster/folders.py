@@ -213,7 +213,7 @@ class LocalFolder(Folder):
     def _entries(self) -> list[tuple[str, bool]]:
         try:
             with os.scandir(self.local) as entries:
-                return sorted((e.name, e.is_dir()) for e in entries if not _is_hidden(e.name))
+                return sorted((e.name, storage.is_folder(e)) for e in entries if not _is_hidden(e.name))
         except FileNotFoundError:
             return []
 

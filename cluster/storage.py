@@ -23,6 +23,9 @@ _T = TypeVar("_T")
 _TEMPORARY = ".writing-"
 """In the name of every file that is not finished; nothing reads such a file, and a rerun removes it."""
 _LEFT = re.compile(rf"\..+{re.escape(_TEMPORARY)}(?:{ownership.NAME_MARK}|(?P<older>[0-9a-f]{{12}}))", re.DOTALL)
+_HALF = re.compile(r"\\u[dD][89a-fA-F]|[\ud800-\udfff]")
+_HALF_IN_BYTES = re.compile(rb"\\u[dD][89a-fA-F]|\xed[\xa0-\xbf]|\0")
+"""What may say half a character in JSON: an escape, of which two make one; itself, in UTF-8 or in UTF-16."""
 _LONGEST_NAME = 150
 """Bytes of a file's name that are in its temporary one: file systems take 255 in all."""
 
@@ -179,9 +182,12 @@ def parse_json(content: bytes | str, where: str) -> Any:
         StorageError: it is not whole JSON.
     """
     try:
-        return json.loads(content)
+        value = json.loads(content)
+        if (_HALF if isinstance(content, str) else _HALF_IN_BYTES).search(content):
+            json_bytes(value)  # which half a character would end much later, where it is written
     except (ValueError, RecursionError) as error:  # of lists in lists in lists it raises the latter
         raise StorageError(f"{where} is damaged: it is not JSON ({error})") from error
+    return value
 
 
 def hash_file(path: Path) -> str:
@@ -203,6 +209,14 @@ def file_size(path: Path) -> int | None:
             return None
         raise
     return facts.st_size if stat.S_ISREG(facts.st_mode) else None
+
+
+def is_folder(entry: "os.DirEntry[Any]") -> bool:
+    """Whether an entry of a folder is a folder, or a link to one."""
+    try:
+        return entry.is_dir()
+    except OSError:  # a link in a circle, or to where we may not look
+        return False
 
 
 def sync_folder(folder: Path) -> None:

@@ -8,6 +8,8 @@ from numpy.typing import NDArray
 
 LABEL_DTYPE = np.dtype([("class", "<u4"), ("weight", "<f4")])
 """One of many labels of a sample."""
+MAX_WEIGHT = float(np.finfo(np.float32).max)
+"""Of a label."""
 
 
 def ragged_take(starts: NDArray[np.int64], counts: NDArray[np.int64]) -> NDArray[np.int64]:

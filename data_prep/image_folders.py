@@ -11,6 +11,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from cluster import storage
 from cluster.command import Progress, log
 from cluster.folders import Folder
 from data_prep.columns import Strings
@@ -93,7 +94,7 @@ def _sizes_in(folder: Folder) -> list[tuple[str, int]]:
     if folder.local is None:
         return [(name, size) for name, size in folder.tree().items() if "/" not in name]
     with os.scandir(os.fsencode(folder.local)) as entries:
-        return [(os.fsdecode(entry.name), _size(entry)) for entry in entries if not _is_folder(entry)]
+        return [(os.fsdecode(entry.name), _size(entry)) for entry in entries if not storage.is_folder(entry)]
 
 
 def _list_local(root: Path, name: bytes) -> ClassListing:
@@ -108,20 +109,13 @@ def _list_local(root: Path, name: bytes) -> ClassListing:
                 path = folder + b"/" + entry.name
                 if entry.name.startswith(b"."):
                     continue
-                if _is_folder(entry):
+                if storage.is_folder(entry):
                     waiting.append(path)
                 elif looks_like_image(entry.name):
                     found.append((path, _size(entry)))
                 else:
                     others.append(path)
     return _sorted(found, others)
-
-
-def _is_folder(entry: "os.DirEntry[bytes]") -> bool:
-    try:
-        return entry.is_dir()
-    except OSError:  # a link in a circle, or to where we may not look
-        return False
 
 
 def _size(entry: "os.DirEntry[bytes]") -> int:

@@ -356,6 +356,10 @@ def _read_json_lines(file: TableFile, columns: Columns) -> Iterator[TableRows]:
     yield collector.take()
 
 
+def _is_number(value: Any) -> bool:
+    return type(value) is float or (type(value) is int and value.bit_length() < 1024)
+
+
 def _json_entry(entry: Any, columns: Columns, where: str) -> tuple[str, list[str], list[float]]:
     if not isinstance(entry, dict) or columns.path not in entry or columns.label not in entry:
         raise SourceError(f"{where}: must be an object with {columns.path} and {columns.label}")
@@ -367,7 +371,7 @@ def _json_entry(entry: Any, columns: Columns, where: str) -> tuple[str, list[str
         isinstance(entry[columns.path], str)
         and len(labels) == len(weights)
         and all(isinstance(label, str) or type(label) is int for label in labels)
-        and all(type(weight) in (int, float) for weight in weights)
+        and all(_is_number(weight) for weight in weights)
     ):
         raise SourceError(
             f"{where}: {columns.path} must be text, {columns.label} names or numbers, weights as many numbers"

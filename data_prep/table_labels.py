@@ -7,6 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cluster.command import log
+from data_prep.columns import MAX_WEIGHT
 from data_prep.listing import SourceError
 
 
@@ -42,9 +43,12 @@ def checked_order(
     """
     if nameless is not None:
         complain(nameless, "has no name")
-    wrong = np.flatnonzero(~(np.isfinite(weights) & (weights >= 0)))
+    wrong = np.flatnonzero(~((weights >= 0) & (weights <= MAX_WEIGHT)))
     if len(wrong):
-        complain(int(wrong[0]), f"has weight {weights[wrong[0]]}: a number not below 0 is needed")
+        number = f"a number not below 0 up to {MAX_WEIGHT:.2g}"
+        complain(int(wrong[0]), f"has weight {weights[wrong[0]]}: {number} is needed")
+            int(wrong[0]), f"has weight {weights[wrong[0]]}: a number not below 0 up to {MAX_WEIGHT:.2g} is needed"
+        )
     order = np.lexsort((numbers, images))  # stable
     same = np.flatnonzero((np.diff(images[order]) == 0) & (np.diff(numbers[order]) == 0))
     if len(same):

@@ -5,11 +5,11 @@ name, what follows the dot is the extension; letters of extensions may be of eit
 """
 
 import json
-import math
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
+from data_prep.columns import MAX_WEIGHT
 from data_prep.reasons import repeatable
 from data_prep.tar_headers import Member
 
@@ -148,7 +148,7 @@ def _parse_json(content: bytes) -> list[tuple[int, float]]:
     if not (
         isinstance(weights, list)
         and len(weights) == len(labels)
-        and all(type(weight) in (int, float) and math.isfinite(weight) and weight >= 0 for weight in weights)
+        and all(type(weight) in (int, float) and 0 <= weight <= MAX_WEIGHT for weight in weights)
     ):
         raise UnusableSample(".json: `weights` must be as many numbers as there are `labels`, none below 0")
     if len(set(labels)) < len(labels):

@@ -3,6 +3,9 @@
 import ast
 from collections.abc import Iterator
 
+import pytest
+
+from cluster.storage import StorageError, parse_json
 from tests.running import REPOSITORY
 
 ROOMS = ("models", "data_prep", "cluster", "pipeline")
@@ -57,3 +60,13 @@ corpus.open(name)
 run(command)
 """
     assert list(left_to_the_locale(ast.parse(code))) == [2, 3, 4, 5, 6, 7, 8]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [rb'"\ud800"', rb'"\uDFFF\uD800"', b'"\xed\xa0\x80"', '"\ud800"'.encode("utf-16", "surrogatepass"), '"\udc80"'],
+)
+def test_half_a_character_in_json_is_refused_where_it_is_read(content: bytes | str) -> None:
+    with pytest.raises(StorageError, match=r"it\.json is damaged"):
+        parse_json(content, "it.json")
+    assert parse_json(rb'["\ud83d\ude00", "\uD55C"]', "it.json") == ["\U0001f600", "\ud55c"]

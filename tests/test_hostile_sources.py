@@ -21,9 +21,11 @@ from PIL import Image
 from data_prep.columns import Strings
 from data_prep.image_check import TOO_MANY_BYTES, UnusableImage, check_image
 from data_prep.image_download import is_public
+from data_prep.listing import SourceError
 from data_prep.remote_images import FetchPolicy, RemoteImages
 from data_prep.sources import SourceSettings, list_source
 from data_prep.tar_headers import TarError, iterate_members
+from data_prep.webdataset_tars import UnusableSample, parse_label
 from tests.corpora import encoded, image_folder
 
 IMAGE = encoded(1)
@@ -203,6 +205,30 @@ def test_names_in_tables_that_no_file_can_have_are_left_out(tmp_path: Path):
     (tmp_path / "table.csv").write_text(f"path,label\n{names[2]},x\n{tmp_path}/right.png,x\n")
     listing = list_source(SourceSettings(source=str(tmp_path), labels=str(tmp_path / "table.csv")))
     assert [name for name, _ in listing.left_out] == names[2:]
+
+
+@pytest.mark.parametrize("weight", ["1e39", "-1", "NaN", "1e400", "1" + "0" * 400])
+def test_weights_that_fp32_does_not_hold_are_refused(weight: str, tmp_path: Path):
+    (tmp_path / "x.png").write_bytes(IMAGE)
+    (tmp_path / "t.jsonl").write_text(f'{{"path": "x.png", "label": [1, 2], "weight": [1, {weight}]}}\n')
+    with pytest.raises(SourceError, match=r"t\.jsonl, line 1: .*weight"):
+        list_source(SourceSettings(source=str(tmp_path / "t.jsonl")))
+    with pytest.raises(UnusableSample, match="weights"):
+        parse_label(f'{{"labels": [1, 2], "weights": [1, {weight}]}}'.encode(), "json")
+
+
+@pytest.mark.parametrize("row", [r'{"path": "\ud800.png", "label": 1}', r'{"path": "x.png", "label": "\uDFff"}'])
+def test_half_a_character_in_a_table_is_refused_by_its_line(row: str, tmp_path: Path):
+    (tmp_path / "t.jsonl").write_text(row + "\n")
+    with pytest.raises(SourceError, match=r"t\.jsonl"):
+        list_source(SourceSettings(source=str(tmp_path / "t.jsonl")))
+
+
+def test_links_in_a_circle_are_no_class_folders(tmp_path: Path):
+    root = image_folder(tmp_path / "images", classes=2, images=2)
+    (root / "circle").symlink_to("circle")
+    (root / "c1" / "above").symlink_to("..")
+    assert list_source(SourceSettings(source=str(root))).classes == ["c0", "c1"]
 
 
 def test_paths_in_tables_that_are_no_files_are_not_waited_for(tmp_path):

@@ -47,8 +47,6 @@ def checked_order(
     if len(wrong):
         number = f"a number not below 0 up to {MAX_WEIGHT:.2g}"
         complain(int(wrong[0]), f"has weight {weights[wrong[0]]}: {number} is needed")
-            int(wrong[0]), f"has weight {weights[wrong[0]]}: a number not below 0 up to {MAX_WEIGHT:.2g} is needed"
-        )
     order = np.lexsort((numbers, images))  # stable
     same = np.flatnonzero((np.diff(images[order]) == 0) & (np.diff(numbers[order]) == 0))
     if len(same):

@@ -191,6 +191,8 @@ def _read_safetensors(path: Path) -> dict[str, torch.Tensor]:
     """A safetensors file as fp32 tensors. Eight bytes length, that much JSON, then the data: no library needed."""
     state: dict[str, torch.Tensor] = {}
     try:
+        if not path.is_file():  # a pipe would be waited for
+            raise ValueError("no such file")
         with path.open("rb") as file:
             size = os.fstat(file.fileno()).st_size
             length = int.from_bytes(file.read(8), "little")
@@ -199,6 +201,7 @@ def _read_safetensors(path: Path) -> dict[str, torch.Tensor]:
             header = json.loads(file.read(length))
             header.pop("__metadata__", None)
             data = file.tell()
+            left = size - data
             for name, entry in header.items():
                 start, end = entry["data_offsets"]
                 dtype, shape = DTYPES[entry["dtype"]], [int(side) for side in entry["shape"]]
@@ -206,6 +209,9 @@ def _read_safetensors(path: Path) -> dict[str, torch.Tensor]:
                     raise ValueError(f"it is cut short at {name}")
                 if math.prod(shape) * dtype.itemsize != end - start:
                     raise ValueError(f"{name} has another size than shape")
+                left -= end - start
+                if left < 0:  # or a small file would take any memory
+                    raise ValueError(f"{name} lies where another tensor does")
                 file.seek(data + start)
                 raw = bytearray(file.read(end - start))
                 tensor = torch.frombuffer(raw, dtype=dtype).view(shape) if raw else torch.empty(shape, dtype=dtype)

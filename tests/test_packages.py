@@ -622,3 +622,19 @@ def test_a_description_of_a_model_that_cannot_be_is_refused_before_it_is_built(t
     path.write_text(json.dumps(description))
     with pytest.raises(PackageError, match=re.escape(message)):
         load_package(str(folder))
+
+
+def test_weights_that_are_no_file_or_lie_over_each_other_are_refused(tmp_path: Path):
+    package = tmp_path / "package"
+    shutil.copytree(REPOSITORY / "tests" / "frozen" / "package", package)
+    assert load_classifier(package).classes
+    weights = package / "artifacts" / "weights.safetensors"
+    entry = {"dtype": "F32", "shape": [1000], "data_offsets": [0, 4000]}
+    header = json.dumps({f"tensor{number}": entry for number in range(100)}).encode()
+    weights.write_bytes(len(header).to_bytes(8, "little") + header + bytes(4000))
+    with pytest.raises(ClassifierError, match="tensor1 lies where another tensor does"):
+        load_classifier(package)
+    weights.unlink()
+    os.mkfifo(weights)
+    with pytest.raises(ClassifierError, match="no complete safetensors file"):
+        load_classifier(package)

@@ -183,7 +183,7 @@ def parse_json(content: bytes | str, where: str) -> Any:
     """
     try:
         value = json.loads(content)
-        if (_HALF if isinstance(content, str) else _HALF_IN_BYTES).search(content):
+        if _HALF.search(content) if isinstance(content, str) else _HALF_IN_BYTES.search(content):
             json_bytes(value)  # which half a character would end much later, where it is written
     except (ValueError, RecursionError) as error:  # of lists in lists in lists it raises the latter
         raise StorageError(f"{where} is damaged: it is not JSON ({error})") from error

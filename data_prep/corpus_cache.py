@@ -10,6 +10,7 @@ $VITFORGE_CACHE (or ~/.cache/vitforge)
 
 import fcntl
 import os
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,9 +18,11 @@ from typing import Any
 
 from cluster import storage
 from cluster.folders import Folder
-from cluster.ownership import OwnershipError, private_folder, refuse_others
+from cluster.ownership import MARK, OwnershipError, private_folder, refuse_others
 from cluster.storage import StorageError
 
+_KEPT = re.compile(r"([0-9a-f]{12,64}|perceptual-hashes-\d+-[0-9a-f]{32}|plan-[0-9a-f]{12}|room)(\.[a-z]+)?")
+"""Names of what is in these folders."""
 _ATTEMPTS = 3
 """How often a file is fetched that arrives with another checksum."""
 
@@ -40,6 +43,7 @@ def cache_folder(part: str) -> Path:
             refuse_others(root, but=(0,))  # what is mounted into a container belongs to root
         else:
             private_folder(root)
+        _refuse_other_files(root / part)
         return private_folder(root / part)
     except OwnershipError as error:
         raise StorageError(
@@ -48,6 +52,22 @@ def cache_folder(part: str) -> Path:
         ) from error
     except OSError:
         return root / part  # who writes there says so
+
+
+def _refuse_other_files(folder: Path) -> None:
+    """Refuse a folder that others may enter and that is no part of a cache: it would be closed to them.
+
+    Raises:
+        StorageError: naming what is in it.
+    """
+    if folder.is_symlink() or not folder.is_dir() or not folder.stat().st_mode & 0o077:
+        return
+    names = (path.name for path in folder.iterdir())
+    others = [name for name in names if not (_KEPT.fullmatch(name) or storage.is_unfinished(name) or name == MARK)]
+    if others:
+        raise StorageError(
+            f"{folder} is no part of a cache: it holds {min(others)!r}. Set VITFORGE_CACHE to a folder of its own"
+        )
 
 
 @contextmanager

@@ -314,3 +314,16 @@ def test_a_cache_of_another_user_or_behind_a_link_is_refused(tmp_path, monkeypat
         os.chown(place, 65534, 65534)
         with pytest.raises(StorageError, match=f"{place} belongs to another user"):
             cache_folder("shards")
+
+
+@pytest.mark.parametrize("part", ["corpora", "shards", "files"])
+def test_a_folder_of_the_user_s_beside_the_cache_stays_open_to_others(tmp_path, monkeypatch, part):
+    monkeypatch.setenv("VITFORGE_CACHE", str(tmp_path))
+    place = tmp_path / part
+    (place / "in21k").mkdir(parents=True)
+    place.chmod(0o755)
+    with pytest.raises(StorageError, match=f"{part} is no part of a cache: it holds 'in21k'.* Set VITFORGE_CACHE"):
+        cache_folder(part)
+    assert stat.S_IMODE(place.stat().st_mode) == 0o755
+    (place / "in21k").rename(place / ("0a" * 32))  # as a cache of before it was for one user has it
+    assert stat.S_IMODE(cache_folder(part).stat().st_mode) == 0o700

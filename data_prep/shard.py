@@ -89,7 +89,7 @@ class ShardSettings(SourceSettings):
 
     destination: str
     """Folder of the corpus; made if it is not there."""
-    shard_mb: float = Field(512, gt=0)
+    shard_mb: float = Field(512, gt=0, le=1e9)
     """Size of a shard to aim at, in megabytes (10^6 bytes); all shards become nearly equal."""
     seed: int = Field(0, ge=0)
     """Of the shuffle that decides which image goes into which shard."""

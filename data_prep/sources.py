@@ -79,12 +79,12 @@ class SourceSettings(Settings):
     labels_per_image: LabelKind = "auto"
     """What a table gives an image: one class, or many weighted labels; auto is one where there are no weights and each
     image has one label."""
-    image_kb: float = Field(100, gt=0)
+    image_kb: float = Field(100, gt=0, le=1e9)
     """Size to assume, when shards are cut, of images that must be fetched to know, in kilobytes."""
-    fetch_timeout_s: float = Field(20, gt=0)
+    fetch_timeout_s: float = Field(20, gt=0, le=86_400)
     """How long a server may send nothing before an attempt to fetch an image has failed, in seconds. After that time it
     must have sent 4 kB a second, too."""
-    fetch_attempts: int = Field(6, ge=1)
+    fetch_attempts: int = Field(6, ge=1, le=100)
     """How often an image is asked for where a server throttles or fails; the pauses grow from half a second to 30."""
     fetch_public_only: bool = False
     """Refuse http(s) addresses that lead, by any name or redirect, to this machine, a private or a link-local network:

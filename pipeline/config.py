@@ -423,7 +423,7 @@ class EvaluateSettings(Settings):
     """Where DALI decodes; auto tries the GPU in a subprocess first and falls back to the CPU."""
     max_bad_share: Annotated[float, Field(ge=0, le=1)] = 0.001
     """Share of images that may be unreadable; they are left out and counted. More (and more than 10) are an error."""
-    cache_gb: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 100.0
+    cache_gb: Annotated[float, Field(gt=0, le=1e9)] = 100.0
     """What shards from s3:// may take on a node, in $VITFORGE_CACHE or ~/.cache/vitforge; at most 80 % of the disk."""
     workers: Ranks | None = None
     """Ranks; null takes every GPU of the cluster, or 1 where there is none."""

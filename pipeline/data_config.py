@@ -146,7 +146,7 @@ class DataSettings(Settings):
     """The pixels are then divided by this, by channel. Null: the parent's, or 0.5."""
     shuffle_window: Annotated[int, Field(ge=0)] | None = None
     """0 shuffles all images; W shuffles whole shards, then inside windows of W. Null: 0 on disks, a W for s3://."""
-    cache_gb: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 100.0
+    cache_gb: Annotated[float, Field(gt=0, le=1e9)] = 100.0
     """What shards from s3:// may take on a node, in $VITFORGE_CACHE or ~/.cache/vitforge; at most 80 % of the disk."""
     max_bad_share: Annotated[float, Field(ge=0, le=1)] = 0.001
     """Share of images that may be unreadable; they are replaced and counted. More (and more than 10) stop the run."""

@@ -18,11 +18,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from cluster.settings import SettingsError, resolve
 from data_prep.columns import Strings
 from data_prep.image_check import TOO_MANY_BYTES, UnusableImage, check_image
 from data_prep.image_download import is_public
 from data_prep.listing import SourceError
 from data_prep.remote_images import FetchPolicy, RemoteImages
+from data_prep.shard import ShardSettings
 from data_prep.sources import SourceSettings, list_source
 from data_prep.tar_headers import TarError, iterate_members
 from data_prep.webdataset_tars import UnusableSample, parse_label
@@ -222,6 +224,12 @@ def test_half_a_character_in_a_table_is_refused_by_its_line(row: str, tmp_path: 
     (tmp_path / "t.jsonl").write_text(row + "\n")
     with pytest.raises(SourceError, match=r"t\.jsonl"):
         list_source(SourceSettings(source=str(tmp_path / "t.jsonl")))
+
+
+@pytest.mark.parametrize("word", ["shard_mb=1e308", "image_kb=1e308", "fetch_timeout_s=1e10", "fetch_attempts=2000"])
+def test_sizes_and_times_that_no_machine_has_are_refused(word: str):
+    with pytest.raises(SettingsError, match=f"{word.partition('=')[0]} = .* less than or equal to"):
+        resolve(ShardSettings, {"source": "/a", "destination": "/b"}, [word])
 
 
 def test_links_in_a_circle_are_no_class_folders(tmp_path: Path):

@@ -117,6 +117,7 @@ def test_overrides_reach_nested_keys_with_their_types():
         ("checkpoint.every=0 steps", ["checkpoint.every", "longer than nothing"]),
         ("model.position_init=xavier", ["model.position_init", "'xavier'", "big_vision"]),
         ("data.train_interpolation=lanczos", ["data.train_interpolation", "'lanczos'", "bicubic"]),
+        ("data.cache_gb=1e308", ["data.cache_gb = 1e+308", "less than or equal to 1000000000"]),
         ("training.duration=1,5 epochs", ["training.duration", "'1,5 epochs' is not a duration"]),
     ],
 )

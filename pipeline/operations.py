@@ -126,7 +126,8 @@ def _levels(images: torch.Tensor) -> torch.Tensor:
 def _auto_contrast(images: torch.Tensor, values: torch.Tensor, space: Space) -> torch.Tensor:
     flat = images.flatten(2)
     low, high = (level.to(torch.float64)[..., None] for level in (flat.amin(2), flat.amax(2)))
-    scale = 255.0 / (high - low).clamp_(min=1)
+    # A tensor is divided, as torch makes of `255.0 / x` a product with 1 / x, whose last bit is another at times.
+    scale = torch.full_like(high, 255.0) / (high - low).clamp_(min=1)
     stretched = (_levels(images) * scale + -low * scale).clamp_(0, 255).floor_()
     return torch.where(high > low, stretched, _levels(images).to(torch.float64))
 

@@ -10,7 +10,7 @@ import pytest
 import scipy.stats
 import torch
 from numpy.typing import NDArray
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageOps
 
 from cluster.settings import load_recipe
 from data_prep import counter_rng
@@ -295,3 +295,17 @@ def test_mixing_weights_are_the_same_for_ever():
     bits = counter_rng.uniform(7, 0, np.array([0]), 3, 2)[0]
     numpys = np.random.Generator(np.random.Philox(key=[int(value * 2**53) for value in bits])).beta(0.2, 0.2)
     assert old == max(numpys, 1 - numpys)
+
+
+def test_auto_contrast_is_pillows_for_every_range_of_levels():
+    ranges = [(low, high) for low in range(0, 256, 5) for high in range(low, 256)]
+    ramps = np.stack([np.clip(np.arange(256), *levels) for levels in ranges]).astype(np.uint8).reshape(-1, 16, 16)
+    expected = np.stack([np.asarray(ImageOps.autocontrast(Image.fromarray(ramp))) for ramp in ramps])
+    space = space_of(TORCHVISION, 16)
+    assert space is not None
+    number = [operation.name for operation in space.operations].index("AutoContrast")
+    count = len(ramps)
+    images = torch.from_numpy(ramps)[:, None].repeat(1, 3, 1, 1)
+    none = np.zeros(count), np.zeros((count, 2))
+    found = operations.apply(images, space, np.full(count, number, np.int32), *none)
+    np.testing.assert_array_equal(found[:, 0].numpy(), expected)

@@ -319,8 +319,8 @@ def resolve(uri: str) -> PublishedVersion:
         raise PackageError(f"{uri!r} is no model: a folder, models:/NAME@ALIAS or models:/NAME/VERSION would do")
     name, alias, wanted = match.groups()
     _check_reachable()
-    client = mlflow.MlflowClient()
     with _registry_errors():
+        client = mlflow.MlflowClient()
         model = _registered(name)
         if model is None:
             known = sorted(model.name for model in client.search_registered_models())
@@ -457,7 +457,11 @@ def _registry_errors() -> Iterator[None]:
     try:
         yield
     except MlflowException as error:
-        raise PackageError(f"the model registry at {_registry()} failed: {error.message}") from error
+        raise PackageError(
+            f"the model registry at {_registry()} failed: {without_credentials(error.message)}"
+        ) from error
+    except ModuleNotFoundError as error:  # of a database
+        raise PackageError(f"the model registry at {_registry()} needs {error.name}: install it") from error
 
 
 def _registered(name: str) -> RegisteredModel | None:

@@ -638,3 +638,18 @@ def test_weights_that_are_no_file_or_lie_over_each_other_are_refused(tmp_path: P
     os.mkfifo(weights)
     with pytest.raises(ClassifierError, match="no complete safetensors file"):
         load_classifier(package)
+
+
+@pytest.mark.parametrize(("scheme", "reason"), [("postgresql+pg8000", "needs pg8000"), ("bad+x", "unsupported URI")])
+def test_a_registry_that_cannot_be_reached_from_here_is_one_message(
+    registry: Registry, monkeypatch: pytest.MonkeyPatch, scheme: str, reason: str
+):
+    uri = mlflow.get_tracking_uri()
+    monkeypatch.setenv("MLFLOW_SQLALCHEMYSTORE_MAX_RETRIES", "1")
+    mlflow.set_tracking_uri(f"{scheme}://me:hush@127.0.0.1:9/x")
+    try:
+        with pytest.raises(PackageError, match=reason) as caught:
+            resolve("models:/pets/1")
+    finally:
+        mlflow.set_tracking_uri(uri)
+    assert "hush" not in str(caught.value)

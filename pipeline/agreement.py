@@ -19,6 +19,8 @@ from cluster.ray_runtime import REPOSITORY
 from pipeline.corpora import some
 from pipeline.workers import Worker, from_all, node
 
+SHARED = ".shared"
+"""A file in a run's folder by which the ranks see that all have the same one."""
 _LIBRARIES = ("torch", "deepspeed", "numpy", "nvidia-dali-cuda130", "ray")
 _CODE = "the code of Vitforge"
 _WARNED = ("Python",)
@@ -47,7 +49,7 @@ def check_folder(folder: Folder, worker: Worker) -> None:
     """
     if folder.local is None or worker.world_size == 1:
         return
-    marker = folder.local / ".shared"
+    marker = folder.local / SHARED
     token = from_all(str(time.time_ns()))[0]
     if worker.leads:
         marker.write_text(token, encoding="utf-8")

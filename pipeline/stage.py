@@ -26,7 +26,7 @@ from data_prep.mixture import Mixture
 from models.vit import VitConfig
 from models.weights import save_safetensors
 from pipeline import checkpoints, layout, packages, pictures, tracking
-from pipeline.agreement import code_hash
+from pipeline.agreement import SHARED, code_hash
 from pipeline.config import RunSettings, StageSettings, duration_in_steps, seconds_of
 from pipeline.corpora import some
 from pipeline.crew import Terms
@@ -44,8 +44,8 @@ _BEGUN = re.compile(
 )
 """The files of a run's folder before the first step, without its lease."""
 _WITHOUT_RECORD = {
-    "lease.json", "heartbeat.json", METRICS, INITIAL_WEIGHTS, "first_batch.png", "curves.png", "result.json", "reports",
-    "checkpoints",
+    "lease.json", "heartbeat.json", "settings.json", METRICS, INITIAL_WEIGHTS, "first_batch.png", "curves.png",
+    "result.json", "reports", "samples", "checkpoints", SHARED,
 }  # fmt: skip
 """What may be in a run's folder that has lost its run.json, or never had one: that is the first to be written."""
 

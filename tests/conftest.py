@@ -46,6 +46,17 @@ def ray(s3_server: server_module.S3Server, tmp_path_factory: pytest.TempPathFact
         yield
 
 
+@pytest.fixture(autouse=True)
+def own_mlflow() -> Iterator[None]:
+    """MLflow 3.17 writes the address that it is told into the environment, where the next test would find it."""
+    before = {name: value for name, value in os.environ.items() if name.startswith("MLFLOW_")}
+    yield
+    for name in [name for name in os.environ if name.startswith("MLFLOW_")]:
+        if name not in before:
+            del os.environ[name]
+    os.environ.update(before)
+
+
 @pytest.fixture
 def messages(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> Callable[[], str]:
     """What the project's own log has said in this test, when it is called."""

@@ -151,13 +151,17 @@ def test_a_command_that_ends_after_its_terminal_ends_well(run: Run, tmp_path: Pa
 
 @pytest.mark.parametrize("script", ["pipeline/evaluate.py", "data_prep/verify.py", "cluster/torchrun.py"])
 def test_ctrl_c_while_a_command_imports_its_libraries_is_one_line(run: Run, script: str) -> None:
-    terminal = run(script, "one", "two", under_way=False)
-    process = Path(f"/proc/{terminal.pid}")
-    deadline = time.monotonic() + 60
-    while "numpy" not in (process / "maps").read_text():  # in the midst of the imports
-        assert time.monotonic() < deadline, terminal.shown
-    terminal.press("\x03")
-    assert terminal.wait() == 130, terminal.shown
+    for _ in range(10):
+        terminal = run(script, "one", "two", under_way=False)
+        process = Path(f"/proc/{terminal.pid}")
+        deadline = time.monotonic() + 60
+        while "numpy" not in (process / "maps").read_text():  # in the midst of the imports
+            assert time.monotonic() < deadline, terminal.shown
+        terminal.press("\x03")
+        status = terminal.wait()
+        if not (status == 2 and "\nerror" in terminal.shown.replace("^C", "\n")):
+            break  # on a busy machine the command may have come to its refusal before it is looked at
+    assert status == 130, terminal.shown
     assert "Traceback" not in terminal.shown
     assert terminal.shown.count("\n") == 1
 

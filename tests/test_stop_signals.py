@@ -155,7 +155,10 @@ def test_ctrl_c_while_a_command_imports_its_libraries_is_one_line(run: Run, scri
         terminal = run(script, "one", "two", under_way=False)
         process = Path(f"/proc/{terminal.pid}")
         deadline = time.monotonic() + 60
-        while "numpy" not in (process / "maps").read_text():  # in the midst of the imports
+        # In the midst of the imports; before it is the command, the process is a copy of this one.
+        while (
+            script.encode() not in (process / "cmdline").read_bytes() or "numpy" not in (process / "maps").read_text()
+        ):
             assert time.monotonic() < deadline, terminal.shown
         terminal.press("\x03")
         status = terminal.wait()

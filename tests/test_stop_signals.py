@@ -130,7 +130,7 @@ def test_a_command_that_saves_nothing_ends_with_one_line_and_closes_what_is_open
     terminal = run(WAITS, "600", str(tmp_path / "closed"))
     terminal.press("\x03") if number == signal.SIGINT else terminal.send(number)
     assert terminal.wait() == 128 + number
-    assert len(lines(terminal)) == 1
+    assert len(lines(terminal)) == 1, terminal.shown
     assert lines(terminal)[0].startswith("stopped by ")
     assert (tmp_path / "closed").exists()
 

@@ -5,12 +5,14 @@ Each has its own loopback, address, hostname, /tmp/ray and /dev/shm. Only what r
 ended.
 """
 
+import fcntl
 import os
 import secrets
 import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -211,6 +213,20 @@ def two_hosts(folder: Path, cpus: int = 1, ray: bool = True, **extra: str) -> It
         ray: start Ray on them.
         extra: environment variables on both.
     """
+    with _alone():
+        yield from _pair(folder, cpus, ray, extra)
+
+
+@contextmanager
+def _alone() -> Iterator[None]:
+    """One pair at a time on this machine: `ray start` looks for others at its address in the table of processes, where
+    it sees those of all network namespaces (Ray 2.60)."""
+    with (Path(tempfile.gettempdir()) / "vitforge-two-hosts.lock").open("wb") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _pair(folder: Path, cpus: int, ray: bool, extra: dict[str, str]) -> Iterator[TwoHosts]:
     name = f"vf{os.getpid()}{secrets.token_hex(2)}"
     namespaces = [f"{name}h{number}" for number in range(2)]
     variables = environment(folder / "home", RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(32), **extra)

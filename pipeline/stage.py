@@ -44,7 +44,7 @@ _BEGUN = re.compile(
 )
 """The files of a run's folder before the first step, without its lease."""
 _WITHOUT_RECORD = {
-    "lease.json", "heartbeat.json", "settings.json", METRICS, INITIAL_WEIGHTS, "first_batch.png", "curves.png",
+    "lease.json", "heartbeat.json", METRICS, INITIAL_WEIGHTS, "first_batch.png", "curves.png",
     "result.json", "reports", "samples", "checkpoints", SHARED,
 }  # fmt: skip
 """What may be in a run's folder that has lost its run.json, or never had one: that is the first to be written."""
@@ -360,7 +360,8 @@ def _held(folder: Folder) -> Iterator[str]:
     """
     there = [*folder.names(), *folder.folders()]
     fresh = not there
-    if "run.json" not in there and (others := sorted({*there} - _WITHOUT_RECORD)):
+    known = _WITHOUT_RECORD | ({"settings.json"} if METRICS in there else set())  # alone it may be anybody's
+    if "run.json" not in there and (others := sorted({*there} - known)):
         raise SettingsError(f"{folder} holds {others[0]!r} and is no run's folder: use another run.name")
     with ExitStack() as stack:
         try:

@@ -99,17 +99,18 @@ def test_a_stage_in_a_terminal_saves_whatever_ends_it_and_goes_on(stage: Stage) 
 
     # A rank that hangs holds up the save; a second signal ends the command all the same.
     saved = stage.saved()
-    terminal = stage.under_way()
-    rank = stage.rank()
-    rank.suspend()
-    terminal.press("\x03")
-    time.sleep(1.5)
-    terminal.press("\x03")
-    assert terminal.wait(60) == 130, terminal.shown
-    assert "Traceback" not in terminal.shown.partition("ended at once")[2]
-    assert stage.saved() == saved
-    psutil.wait_procs([rank], timeout=60)
-    assert not rank.is_running()
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        terminal = stage.under_way()
+        rank = stage.rank()
+        rank.suspend()
+        for pause in (1.5, 0):
+            terminal.press("\x03") if number == signal.SIGINT else terminal.send(number)
+            time.sleep(pause)
+        assert terminal.wait(60) == 128 + number, terminal.shown
+        assert "Traceback" not in terminal.shown.partition("ended at once")[2]
+        assert stage.saved() == saved
+        psutil.wait_procs([rank], timeout=60)
+        assert not rank.is_running()
 
     # The time that a queue gives.
     limit = round(2 * start_takes + 20)

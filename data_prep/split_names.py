@@ -1,0 +1,54 @@
+"""What the splits of data sets are called: the one list of such names, and where in names of files they stand."""
+
+import re
+from collections.abc import Iterable
+
+SPLITS = {
+    "train": ("train", "training", "trn", "traindata", "trainset"),
+    "validation": ("val", "valid", "validation", "dev", "eval", "evaluation", "valset", "validset", "minival"),
+    "test": ("test", "testing", "tst", "testset", "heldout", "holdout", "testdev"),
+}
+"""Usual names of each split, in small letters; `trainval` and `unlabeled` are splits of their own."""
+_SPLIT_OF = {name: split for split, names in SPLITS.items() for name in names} | {
+    "trainval": "trainval", "unlabeled": "unlabeled", "unlabelled": "unlabeled", "unsup": "unlabeled",
+}  # fmt: skip
+_BESIDE = {"images", "image", "imgs", "img", "set", "data", "dataset", "split", "jpeg", "jpegimages", "jpg", "photos",
+           "pictures", "raw", "resized", "full", "small", "large"}  # fmt: skip
+"""What may stand beside the split in the name of a folder that holds nothing but it: train_images, test_set."""
+_WORDS = re.compile(r"[A-Za-z]+")
+_CAMEL = re.compile(r"(?<=[a-z])(?=[A-Z])")
+
+
+def split_of_folder(name: str) -> str | None:
+    """The split that a folder (or class) is by the whole of its name: train, Validation, train2017, test_images.
+
+    Returns:
+        A key of `SPLITS`, "trainval" or "unlabeled"; None for any other name, such as test_tube.
+    """
+    words = [word.lower() for word in _words(name)]
+    splits = {_SPLIT_OF[word] for word in words if word in _SPLIT_OF}
+    return splits.pop() if len(splits) == 1 and all(word in _SPLIT_OF or word in _BESIDE for word in words) else None
+
+
+def split_of_file(name: str) -> str | None:
+    """The split that a file is of by a word of its name, the first where there are several; None without any.
+
+    `train-00000-of-00002.parquet`, `imagenet-val-000123.tar`, `CUB_test.csv`; folders in front are not looked at.
+    """
+    stem = name.rsplit("/", 1)[-1].partition(".")[0]
+    return next((_SPLIT_OF[word.lower()] for word in _words(stem) if word.lower() in _SPLIT_OF), None)
+
+
+def canonical_split(name: str) -> str:
+    """What a user calls a split, as `split_of_file` gives it: val and dev are validation; others stay as they are."""
+    return _SPLIT_OF.get(name.lower(), name.lower())
+
+
+def are_splits(names: Iterable[str]) -> bool:
+    """Whether these names of folders or classes are those of splits, all of them and of two at least."""
+    splits = [split_of_folder(name) for name in names]
+    return len(splits) > 1 and None not in splits
+
+
+def _words(text: str) -> list[str]:
+    return [word for part in _CAMEL.split(text) for word in _WORDS.findall(part)]

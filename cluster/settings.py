@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 import pydantic
 from pydantic.fields import FieldInfo
 
-from cluster.command import EXIT_STATUSES
+from cluster.command import EXIT_STATUSES, in_unpacked_job
 from cluster.yaml_values import MOST_CHARACTERS, YamlTextError, read_word, read_yaml
 
 
@@ -165,7 +165,10 @@ def find_recipe(name: str, folder: Path) -> Path:
     known = sorted(path.stem for path in folder.glob("*.yaml"))
     near = difflib.get_close_matches(name[:_LONGEST_SHOWN], known, n=1)
     hint = f"; did you mean {near[0]!r}?" if near else ""
-    raise SettingsError(f"no recipe {_short(name)}{hint} Shipped recipes: {', '.join(known)}; or give a file's path")
+    travels = " (what travels with a submitted job is in .rayignore)" if in_unpacked_job() else ""
+    raise SettingsError(
+        f"no recipe {_short(name)}{hint} Shipped recipes: {', '.join(known)}; or give a file's path{travels}"
+    )
 
 
 def parse_override(word: str) -> tuple[list[str], Any]:

@@ -281,6 +281,9 @@ class Block(nn.Module):
 class VisionTransformer(nn.Module):
     """Images [B, C, S, S] -> logits [B, num_classes], in the dtype of the weights.
 
+    `torch.export` and `torch.onnx.export` take it as it is, with a dynamic batch; give them an example of two images or
+    more, as torch.export (2.13) takes a dimension of 1 for a constant in any model.
+
     Attributes:
         checkpoint_blocks: recompute each block in the backward pass instead of keeping its activations.
     """
@@ -324,7 +327,8 @@ class VisionTransformer(nn.Module):
             )
         x = self.patch_embed(images)
         if self.cls_token is not None:
-            x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1)
+            # `len(x)` would be a number in every exported graph.
+            x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], dim=1)
         x = self.drop(x + self.pos_embed)
         scales = self._branch_scales(x) if self.training and config.drop_path > 0 else [None] * config.depth
         for block, scale in zip(self.blocks, scales, strict=True):
@@ -344,7 +348,7 @@ class VisionTransformer(nn.Module):
         depth = self.config.depth
         drop = torch.linspace(0, self.config.drop_path, depth, device=x.device).view(depth, 1, 1, 1, 1)
         keep = 1 - drop
-        kept = torch.rand(depth, 2, len(x), 1, 1, device=x.device) < keep
+        kept = torch.rand(depth, 2, x.shape[0], 1, 1, device=x.device) < keep
         return list((kept / keep).to(x.dtype))
 
     def compile_blocks(self) -> None:

@@ -142,7 +142,7 @@ def test_ranks_and_stage_change_in_a_run_and_no_sample_is_lost_or_seen_twice(pla
     changed = finish(places, name, 2, 2)
     assert sorted(changed) == list(range(1, STEPS + 1))
     for step in range(1, STEPS + 1):
-        assert changed[step] == pytest.approx(straight[step], rel=1e-4), step
+        assert changed[step] == pytest.approx(straight[step], rel=rounding_apart(step)), step
     ids = [ids_by_step(places[0] / "runs" / run / "samples", 16) for run in ("straight", name)]
     assert ids[0] == ids[1]
     assert sorted(ids[0]) == list(range(1, STEPS + 1))
@@ -151,6 +151,17 @@ def test_ranks_and_stage_change_in_a_run_and_no_sample_is_lost_or_seen_twice(pla
         # Keys' biases have no gradient but rounding (softmax does not see them), which Adam blows up.
         if "qkv.bias" not in key:
             assert (numbers - states[1][key]).abs().max() < 1e-4, key
+
+
+def rounding_apart(step):
+    """How far the losses of two runs may be apart, relative, that add the same numbers in another order.
+
+    The control is stage 2 on four ranks beside stage 2 on two, where nothing but the order of additions differs: 1.4e-8
+    up to step 20 at most 4.1e-8, to 30 4.6e-7, to 50 2.6e-5, and then no more growth, at most 1.8e-4 (step 103). Stages
+    0, 1 and 3 beside stage 2 follow it: 4.2e-8, 3.9e-7, 2.0e-5, 2.5e-4 (step 103). A stage that computed anything else
+    would differ in the first steps, where the bound is tight.
+    """
+    return 3e-7 if step <= 20 else 5e-6 if step <= 30 else 1e-4 if step <= 50 else 5e-4
 
 
 @pytest.mark.slow
@@ -162,8 +173,7 @@ def test_a_killed_run_has_the_same_weights_bit_by_bit_after_a_hundred_steps(plac
     torchrun_killed(2, places[0], metrics, 16, *words(places, name, stage))
     assert committed(places[0] / "runs" / name / "checkpoints"), "there must be something to resume from"
     for step, loss in unbroken.items():
-        # Stages add in other orders, and what that rounds differently grows from step to step (1.4e-4 at step 76).
-        assert loss == pytest.approx(straight[step], rel=1e-4 if step <= 50 else 5e-4), step
+        assert loss == pytest.approx(straight[step], rel=rounding_apart(step)), step
     assert finish(places, name, 2, stage) == unbroken
     runs = places[0] / "runs"
     assert same_state(runs / name, runs / ("straight" if stage == 2 else f"straight-{stage}"))

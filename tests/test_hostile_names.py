@@ -2,7 +2,9 @@
 
 import json
 import re
+import subprocess
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from data_prep.subset import SubsetSettings, make_parts
 from pipeline.corpora import open_corpora
 from pipeline.data_config import DataSettings
 from tests.corpora import image_folder, make_corpus
+from tests.running import script
 from tests.s3_server import S3Server
 
 NAMES = ["../stolen", "/tmp/stolen", "a/../../stolen", "..", ".", "", "a\\b", "a\0b", "a\nb", "x" * 256, "a/b"]
@@ -85,6 +88,48 @@ def test_no_name_of_a_manifest_leads_elsewhere(name: str, place: Folder, source:
                 opener()
         assert {path for path in tmp_path.rglob("*") if path.is_file()} == there
         place.write_bytes(MANIFEST, before)
+
+
+def commands(corpus: str, source: str, elsewhere: str) -> dict[str, list[str]]:
+    """Every command that opens a corpus, once for each place of its command line that one may stand in."""
+    run = [f"data.corpus={corpus}", f"run.home={elsewhere}/home"]
+    return {
+        "append": ["data_prep/shard.py", source, corpus, "append=true"],
+        "shard anew": ["data_prep/shard.py", corpus, f"{elsewhere}/anew"],
+        "exclude": ["data_prep/shard.py", source, f"{elsewhere}/apart", f"exclude=[{corpus}]"],
+        "verify": ["data_prep/verify.py", corpus],
+        "show": ["data_prep/show.py", corpus],
+        "subset": ["data_prep/subset.py", corpus, f"{elsewhere}/parts", "holdout=0.2"],
+        "copy": ["data_prep/copy_corpus.py", corpus, f"{elsewhere}/copy"],
+        "pretrain": ["pipeline/pretrain.py", "demo", *run],
+        "finetune": ["pipeline/finetune.py", "demo", "parent=models:/nobody/1", *run],
+        "evaluate": ["pipeline/evaluate.py", "models:/nobody/1", corpus, f"home={elsewhere}/home"],
+    }
+
+
+@pytest.mark.slow
+def test_every_command_refuses_a_hostile_manifest_and_touches_nothing(
+    place: Folder, source: Path, tmp_path: Path
+) -> None:
+    victim = tmp_path / "home" / ".bashrc"
+    victim.parent.mkdir()
+    victim.write_text("mine")
+    rewrite(place, call_file(str(victim)))
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+
+    def run(words: list[str]) -> subprocess.CompletedProcess[str]:
+        return script(tmp_path / "vitforge", *words, VITFORGE_CACHE=str(tmp_path / "cache"))
+
+    asked = commands(place.url, str(source), str(tmp_path / "elsewhere"))
+    with ThreadPoolExecutor(2) as pool:
+        answers = dict(zip(asked, pool.map(run, asked.values()), strict=True))
+    for name, answer in answers.items():
+        assert answer.returncode == 2, (name, answer.stderr)
+        assert "manifest.json" in answer.stderr, name
+        assert "Traceback" not in answer.stderr, name
+    written = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    assert {path: written.get(path) for path in before} == before
+    assert {path.relative_to(tmp_path).parts[0] for path in written.keys() - before.keys()} <= {"vitforge", "cache"}
 
 
 def test_a_corpus_of_a_stranger_on_a_store_writes_nothing_outside_the_cache(

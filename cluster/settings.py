@@ -13,14 +13,14 @@ import sys
 import textwrap
 import types
 import typing
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 import pydantic
 from pydantic.fields import FieldInfo
 
-from cluster.command import EXIT_STATUSES, in_unpacked_job
+from cluster.command import EXIT_STATUSES, in_unpacked_job, log
 from cluster.yaml_values import MOST_CHARACTERS, YamlTextError, read_word, read_yaml
 
 
@@ -39,6 +39,23 @@ class Settings(pydantic.BaseModel):
         use_attribute_docstrings=True,
         protected_namespaces=(),
     )
+
+    _followed: frozenset[str] = pydantic.PrivateAttr(default=frozenset())
+    """Of all of a command's settings: dotted keys whose values nobody gave, and which follow from others."""
+
+    @classmethod
+    def follow(cls, recipe: Mapping[str, Any], values: Mapping[str, Any], given: Collection[str]) -> dict[str, Any]:
+        """Values of this section that nobody gave as they are, and that follow from others.
+
+        Args:
+            recipe: the section in the recipe.
+            values: the section with what the command line says, which may be anything.
+            given: keys of the section that the command line names.
+
+        Returns:
+            What takes the place of the values; None takes one out.
+        """
+        return {}
 
 
 S = TypeVar("S", bound=Settings)
@@ -216,9 +233,12 @@ def resolve(
         else:
             section[path[-1]] = value
         from_command_line.add(tuple(path))
+    followed = frozenset(_apply_follow(settings_type, values, merged, from_command_line))
     try:
         # Validated as JSON: there strictness still lets a list stand for a tuple.
-        return settings_type.model_validate_json(json.dumps(merged))
+        settings = settings_type.model_validate_json(json.dumps(merged))
+        settings._followed = followed
+        return settings
     except pydantic.ValidationError as error:
         problems = error.errors(include_url=False, include_context=False)
         lines = [
@@ -227,6 +247,63 @@ def resolve(
         if len(problems) > _MOST_PROBLEMS:
             lines.append(f"and {len(problems) - _MOST_PROBLEMS:,} more")
         raise SettingsError("\n".join(dict.fromkeys(lines))) from None
+
+
+def _apply_follow(
+    settings_type: type[Settings],
+    recipe: Mapping[str, Any],
+    merged: dict[str, Any],
+    from_command_line: set[tuple[str, ...]],
+    prefix: tuple[str, ...] = (),
+) -> Iterator[str]:
+    """Change values that follow from others (`Settings.follow`), in each section; gives their dotted keys."""
+    given = {path[-1] for path in from_command_line if path[:-1] == prefix}
+    for key, value in settings_type.follow(recipe, dict(merged), given).items():
+        merged.pop(key, None)
+        if value is not None:
+            merged[key] = value
+        yield ".".join((*prefix, key))
+    for key, field in settings_type.model_fields.items():
+        inner, section = _settings_in(field.annotation), merged.get(key)
+        if inner is not None and isinstance(section, dict):
+            own = recipe.get(key)
+            own = own if isinstance(own, Mapping) else {}
+            yield from _apply_follow(inner, own, section, from_command_line, (*prefix, key))
+
+
+def keep_followed(settings: S, saved: Mapping[str, Any]) -> S:
+    """Settings in which each value that follows from others is the one that was saved: the run began with it.
+
+    Args:
+        saved: nested JSON values of the same class.
+    """
+    for key in sorted(settings._followed):
+        *sections, name = key.split(".")
+        where: Any = saved
+        for section in sections:
+            where = where.get(section) if isinstance(where, Mapping) else None
+        if isinstance(where, Mapping) and name in where:
+            settings = _replaced(settings, [*sections, name], where[name], key)
+    return settings
+
+
+def _replaced(settings: S, path: Sequence[str], value: Any, what: str) -> S:
+    inner = getattr(settings, path[0])
+    if len(path) > 1:
+        return settings.model_copy(update={path[0]: _replaced(inner, path[1:], value, what)})
+    valid = _valid(type(settings).model_fields[path[0]], value, f"{what}, as it was saved,")
+    return settings.model_copy(update={path[0]: valid})
+
+
+def what_follows(settings: Settings) -> str:
+    """The values that follow from others, for people: `model.heads = 9, model.mlp_dim = 2304`."""
+    shown = []
+    for key in sorted(settings._followed):
+        value: Any = settings
+        for name in key.split("."):
+            value = getattr(value, name)
+        shown.append(f"{key} = {json.dumps(value)}")
+    return ", ".join(shown)
 
 
 def _short(value: Any) -> str:
@@ -384,7 +461,10 @@ def parse_command(
         path = find_recipe(plain.pop(0), recipes)
         values, origin = load_recipe(path), str(path)
     values.update(zip(positionals, plain, strict=True))
-    return resolve(settings_type, values, overrides, origin)
+    settings = resolve(settings_type, values, overrides, origin)
+    if followed := what_follows(settings):
+        log.info("%s: as follows from what the command line says; give others to have others", followed)
+    return settings
 
 
 def refuse_unread(settings: Settings, section: str, key: str, read: bool, names: tuple[str, ...]) -> None:

@@ -1,35 +1,9 @@
 """The sizes of Vision Transformers by name, and what a configuration costs, in closed form."""
 
-import re
-from dataclasses import dataclass
 from typing import Literal
 
+from models.sizes import SIZES, split_name
 from models.vit import VitConfig
-
-
-@dataclass(frozen=True)
-class Size:
-    """The part of an architecture that its letter stands for."""
-
-    width: int
-    depth: int
-    mlp_dim: int
-    heads: int
-
-
-SIZES = {
-    "Ti": Size(192, 12, 768, 3),
-    "S": Size(384, 12, 1536, 6),
-    "B": Size(768, 12, 3072, 12),
-    "L": Size(1024, 24, 4096, 16),
-    "H": Size(1280, 32, 5120, 16),
-    "g": Size(1408, 40, 6144, 16),
-    "G": Size(1664, 48, 8192, 16),
-}
-"""B, L, H: arXiv 2010.11929, table 1; Ti, S: arXiv 2012.12877, table 1; g, G: arXiv 2106.04560, table 2.
-
-H has 16 heads of width 80: the weights of another "huge" with 20 heads of width 64 do not fit it.
-"""
 
 
 def vit_config(
@@ -51,16 +25,16 @@ def vit_config(
     Raises:
         ValueError: no such name, or an option that does not fit (`VitConfig` says which).
     """
-    match = re.fullmatch(rf"({'|'.join(SIZES)})/([1-9]\d*)", name)
-    if match is None:
+    named = split_name(name)
+    if named is None:
         raise ValueError(
             f"no architecture is called {name!r}: one of {', '.join(SIZES)} (case matters), a slash and the patch "
             "size in pixels would do, such as S/16 or H/14"
         )
-    size = SIZES[match[1]]
+    size, patch = named
     return VitConfig(
         image_size=image_size,
-        patch_size=int(match[2]),
+        patch_size=patch,
         width=size.width,
         depth=size.depth,
         mlp_dim=size.mlp_dim,

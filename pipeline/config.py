@@ -12,6 +12,7 @@ from pydantic import AfterValidator, Field, PositiveInt, model_validator
 
 from cluster.settings import Settings, SettingsError, refuse_unread
 from pipeline.data_config import DataSettings
+from pipeline.model_config import ModelSettings, Probability
 
 _UNITS = ("steps", "epochs", "images")
 _LONGEST_DURATION, _LARGEST_DURATION = 60, 1e15
@@ -116,35 +117,7 @@ Batch = Annotated[int, Field(gt=0, le=1 << 24)]
 MOST_SECONDS = 10**9
 Seconds = Annotated[int, Field(gt=0, le=MOST_SECONDS)]
 Ranks = Annotated[int, Field(gt=0, lt=1_000_000)]
-Probability = Annotated[float, Field(ge=0, lt=1)]
 Momentum = Annotated[float, Field(ge=0, lt=1)]
-
-
-class ModelSettings(Settings):
-    """The architecture. A name such as S/16 gives all of it; single values can be set beside it."""
-
-    name: str = "S/16"
-    """Size and patch of the paper and its descendants: Ti, S, B, L, H, g or G, a slash, the patch in pixels."""
-    width: PositiveInt | None = None
-    """Width of the tokens, instead of the size's own."""
-    depth: PositiveInt | None = None
-    """Number of blocks, instead of the size's own."""
-    mlp_dim: PositiveInt | None = None
-    """Hidden width of the MLPs, instead of the size's own."""
-    heads: PositiveInt | None = None
-    """Number of attention heads, instead of the size's own."""
-    pool: Literal["cls", "gap"] = "cls"
-    """What the head reads: a class token, or the global average of the patch tokens."""
-    representation: bool = True
-    """Pre-training head with a hidden tanh layer of the model's width. Fine-tuning always drops it."""
-    dropout: Probability = 0.0
-    """Dropout after every dense layer except qkv, and after adding the position embedding."""
-    drop_path: Probability = 0.0
-    """Stochastic depth: chance of skipping the last block, growing linearly from 0 at the first."""
-    position_init: Literal["paper", "big_vision"] = "paper"
-    """Standard deviation of the initial position embedding: 0.02 (paper), or 1 / sqrt(width) (big_vision)."""
-    head_bias: float | None = None
-    """Initial bias of the head. Null: 0 with softmax, -10 with sigmoid, as ImageNet-21k wants."""
 
 
 class LossSettings(Settings):

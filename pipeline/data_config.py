@@ -1,6 +1,7 @@
 """The `data` section of the training stages' settings: what is read, in which order, and how it is augmented."""
 
-from typing import Annotated, Literal
+from collections.abc import Collection, Mapping
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -131,7 +132,8 @@ class DataSettings(Settings):
     """Resolution in pixels (square). Must be a multiple of the patch size."""
     augment: AugmentSettings = AugmentSettings()
     eval_resize: Annotated[int, Field(gt=0, le=1 << 15)] | None = None
-    """Evaluation and consumers: shorter side in pixels before the centre crop; null squashes the whole image."""
+    """Evaluation and consumers: shorter side in pixels before the centre crop; null squashes the whole image. Another
+    image_size on the command line takes it along, as the recipe's ratio of the two."""
     train_interpolation: Literal["bilinear", "bicubic"] = "bilinear"
     """How training crops are resized; bicubic in the recipes of DeiT and timm."""
     train_antialias: bool = True
@@ -161,6 +163,21 @@ class DataSettings(Settings):
 
     A run keeps the one that it began with. Set it to 1 only to repeat a run of that time.
     """
+
+    @classmethod
+    def follow(cls, recipe: Mapping[str, Any], values: Mapping[str, Any], given: Collection[str]) -> dict[str, Any]:
+        """See `Settings.follow`: eval_resize follows image_size."""
+        if "image_size" not in given or "eval_resize" in given:
+            return {}
+        default = cls.model_fields["image_size"].default
+        resize, was, now = (
+            recipe.get("eval_resize"),
+            recipe.get("image_size", default),
+            values.get("image_size", default),
+        )
+        if not all(type(number) is int and 0 < number < 1 << 20 for number in (resize, was, now)) or was == now:
+            return {}
+        return {"eval_resize": round(resize * now / was)}
 
     @model_validator(mode="after")
     def _check(self) -> "DataSettings":

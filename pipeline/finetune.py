@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING
 from cluster.command import log, run_command
 from cluster.settings import SettingsError, parse_command
 from pipeline.config import RECIPES, FinetuneSettings
+from pipeline.proportions import check_proportions, may_have_begun
 from pipeline.registry_names import check_names
 
 if TYPE_CHECKING:
@@ -84,6 +85,8 @@ def main() -> None:
     )
     # Checked before torch and the others are imported: a mistyped key is refused in the first second.
     check_names(settings.run.name, settings.registry.name, settings.registry.alias)
+    if not may_have_begun(settings.run):
+        check_proportions(settings)
     from models.weights import adapt_for_finetuning
     from pipeline import packages, tracking
     from pipeline.corpora import checks_of, open_corpora
@@ -95,9 +98,11 @@ def main() -> None:
         kept_parent,
         print_result,
         recorded_parent,
+        resumed_settings,
         run_stage,
     )
 
+    settings = resumed_settings(settings)
     corpus, heldout = open_corpora(settings.data)
     check_stage(settings, corpus)
     tracking.connect(home_folder(settings.run.home))

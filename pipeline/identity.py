@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
-from cluster.settings import keep_saved
+from cluster.settings import keep_followed, keep_saved
 from data_prep.mixture import Mixture
 from models.vit import VitConfig
 from pipeline.config import StageSettings
@@ -20,13 +20,15 @@ def identity_of(settings: StageSettings, config: VitConfig, corpus: Mixture) -> 
 
 
 def as_begun(settings: Stage, state: Mapping[str, Any]) -> Stage:
-    """The settings of a run that goes on: what came to the settings later, and nobody gave, is as it was then.
+    """The settings of a run that goes on: what nobody gave is as it was when it began, where it came to the settings
+    later or follows from others.
 
     Args:
         state: of a checkpoint.
     """
     saved = state.get("settings")
-    return keep_saved(settings, saved if isinstance(saved, Mapping) else {})
+    saved = saved if isinstance(saved, Mapping) else {}
+    return keep_followed(keep_saved(settings, saved), saved)
 
 
 def settings_that_decide(settings: StageSettings) -> dict[str, Any]:

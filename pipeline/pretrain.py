@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING
 from cluster.command import run_command
 from cluster.settings import SettingsError, parse_command
 from pipeline.config import RECIPES, PretrainSettings
+from pipeline.proportions import check_proportions, may_have_begun, say_few_patches
 from pipeline.registry_names import check_names
 
 if TYPE_CHECKING:
@@ -71,10 +72,14 @@ def main() -> None:
     )
     # Checked before torch and the others are imported: a mistyped key is refused in the first second.
     check_names(settings.run.name, settings.registry.name, settings.registry.alias)
+    if not may_have_begun(settings.run):
+        check_proportions(settings)
     from pipeline.corpora import checks_of, open_corpora, with_places
-    from pipeline.stage import Start, check_stage, print_result, run_stage
+    from pipeline.stage import Start, check_stage, print_result, resumed_settings, run_stage
 
-    architecture(settings, num_classes=2)  # what is wrong with the model does not need the corpus to show
+    settings = resumed_settings(settings)
+    model = architecture(settings, num_classes=2)  # what is wrong with the model does not need the corpus to show
+    say_few_patches(model.image_size, model.patch_size)
     corpus, heldout = open_corpora(settings.data)
     data = with_places(settings.data, corpus, heldout).model_copy(
         update={"mean": settings.data.mean or (0.5, 0.5, 0.5), "std": settings.data.std or (0.5, 0.5, 0.5)}

@@ -31,8 +31,9 @@ from pipeline.config import RunSettings, StageSettings, duration_in_steps, secon
 from pipeline.corpora import some
 from pipeline.crew import Terms
 from pipeline.decoding import preprocessing_of
-from pipeline.identity import as_begun, identity_of
+from pipeline.identity import Stage, as_begun, identity_of
 from pipeline.launch import run_ranks
+from pipeline.proportions import check_proportions
 from pipeline.run_files import INITIAL_WEIGHTS, METRICS, producing, read_run_record
 from pipeline.schedules import Schedule
 from pipeline.scratch import check_package_room, room_for_hand_over, temporary_files
@@ -129,6 +130,19 @@ def check_stage(settings: StageSettings, corpus: Mixture) -> None:
             settings.training.global_batch,
             corpus.num_samples,
         )
+
+
+def resumed_settings(settings: Stage) -> Stage:
+    """The settings as a run goes on with them, where it has a checkpoint: what nobody gave is as it was then.
+
+    Raises:
+        SettingsError: the run has not begun, and they make no sense together; or none of its checkpoints is whole.
+    """
+    newest = checkpoints.newest(run_folder(settings.run).child("checkpoints"))
+    if newest is None:
+        check_proportions(settings)
+        return settings
+    return as_begun(settings, newest.state)
 
 
 def run_stage(stage: str, settings: StageSettings, start: "Start", corpus: Mixture) -> dict[str, Any]:

@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 from cluster.settings import SettingsError, fill_saved, find_recipe, keep_saved, load_recipe, parse_command, resolve
 from cluster.yaml_values import read_yaml
 from pipeline.config import RECIPES, FinetuneSettings, PretrainSettings, duration_in_steps
-from pipeline.identity import settings_that_decide
+from pipeline.identity import as_begun, settings_that_decide
 from pipeline.pretrain import architecture
+from pipeline.proportions import check_proportions
 
 PRETRAIN = sorted((RECIPES / "pretrain").glob("*.yaml"))
 FINETUNE = sorted((RECIPES / "finetune").glob("*.yaml"))
@@ -358,3 +359,85 @@ def test_anchors_still_stand_for_what_they_name(tmp_path):
     (tmp_path / "recipe.yaml").write_text("a: &a {x: 1, y: [1, 2]}\nb: *a\nc: {<<: *a, x: 2}\n")
     same = {"x": 1, "y": [1, 2]}
     assert load_recipe(tmp_path / "recipe.yaml") == {"a": same, "b": same, "c": {**same, "x": 2}}
+
+
+def shipped(name: str, *overrides: str) -> PretrainSettings:
+    return resolve(PretrainSettings, load_recipe(RECIPES / "pretrain" / f"{name}.yaml"), overrides)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "words", "parts", "eval_resize"),
+    [
+        # width, depth, mlp_dim, heads of the model that comes of it
+        ("vit-s16-imagenet1k", ["data.image_size=32"], (384, 12, 1536, 6), 37),
+        ("vit-s16-imagenet1k", ["data.image_size=448"], (384, 12, 1536, 6), 512),
+        ("vit-s16-imagenet1k", ["data.image_size=32", "data.eval_resize=40"], (384, 12, 1536, 6), 40),
+        ("vit-s16-imagenet1k", ["data.image_size=32", "data.eval_resize=null"], (384, 12, 1536, 6), None),
+        ("vit-s16-imagenet1k", ["model.width=576"], (576, 12, 2304, 9), 256),
+        ("vit-s16-imagenet1k", ["model.width=100", "model.mlp_dim=300"], (100, 12, 300, 2), 256),
+        ("vit-s16-imagenet1k", ["model.width=64", "model.name=H/16"], (64, 32, 256, 1), 256),
+        ("demo", ["model.width=64"], (64, 4, 128, 2), None),
+        ("demo", ["model.width=64", "model.heads=8"], (64, 4, 128, 8), None),
+        (
+            "demo",
+            ["model.width=64", "model.mlp_dim=null"],
+            (64, 4, 256, 2),
+            None,
+        ),  # null leaves the recipe for the size
+        ("demo", ["model.name=S/4"], (384, 12, 1536, 6), None),  # and not the demo's four blocks of width 128
+        ("demo", ["model.name=S/4", "model.depth=2"], (384, 2, 1536, 6), None),
+        ("demo", ["model.name=Ti/8"], (128, 4, 256, 4), None),
+    ],
+)
+def test_what_follows_from_other_settings_follows(recipe, words, parts, eval_resize):
+    settings = shipped(recipe, *words)
+    model = architecture(settings, num_classes=2)
+    assert (model.width, model.depth, model.mlp_dim, model.heads) == parts
+    assert settings.data.eval_resize == eval_resize
+
+
+def test_fine_tuning_at_another_resolution_takes_the_recipes_resize_along(tmp_path):
+    recipe = load_recipe(RECIPES / "finetune" / "vit-paper.yaml")
+    recipe["data"] |= {"image_size": 384, "eval_resize": 438}
+    assert resolve(FinetuneSettings, recipe, ["data.image_size=224"]).data.eval_resize == 256
+
+
+def test_what_a_recipe_says_of_the_width_is_followed_and_null_is_the_sizes_own():
+    recipe = load_recipe(RECIPES / "pretrain" / "vit-s16-imagenet1k.yaml")
+    recipe["model"] |= {"width": 576}
+    assert architecture(resolve(PretrainSettings, recipe), 2).mlp_dim == 2304
+    # as settings.json of a run of before has it
+    recipe["model"] |= {"mlp_dim": None, "heads": None}
+    model = architecture(resolve(PretrainSettings, recipe), 2)
+    assert (model.width, model.mlp_dim, model.heads) == (576, 1536, 6)
+
+
+def test_a_run_goes_on_with_what_did_not_follow_when_it_began():
+    words = ["model.width=576", "data.image_size=112"]
+    now = shipped("vit-s16-imagenet1k", *words)
+    then = settings_that_decide(now)
+    then["model"] |= {"mlp_dim": None, "heads": None}  # the size's own
+    then["data"] |= {"eval_resize": 256}
+    goes_on = as_begun(now, {"settings": then})
+    assert settings_that_decide(goes_on) == then
+    assert architecture(goes_on, 2).mlp_dim == 1536
+    given = shipped("vit-s16-imagenet1k", *words, "data.eval_resize=128")
+    assert as_begun(given, {"settings": then}).data.eval_resize == 128  # which the checkpoint is compared with
+
+
+@pytest.mark.parametrize(
+    ("words", "parts"),
+    [
+        (
+            ["data.image_size=32", "data.eval_resize=256"],
+            ["eval_resize = 256 is 8 times data.image_size = 32", "1.6 %"],
+        ),
+        (["model.width=100", "model.heads=3"], ["model.width = 100", "heads = 3", "2 or 4"]),
+    ],
+)
+def test_what_makes_no_sense_together_is_refused(words, parts):
+    with pytest.raises(SettingsError) as caught:
+        check_proportions(shipped("vit-s16-imagenet1k", *words))
+    for part in parts:
+        assert part in str(caught.value)
+    check_proportions(shipped("vit-s16-imagenet1k", words[0]))

@@ -58,6 +58,7 @@ def written(home):
         (["training.micro_batch=5"], ["training.micro_batch = 5", "32 images", "4, 8"]),
         (["data.image_size=18"], ["data.image_size = 18", "patch_size = 4", "16 or 20"]),
         (["model.name=XL/16"], ["model.name = 'XL/16'", "Ti, S, B"]),
+        (["data.eval_resize=256"], ["data.eval_resize = 256 is 16 times data.image_size = 16", "0.39 %"]),
         (["model.heads=5"], ["heads = 5", "width = 128"]),
         (["optimizer.warmup=101 steps"], ["optimizer.warmup", "do not fit"]),
         (["data.corpus=/nowhere"], ["/nowhere", "no such folder"]),

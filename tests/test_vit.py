@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from models.presets import SIZES, count_parameters, forward_macs, train_flops, vit_config
+from models.presets import count_parameters, forward_macs, train_flops, vit_config
+from models.sizes import SIZES
 from models.vit import Block, VisionTransformer, VitConfig, kernel_parameters
 
 SMALL = VitConfig(image_size=32, patch_size=8, width=48, depth=4, mlp_dim=96, heads=4, num_classes=7)

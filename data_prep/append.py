@@ -16,7 +16,15 @@ from data_prep.class_names import after, put_in_order
 from data_prep.columns import Labels
 from data_prep.convert import Conversion
 from data_prep.corpus import Corpus
-from data_prep.corpus_format import PLAN, SHARDS_AT, CorpusError, file_of_version, manifest_of_version
+from data_prep.corpus_format import (
+    COPY_OF,
+    PLAN,
+    SHARDS_AT,
+    CorpusError,
+    file_of_version,
+    manifest_of_version,
+    needs_own_shards,
+)
 from data_prep.left_out import RemovedImage, read_lines
 from data_prep.listing import Listing, SourceError
 from data_prep.manifest import newest_version, read_manifest, read_plan
@@ -44,6 +52,11 @@ def what_is_new(listing: Listing, folder: Folder, conversion: Conversion) -> tup
     before = _version_to_add_to(folder)
     if SHARDS_AT in before.manifest:
         raise CorpusError(f"{folder} is a subset that shares the shards of another corpus: append to that one")
+    if COPY_OF in before.manifest or needs_own_shards(before.manifest):
+        raise CorpusError(
+            f"{folder} is the copy of a part of another corpus: append to that one, or make a corpus of this one that "
+            f"can be added to (`python data_prep/shard.py {folder} DESTINATION`)"
+        )
     many = isinstance(listing.labels, Labels)
     if many != (before.label_kind == "multi"):
         raise SourceError(

@@ -29,16 +29,21 @@ from cluster.lease import FILE as LEASE
 from cluster.marked_folders import temporary_folder
 from cluster.paths import check_component
 from cluster.settings import Settings, parse_command
+from data_prep.copy_part import copy_part
 from data_prep.corpus import Corpus
 from data_prep.corpus_format import (
     MANIFEST,
     ORIGINS_CHECKSUM,
+    PLAN,
     SHARDS_AT,
     CorpusError,
-    shards_folder,
+    file_of_version,
+    identity,
+    manifest_of_version,
+    needs_own_shards,
 )
 from data_prep.corpus_jobs import check_places, check_room, held, in_megabytes, names_in, run_tasks, written
-from data_prep.manifest import check_base, read_manifest
+from data_prep.manifest import read_manifest, read_version, split_version
 from data_prep.shard_task import SHARD_FILES, record_name, shard_file
 
 DESCRIPTION = """
@@ -46,26 +51,28 @@ Copy a corpus to another folder, on file systems that every node mounts or on S3
 checked against the manifest while it is copied, and the manifest comes last: what is there is whole. A copy that was
 interrupted goes on where it was when the same command is given again; a finished one is left as it is.
 
-  SOURCE       folder of the corpus
+A part of a corpus (data_prep/subset.py) has no tars of its own. Its copy has: with the part's images only, in the
+same order, for whatever reads tars. A run that began on the one goes on with the other.
+
+  SOURCE       folder of the corpus, or of a part; SOURCE#N copies version N of one to which images were appended
   DESTINATION  a new folder
 
-example:
+examples:
   python data_prep/copy_corpus.py /data/corpora/in21k s3://bucket/corpora/in21k
+  python data_prep/copy_corpus.py /data/corpora/in21k-parts/heldout /data/corpora/in21k-heldout
 """
 
 _MARK = "copying.json"
 """In the destination while it is not finished: which corpus is being copied there."""
 _CHUNK = 4 << 20
 _INDEX_FILES = "the index"
-_OF_SUBSET = (".tar", ".idx", ".origins")
-"""Suffixes of a shard's files that a subset needs; the others are for going on with its sharding."""
 
 
 class CopySettings(Settings):
     """Settings of copying a corpus."""
 
     source: str
-    """Folder of the corpus."""
+    """Folder of the corpus, or of a part of one; with #N at the end, version N of it."""
     destination: str
     """Folder of the copy; made if it is not there."""
     workers: int = Field(0, ge=0)
@@ -104,45 +111,75 @@ def copy_corpus(settings: CopySettings) -> Corpus:
         StorageError: one of them cannot be reached.
         LeaseError: another job works in the destination.
     """
-    source = folder_at(absolute_path(settings.source, "source"), "source")
+    place, version = split_version(absolute_path(settings.source, "source"))
+    source = folder_at(place, "source")
     destination = folder_at(absolute_path(settings.destination, "destination"), "destination")
     check_places(source, destination)
     with held(destination):
-        return _copy_into(destination, source, settings.workers)
+        return _copy_into(destination, source, version, settings.workers)
 
 
-def _copy_into(destination: Folder, source: Folder, workers: int) -> Corpus:
+def _copy_into(destination: Folder, source: Folder, version: int | None, workers: int) -> Corpus:
     started = time.monotonic()
-    manifest = read_manifest(source)
+    manifest = read_version(source, version)
+    corpus = None
     if _is_finished(manifest, destination):
         corpus = Corpus.open(destination)
         log.info("%s is finished already (%s images): nothing to do", destination, f"{corpus.num_samples:,}")
-        return corpus
-    shards_at = shards_folder(source, manifest)
-    left_out = (MANIFEST, _MARK, LEASE)
+    elif needs_own_shards(manifest):
+        part = Corpus.open(source)
+        with _marked(destination, manifest):
+            copy_part(part, destination, workers)
+    else:
+        _copy_files_of(source, destination, manifest, workers)
+    if corpus is None:
+        corpus = Corpus.open(destination)
+        log.info(
+            "copied %s to %s: %s images in %d shards, %s, in %s; corpus hash %s",
+            source, destination, f"{corpus.num_samples:,}", len(corpus.shard_sizes),
+            in_megabytes(sum(shard["bytes"] for shard in corpus.manifest["shards"])),
+            duration(time.monotonic() - started), corpus.corpus_hash,
+        )  # fmt: skip
+    return corpus
+
+
+@contextmanager
+def _marked(destination: Folder, manifest: Mapping[str, Any]) -> Iterator[None]:
+    """A destination, with a file in it that says what is being copied there until the block ends."""
+    with written(destination):
+        destination.remove_unfinished()
+        destination.write_json(_MARK, {"corpus_hash": identity(manifest)})
+        yield
+        destination.remove(_MARK)
+
+
+def _copy_files_of(source: Folder, destination: Folder, manifest: Mapping[str, Any], workers: int) -> None:
+    """Copy a corpus that has shards of its own, file by file."""
+    left_out = {MANIFEST, _MARK, LEASE, *_of_newer_versions(source, manifest)}
     sizes = {name: size for name, size in source.tree().items() if "/" not in name and name not in left_out}
     for name in sizes:
         check_component(name, f"{source}", CorpusError)
-    if shards_at != source:  # a subset: the copy has the shards themselves
-        check_base(source, manifest, shards_at)
-        wanted = {shard_file(shard["name"], suffix) for shard in manifest["shards"] for suffix in _OF_SUBSET}
-        sizes |= {name: size for name, size in shards_at.tree().items() if name in wanted}
     there = destination.tree()
     missing = {name: size for name, size in sizes.items() if there.get(name) != size}
     check_room(destination, sum(missing.values()))
-    with written(destination):
-        destination.remove_unfinished()
-        destination.write_json(_MARK, {"corpus_hash": manifest["corpus_hash"]})
+    with _marked(destination, manifest):
         _copy_all(source, destination, manifest, sizes, missing, workers)
-        destination.write_json(MANIFEST, {key: value for key, value in manifest.items() if key != SHARDS_AT})
-        destination.remove(_MARK)
-    corpus = Corpus.open(destination)
-    log.info(
-        "copied %s to %s: %s images in %d shards, %s, in %s; corpus hash %s",
-        source, destination, f"{corpus.num_samples:,}", len(corpus.shard_sizes), in_megabytes(sum(sizes.values())),
-        duration(time.monotonic() - started), corpus.corpus_hash,
-    )  # fmt: skip
-    return corpus
+        destination.write_json(MANIFEST, manifest)
+
+
+def _of_newer_versions(source: Folder, manifest: Mapping[str, Any]) -> set[str]:
+    """Names of the files in a corpus that only versions after that of a manifest have."""
+    newest = read_manifest(source)
+    own, last = manifest.get("version", 1), newest.get("version", 1)
+    found = {manifest_of_version(version) for version in range(own, last)}
+    known = {shard["name"] for shard in manifest["shards"]} | set(manifest["files"])
+    for version in range(own + 1, last + 1):
+        newer = newest if version == last else read_version(source, version)
+        found |= {file_of_version(PLAN, version), *newer["files"]} - known
+        for shard in newer["shards"]:
+            if shard["name"] not in known:
+                found |= {shard_file(shard["name"], suffix) for suffix in SHARD_FILES} | {record_name(shard["name"])}
+    return found
 
 
 def _is_finished(manifest: Mapping[str, Any], destination: Folder) -> bool:
@@ -160,11 +197,24 @@ def _is_finished(manifest: Mapping[str, Any], destination: Folder) -> bool:
             f"destination {destination} is not empty and was not made by copying (it has {found[0]!r}): "
             f"give another folder"
         )
-    there = destination.read_json(mark)
-    if not isinstance(there, dict) or there.get("corpus_hash") != manifest["corpus_hash"]:
+    if mark == _MARK:
+        begun = destination.read_json(mark)
+        known = begun.get("corpus_hash") if isinstance(begun, dict) else None
+    else:
+        there = read_manifest(destination)
+        known = identity(there)
+    if known != identity(manifest):
         raise CorpusError(f"destination {destination} holds another corpus: give another folder, or remove that one")
     if mark == _MARK:
         return False
+    if needs_own_shards(there):
+        what = (
+            "is a part that shares the shards of another corpus"
+            if SHARDS_AT in there
+            else "has that part with whole shards, as older versions copied one: every other reader of its tars sees "
+            "images that are not in the part"
+        )
+        raise CorpusError(f"destination {destination} {what}: give another folder, or remove that one")
     try:
         Corpus.open(destination)
     except CorpusError as error:
@@ -203,8 +253,7 @@ def _copy_all(
         megabytes[label] = round(sum(sizes.get(name, 0) for name in group) / 1e6)
         if wanted:
             known = {name: checksums[name] for name in wanted if name in checksums}
-            place = source if label == _INDEX_FILES else shards_folder(source, manifest)
-            tasks[label] = partial(_CopyTask, place, destination, wanted, known)
+            tasks[label] = partial(_CopyTask, source, destination, wanted, known)
     progress = Progress(sum(megabytes.values()), "MB", "copying")
     if len(tasks) < len(groups):
         progress.skip(sum(size for label, size in megabytes.items() if label not in tasks))

@@ -2,7 +2,6 @@
 
 import errno
 import os
-import re
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
@@ -21,6 +20,7 @@ from data_prep.checked_rows import CheckedRows, Checks, hash_blocks
 from data_prep.columns import LABEL_DTYPE, ragged_take
 from data_prep.corpus_cache import cache_folder, fetch_files
 from data_prep.corpus_format import (
+    COPY_OF,
     INDEX,
     LABEL_POINTERS,
     LABELS,
@@ -33,12 +33,13 @@ from data_prep.corpus_format import (
     ShardError,
     check_size,
     file_of_version,
+    identity,
     image_check,
     shards_folder,
     write_again,
 )
 from data_prep.left_out import LeftOut, read_lines
-from data_prep.manifest import check_base, older_manifest, read_manifest
+from data_prep.manifest import check_base, read_version, split_version
 from data_prep.shard_cache import FetchError, ShardCache
 from data_prep.tar_headers import BLOCK
 
@@ -51,7 +52,6 @@ _PAUSES = (0.2, 1.0, 4.0)
 _GONE = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.ELOOP}
 """Errors of one shard; of others the node or the mount is at fault, and no sample is lost."""
 _TOO_MANY = (errno.EMFILE, errno.ENFILE)
-_VERSIONED = re.compile(r"(.+)#([1-9]\d*)")
 
 
 class Shards(Protocol):
@@ -150,17 +150,12 @@ class Corpus:
             StorageError: the object store cannot be reached, or there is no room for the index.
         """
         if isinstance(place, str):
-            named = _VERSIONED.fullmatch(place)
-            if named:
-                place, version = named[1], int(named[2])
+            place, named = split_version(place)
+            version = named or version
             folder = folder_at(place, "corpus")
         else:
             folder = place
-        manifest = read_manifest(folder)
-        if version is not None and version != manifest.get("version", 1):
-            manifest = read_manifest(folder, name := older_manifest(folder, manifest, version))
-            if manifest.get("version", 1) != version:
-                raise CorpusError(f"{folder}/{name} is the manifest of another version. {REPAIR}")
+        manifest = read_version(folder, version)
         shards_at = shards_folder(folder, manifest)
         if shards_at != folder:
             check_base(folder, manifest, shards_at)
@@ -293,8 +288,11 @@ class Corpus:
 
     @property
     def corpus_hash(self) -> str:
-        """The identity of the corpus: two corpora with the same one hold the same bytes in the same order."""
-        return str(self.manifest["corpus_hash"])
+        """The identity of the corpus: two corpora with the same one hold the same images in the same order.
+
+        A subset and its copy are two such, in other tars.
+        """
+        return identity(self.manifest)
 
     def quarantined(self) -> Iterator[dict[str, str]]:
         """Images that were left out: {"origin", "reason"}.
@@ -312,6 +310,12 @@ class Corpus:
     def shard_sizes(self) -> list[int]:
         """Samples of each shard; the ids of a shard are consecutive."""
         return [shard["samples"] for shard in self.manifest["shards"]]
+
+    @property
+    def window_bytes(self) -> list[int]:
+        """Bytes of each shard, by which shuffle windows are chosen: the same for a subset and its copy."""
+        copied = self.manifest.get(COPY_OF)
+        return copied["shard_bytes"] if copied else [shard["bytes"] for shard in self.manifest["shards"]]
 
     @cached_property
     def _first_ids(self) -> NDArray[np.int64]:

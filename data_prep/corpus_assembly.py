@@ -16,6 +16,7 @@ from cluster.folders import Folder
 from data_prep.columns import LABEL_DTYPE, Labels
 from data_prep.corpus import Corpus
 from data_prep.corpus_format import (
+    COPY_OF,
     FORMAT_VERSION,
     INDEX,
     LABEL_POINTERS,
@@ -73,7 +74,10 @@ class CorpusPlan(Protocol):
         """Duplicates that were taken out of the source."""
 
     def describe(self) -> dict[str, Any]:
-        """What is kept in plan.json: at least plan_hash, settings and source (its kind and counts)."""
+        """What is kept in plan.json: at least plan_hash, settings and source (its kind and counts).
+
+        The manifest has these of it, and `copy_of`.
+        """
 
 
 class HashedFile:
@@ -198,7 +202,7 @@ def assemble(
         "quarantined": len(quarantined) + (before.manifest["quarantined"] if before else 0),
         "shards": shards,
         "files": files,
-        **{key: value for key, value in plan.describe().items() if key in ("plan_hash", "settings", "source")},
+        **{key: value for key, value in plan.describe().items() if key in ("plan_hash", "settings", "source", COPY_OF)},
         "created_by": {
             "source": str(plan.root),
             "python": platform.python_version(),

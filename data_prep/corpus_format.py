@@ -16,7 +16,9 @@ A corpus is a folder (format version 1):
 
 A subset (data_prep/subset.py) shares the shards of the corpus that it was made of: its manifest says where they are,
 relative to its own folder (`shards_at`), its index has the chosen rows only, and places.bin (uint32 [N]) says which
-line of its shard's .origins each of them is.
+line of its shard's .origins each of them is. A copy of it (data_prep/copy_corpus.py) has shards of its own: of each
+that the subset shares, one of the same name with the subset's samples only, in the same order. `copy_of` in its
+manifest says what that subset's hash is, and the bytes of those shards.
 
 Images that are appended later come as new shards under a new version, N = 2, 3, ...: plan-00000N.json, index-00000N.bin
 (which begins with the one before), labels-00000N.bin, labels-00000N.ptr and quarantine-00000N.jsonl. manifest.json is
@@ -48,6 +50,8 @@ QUARANTINE = "quarantine.jsonl"
 PLACES = "places.bin"
 SHARDS_AT = "shards_at"
 """Key of the manifest: where the shards are, relative to the corpus's own folder; without it they are there."""
+COPY_OF = "copy_of"
+"""Key of the manifest: of which subset the corpus has the samples and their order, in shards of its own."""
 
 ORIGINS_CHECKSUM = "origins_xxh3_128"
 """Key of a shard in the manifest: the checksum of its .origins; corpora of before it came do without."""
@@ -99,8 +103,18 @@ def image_check(data: Any) -> int:
     return xxhash.xxh3_64_intdigest(data) & 0xFFFFFFFF
 
 
+def identity(manifest: Mapping[str, Any]) -> str:
+    """The `corpus_hash` that runs know a corpus by: a copy of a subset has that of the subset."""
+    return str(manifest.get(COPY_OF, manifest)["corpus_hash"])
+
+
+def needs_own_shards(manifest: Mapping[str, Any]) -> bool:
+    """Whether its tars have other samples too: those of a subset, or of a copy of one that an older version made."""
+    return PLACES in manifest["files"]
+
+
 def manifest_hash(manifest: dict[str, Any]) -> str:
-    """The identity of a corpus: sha256 of the manifest's canonical JSON.
+    """sha256 of a manifest's canonical JSON.
 
     `created_by` (tools, place of the source) and the shards' place are left out: they do not change what it holds.
     """

@@ -4,6 +4,7 @@ A manifest may be of anybody. Its own hash says that it is whole, and not that i
 names of files, its numbers fit each other and the sizes of its files, and nothing else is let through.
 """
 
+import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
@@ -23,6 +24,7 @@ from data_prep.corpus_format import (
     PLACES,
     PLAN,
     QUARANTINE,
+    REPAIR,
     REPAIR_MANIFEST,
     SAMPLE_DTYPE,
     CorpusError,
@@ -34,6 +36,7 @@ from data_prep.corpus_format import (
 _RESERVED = ("lock", MANIFEST, PLAN)
 """What no file of a manifest may be called: corpus_cache.py keeps its lock beside them."""
 _MOST_VERSIONS = 999_999
+_VERSIONED = re.compile(r"(.+)#([1-9]\d*)")
 
 
 def _tar(name: str) -> str:
@@ -83,6 +86,11 @@ class _Removed(Record):
     mirrored: Count
 
 
+class _CopyOf(Record):
+    corpus_hash: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+    shard_bytes: list[Annotated[int, Field(ge=1, lt=2**63)]]
+
+
 class Manifest(Record):
     """What manifest.json must say; corpus_format.py says what it means."""
 
@@ -101,6 +109,7 @@ class Manifest(Record):
     converted: Count = 0
     removed: _Removed | None = None
     shards_at: Annotated[str, AfterValidator(_relative)] | None = None
+    copy_of: _CopyOf | None = None
 
     @model_validator(mode="after")
     def _fits(self) -> "Manifest":
@@ -111,6 +120,8 @@ class Manifest(Record):
         _require(len({shard.name for shard in self.shards}) == len(self.shards), "shards: one stands twice")
         counted = sum(shard.samples for shard in self.shards)
         _require(counted == self.num_samples, f"num_samples: {self.num_samples}, its shards have {counted}")
+        copied = self.copy_of
+        _require(copied is None or len(copied.shard_bytes) == len(self.shards), "copy_of: not of as many shards")
         taken = [name for name in _RESERVED if name in self.files]
         _require(not taken, f"files: none may be called {taken}")
         expected = {INDEX: SAMPLE_DTYPE.itemsize * self.num_samples}
@@ -199,6 +210,22 @@ def read_manifest(folder: Folder, name: str = MANIFEST) -> dict[str, Any]:
     if not whole:
         raise CorpusError(f"{path} was altered: it does not match its own corpus_hash. {REPAIR_MANIFEST}")
     check_record(Manifest, manifest, f"{path} is not the manifest of a corpus", CorpusError)
+    return manifest
+
+
+def split_version(place: str) -> tuple[str, int | None]:
+    """A place as people write it, without the `#N` at its end, and N or None: which version of the corpus there."""
+    named = _VERSIONED.fullmatch(place)
+    return (named[1], int(named[2])) if named else (place, None)
+
+
+def read_version(folder: Folder, version: int | None) -> dict[str, Any]:
+    """The manifest of a version of a corpus, of the newest for None. Raises: as `read_manifest`."""
+    manifest = read_manifest(folder)
+    if version is not None and version != manifest.get("version", 1):
+        manifest = read_manifest(folder, name := older_manifest(folder, manifest, version))
+        if manifest.get("version", 1) != version:
+            raise CorpusError(f"{folder}/{name} is the manifest of another version. {REPAIR}")
     return manifest
 
 

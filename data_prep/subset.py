@@ -43,8 +43,10 @@ from data_prep.stratify import apportion, random_places
 
 DESCRIPTION = """
 Make corpora that are parts of another one. No image is copied: they share its shards, which must stay where they are
-relative to them, and have an index of their own; every command reads them like any other corpus. (data_prep/copy_corpus
-makes one of them whole.) Which images are in which part depends on the corpus, the seed and the sizes alone.
+relative to them, and have an index of their own; every command here reads them like any other corpus. They have no
+tars: webdataset, DALI's reader and others would read the shards whole, with images that are not in the part.
+`python data_prep/copy_corpus.py PART COPY` makes a corpus with tars of its own. Which images are in which part depends
+on the corpus, the seed and the sizes alone.
 
   CORPUS       the folder of a corpus, or of such a part of one
   DESTINATION  a new folder beside it, with one corpus for each part:
@@ -120,6 +122,11 @@ def make_parts(settings: SubsetSettings) -> dict[str, Corpus]:
         for part in choose(base, settings):
             folder = destination.child(part.name)
             made[part.name] = _made_before(folder, base, part.choice) or _write(folder, base, part)
+    first = next(iter(made.values()))
+    log.info(
+        "the parts share the tars in %s and have none of their own: for what reads tars (webdataset, timm, DALI's "
+        "reader), `python data_prep/copy_corpus.py %s COPY` makes some", base.shards_folder, first,
+    )  # fmt: skip
     return made
 
 

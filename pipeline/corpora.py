@@ -94,7 +94,7 @@ def shuffle_windows(corpus: Mixture, data: DataSettings) -> list[int]:
     budget = min(WINDOW_BYTES, data.cache_gb * 1e9 / (2 * max(sum(remote), 1)))
     windows = []
     for part, elsewhere in zip(corpus.parts, remote, strict=True):
-        sizes = [shard["bytes"] for shard in part.manifest["shards"]]
+        sizes = part.window_bytes
         windows.append(min(len(sizes), max(1, int(budget // max(sizes)))) if elsewhere else 0)
     return windows
 

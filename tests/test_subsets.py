@@ -225,7 +225,7 @@ def test_a_part_needs_its_shards_as_they_were(base, tmp_path):
         parts_of(other, tmp_path / "moved" / "parts", holdout=0.2)
 
 
-def test_a_part_is_copied_whole_and_sharded_anew(ray, base, tmp_path):
+def test_a_part_is_copied_and_sharded_anew(ray, base, tmp_path):
     part = parts_of(base, tmp_path / "parts", holdout=0.2)["heldout"]
     copy = copy_corpus(CopySettings(source=part.url, destination=str(tmp_path / "far" / "away")))
     shutil.rmtree(tmp_path / "parts")

@@ -51,6 +51,25 @@ Length = Annotated[str, AfterValidator(_check_length)]
 """A `Duration` that is not 0."""
 
 
+_SHARE = re.compile(r"\s*(\d{1,3}(?:\.\d+)?|\.\d+)\s*%\s*")
+
+
+def _check_piece(text: str) -> str:
+    if "%" not in text:
+        try:
+            return _check_duration(text)
+        except ValueError as error:
+            raise ValueError(f'{error}, or "5 %" of the run') from None
+    match = _SHARE.fullmatch(text[:_LONGEST_DURATION])
+    if not match or float(match[1]) > 100:
+        raise ValueError(f'{text[:_LONGEST_DURATION]!r} is no share of a run: write "5 %", or 100 % at most')
+    return text
+
+
+Piece = Annotated[str, AfterValidator(_check_piece)]
+"""A part of a run: a `Duration`, or a share of the run ("5 %")."""
+
+
 def _check_range(text: str) -> str:
     match = re.fullmatch(r"([1-9]\d{0,5})-([1-9]\d{0,5})", text)
     if not match or int(match[1]) > int(match[2]):
@@ -77,6 +96,14 @@ def duration_in_steps(text: str, global_batch: int, num_samples: int) -> int:
         "epochs": value * num_samples / global_batch,
     }[unit]
     return max(round(steps), 1 if value > 0 else 0)
+
+
+def piece_in_steps(text: str, total: int, global_batch: int, num_samples: int) -> int:
+    """A `Piece` of a run of `total` optimizer steps, rounded to the nearest step; the others as duration_in_steps."""
+    share = _SHARE.fullmatch(text)
+    if share is None:
+        return duration_in_steps(text, global_batch, num_samples)
+    return round(total * float(share[1]) / 100)
 
 
 _SECONDS = {
@@ -154,12 +181,12 @@ class OptimizerSettings(Settings):
     """Decay of the kernels (never of biases, norms, tokens or position embedding), times the learning rate."""
     schedule: Literal["linear", "cosine", "rsqrt", "constant"] = "cosine"
     """Course of the learning rate after the warm-up: to final_learning_rate, or rsqrt with a cooldown to it."""
-    warmup: Duration = "0 steps"
-    """Length of the linear rise from 0."""
+    warmup: Piece = "0 steps"
+    """Length of the linear rise from 0; also a share of the run ("5 %")."""
     timescale: Length = "10k steps"
     """Steps after which the reciprocal square root has fallen by a factor of the square root of 2."""
-    cooldown: Duration = "0 steps"
-    """Length of the linear fall to final_learning_rate at the end of rsqrt or constant."""
+    cooldown: Piece = "0 steps"
+    """Length of the linear fall to final_learning_rate at the end of rsqrt or constant; also a share of the run."""
     final_learning_rate: Annotated[float, Field(ge=0)] = 0.0
     """Learning rate at the end."""
     gradient_clipping: Annotated[float, Field(ge=0)] = 1.0

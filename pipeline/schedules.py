@@ -3,7 +3,7 @@
 import math
 
 from cluster.settings import SettingsError
-from pipeline.config import OptimizerSettings, duration_in_steps
+from pipeline.config import OptimizerSettings, piece_in_steps
 
 
 class Schedule:
@@ -25,7 +25,7 @@ class Schedule:
 
     def __init__(self, settings: OptimizerSettings, total: int, global_batch: int, num_samples: int) -> None:
         def steps(text: str) -> int:
-            return duration_in_steps(text, global_batch, num_samples)
+            return piece_in_steps(text, total, global_batch, num_samples)
 
         self.settings, self.total = settings, total
         self.warmup, self.timescale = steps(settings.warmup), steps(settings.timescale)
@@ -34,7 +34,7 @@ class Schedule:
             raise SettingsError(
                 f"optimizer.warmup = {settings.warmup!r} ({self.warmup:,} steps) and optimizer.cooldown = "
                 f"{settings.cooldown!r} ({self.cooldown:,} steps) do not fit into training.duration, {total:,} steps "
-                f"of {global_batch} images: shorten them or train longer"
+                f'of {global_batch} images: shorten them (optimizer.warmup="5 %" is a share of any run) or train longer'
             )
 
     def __call__(self, step: int) -> float:

@@ -34,6 +34,7 @@ from pipeline.decoding import preprocessing_of
 from pipeline.identity import Stage, as_begun, identity_of
 from pipeline.launch import run_ranks
 from pipeline.proportions import check_proportions
+from pipeline.run_description import tell
 from pipeline.run_files import INITIAL_WEIGHTS, METRICS, producing, read_run_record
 from pipeline.schedules import Schedule
 from pipeline.scratch import check_package_room, room_for_hand_over, temporary_files
@@ -161,6 +162,7 @@ def run_stage(stage: str, settings: StageSettings, start: "Start", corpus: Mixtu
         settings, newest = _resumed(settings, start, corpus, folder)
         _train(settings, start, corpus, newest, folder, home, None, "", "")
         return {}
+    tell(stage, settings, start.architecture, corpus)
     weights = layout.package_bytes(start.architecture)
     if settings.registry.name:
         check_package_room(

@@ -5,6 +5,7 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
+from pydantic import ValidationError
 
 from cluster.settings import SettingsError
 from models.presets import vit_config
@@ -38,6 +39,22 @@ def test_reciprocal_square_root_with_cooldown():
     assert values[40] == pytest.approx(1 / math.sqrt(2))  # timescale after the warm-up of 10
     assert values[81] == pytest.approx(1 / math.sqrt(1 + 71 / 30) * 19 / 20)
     assert values[-1] == pytest.approx(1 / math.sqrt(1 + 89 / 30) / 20)
+
+
+def test_a_warmup_and_a_cooldown_as_shares_of_any_run():
+    for total in (10, 200):
+        values = rates(total=total, schedule="constant", warmup="10 %", cooldown="20 %")
+        assert values[: total // 10 + 1] == pytest.approx([*np.arange(1, total // 10 + 1) / (total // 10), 1.0])
+        assert values[-total // 5] == pytest.approx(1.0)
+        assert values[-1] == pytest.approx(1 / (total / 5))
+    with pytest.raises(SettingsError, match=r"do not fit.*\"5 %\""):
+        rates(warmup="60 %", schedule="constant", cooldown="50 steps")
+
+
+@pytest.mark.parametrize("text", ["101 %", "5%%", "% 5", "-5 %", "five %", "1e1 %"])
+def test_what_is_no_share_of_a_run(text):
+    with pytest.raises(ValidationError, match=r"is no share of a run: write \"5 %\""):
+        OptimizerSettings(warmup=text)
 
 
 def test_a_warmup_longer_than_the_run_is_refused():

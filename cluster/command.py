@@ -171,6 +171,15 @@ def absolute_path(path: str, key: str) -> str:
     return str(Path(os.path.abspath(expanded)))
 
 
+def home_path() -> str:
+    """$VITFORGE_HOME, else ~/vitforge, made absolute: where runs and other results lie unless a command is told.
+
+    Raises:
+        ValueError: as absolute_path.
+    """
+    return absolute_path(os.environ.get("VITFORGE_HOME", "") or "~/vitforge", "VITFORGE_HOME")
+
+
 class Progress:
     """A log line now and then for long work: share done, rate, time left.
 

@@ -10,8 +10,6 @@ import difflib
 import json
 import re
 import sys
-import textwrap
-import types
 import typing
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -20,7 +18,7 @@ from typing import Any, TypeVar
 import pydantic
 from pydantic.fields import FieldInfo
 
-from cluster.command import EXIT_STATUSES, in_unpacked_job, log
+from cluster.command import in_unpacked_job, log
 from cluster.yaml_values import MOST_CHARACTERS, YamlTextError, read_word, read_yaml
 
 
@@ -380,52 +378,6 @@ def iterate_keys(settings_type: type[Settings], prefix: str = "") -> Iterator[tu
             yield from iterate_keys(inner, f"{prefix}{name}.")
 
 
-def _type_name(annotation: Any) -> str:
-    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
-    if origin is typing.Literal:
-        return "|".join(str(argument) for argument in arguments)
-    if origin in (typing.Union, types.UnionType):
-        names = ("null" if argument is type(None) else _type_name(argument) for argument in arguments)
-        return "|".join(names)
-    if origin in (tuple, list):
-        return f"list of {_type_name(arguments[0])}" if arguments else "list"
-    if origin is typing.Annotated:
-        return _type_name(arguments[0])
-    if isinstance(annotation, type) and issubclass(annotation, Settings):
-        return "{" + ", ".join(annotation.model_fields) + "}"
-    return {"str": "text", "int": "integer", "float": "number", "bool": "true|false"}.get(
-        getattr(annotation, "__name__", str(annotation)), getattr(annotation, "__name__", str(annotation))
-    )
-
-
-def help_text(
-    settings_type: type[Settings],
-    usage: str,
-    description: str,
-    positionals: Sequence[str],
-    recipes: Path | None,
-) -> str:
-    """The text of --help: what the command does, its recipes, and every key with type, default and meaning."""
-    lines = [f"usage: {usage}", "", textwrap.dedent(description).strip(), ""]
-    if recipes is not None:
-        lines.append("recipes (a name from this list, or the path of your own file):")
-        for path in sorted(recipes.glob("*.yaml")):
-            lines.append(f"  {path.stem:<28} {path.read_text(encoding='utf-8').splitlines()[0].lstrip('# ')}")
-        lines.append("")
-    lines.append("settings (give any of them as KEY=VALUE; KEY=null takes one back to its default):")
-    for key, field in iterate_keys(settings_type):
-        if key in positionals:
-            continue
-        if field.is_required():
-            default = "must be set"
-        else:
-            value = field.get_default(call_default_factory=True)
-            default = f"default {json.dumps(value) if not isinstance(value, str) else value}"
-        lines.append(f"  {key}  <{_type_name(field.annotation)}>  {default}")
-        lines.extend(textwrap.wrap(field.description or "", 100, initial_indent=" " * 6, subsequent_indent=" " * 6))
-    return "\n".join([*lines, "", EXIT_STATUSES])
-
-
 def parse_command(
     settings_type: type[S],
     *,
@@ -438,7 +390,8 @@ def parse_command(
     """Read a command line into settings: `prog [RECIPE] POSITIONALS... [KEY=VALUE...]`.
 
     `positionals` name top-level keys that are given as plain words, in that order; with `recipes` (the folder
-    of the shipped ones) the first word is a recipe. `--help` prints every key and leaves.
+    of the shipped ones) the first word is a recipe. `--help` prints every key and leaves; after a recipe, with the
+    recipe's values.
 
     Raises:
         SettingsError: anything about the words or the values that cannot be used.
@@ -447,7 +400,11 @@ def parse_command(
     expected = (["recipe"] if recipes is not None else []) + list(positionals)
     usage = " ".join([f"python {prog}", *(name.upper() for name in expected), "[KEY=VALUE ...]"])
     if "--help" in words or "-h" in words:
-        print(help_text(settings_type, usage, description, positionals, recipes))
+        from cluster.settings_help import help_text
+
+        named = words[0] if recipes is not None and re.match(r"(?!-)(?![A-Za-z_][\w.]*=)", words[0]) else None
+        recipe = find_recipe(named, recipes) if named is not None and recipes is not None else None
+        print(help_text(settings_type, usage, description, positionals, recipes, recipe))
         raise SystemExit(0)
     for word in words:
         if word.startswith("-"):

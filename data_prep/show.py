@@ -15,7 +15,7 @@ import numpy as np
 from pydantic import Field
 
 from cluster import storage
-from cluster.command import absolute_path, log, run_command
+from cluster.command import absolute_path, home_path, log, run_command
 from cluster.redact import printable
 from cluster.settings import Settings, parse_command
 from data_prep.contact_sheet import draw_contact_sheet, draw_histograms
@@ -28,7 +28,7 @@ from data_prep.removed import REMOVED, removed_in_words
 DESCRIPTION = """
 Show what is in a corpus: classes and how many images each has, sizes and resolutions, shards, what was left out and
 why. Draws a contact sheet of randomly chosen images with their classes, OUTPUT/NAME-images.png, and the histograms,
-OUTPUT/NAME-histograms.png, where NAME is that of the corpus's folder.
+OUTPUT/NAME-histograms.png, where NAME is that of the corpus's folder. Nothing is written into the corpus.
 
 example:
   python data_prep/show.py /data/corpora/in21k output=/tmp/looks images=96
@@ -44,8 +44,9 @@ class ShowSettings(Settings):
 
     corpus: str
     """Folder of the corpus; may be on S3 (s3://BUCKET/FOLDER)."""
-    output: str = "."
-    """Folder for the pictures; made if it is not there."""
+    output: str = ""
+    """Folder for the pictures; made if it is not there. Empty: show/NAME-HASH in $VITFORGE_HOME, else in ~/vitforge,
+    with the beginning of the corpus's hash, so that no other corpus writes there."""
     images: int = Field(48, ge=1, le=1000)
     """Images on the contact sheet."""
     classes: int = Field(10, ge=1)
@@ -57,8 +58,10 @@ class ShowSettings(Settings):
 def main() -> None:
     """The command."""
     settings = parse_command(ShowSettings, prog="data_prep/show.py", description=DESCRIPTION, positionals=("corpus",))
-    output = storage.local_path(absolute_path(settings.output, "output"), "output")
+    wanted = absolute_path(settings.output, "output") if settings.output else home_path()
+    folder = storage.local_path(wanted, "output" if settings.output else "VITFORGE_HOME")
     corpus = Corpus.open(absolute_path(settings.corpus, "corpus"))
+    output = folder if settings.output else folder / "show" / f"{corpus.name}-{corpus.corpus_hash[:8]}"
     distributions = measure(corpus)
     for line in describe(corpus, distributions, settings.classes):
         print(printable(line))

@@ -1,9 +1,9 @@
 """The whole main job on this machine, on real images: handwritten digits.
 
 Writes scikit-learn's 1,797 digits as JPEG files, shards them, pre-trains a small ViT on two workers, registers
-it, fine-tunes it at a higher resolution on digits that pre-training has not seen, registers that as
-models:/digits@champion, loads it as a consumer would and scores the digits that neither has seen. Every step is a
-command that a user would type, and is shown. Run again, it repeats nothing that was finished.
+it, fine-tunes it at a higher resolution on digits that pre-training has not seen, scoring digits that neither has seen
+now and then, registers that as models:/digits@champion, loads it as a consumer would and scores those digits again.
+Every step is a command that a user would type, and is shown. Run again, it repeats nothing that was finished.
 
 example:
   python pipeline/demo.py
@@ -126,6 +126,8 @@ def main() -> None:
         "demo",
         f"parent={pretrained['model']}",
         f"data.corpus={corpora / 'finetune'}",
+        f"data.heldout={corpora / 'heldout'}",
+        "evaluation.every=10 epochs",
     )
     finetuned = _result(runs / "demo-finetune")
     print("\n=== load models:/digits@champion as a consumer and score the held-out digits", flush=True)

@@ -4,7 +4,8 @@ import math
 
 from cluster.command import log
 from data_prep.mixture import Mixture
-from models.presets import SIZES, Size, count_parameters, forward_macs, train_flops
+from models.presets import count_parameters, forward_macs, train_flops
+from models.sizes import SIZES, Size
 from models.vit import VitConfig
 from pipeline.config import StageSettings, duration_in_steps
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from cluster.command import absolute_path, log
+from cluster.command import absolute_path, home_path, log
 from cluster.folders import Folder, at_hand, folder_at
 from cluster.launch_environment import leads, under_torchrun
 from cluster.lease import Lease
@@ -82,7 +82,7 @@ def home_folder(home: str) -> Path:
     if home and "://" not in home:
         folder = Path(absolute_path(home, "run.home"))
     else:
-        path = absolute_path(os.environ.get("VITFORGE_HOME", "") or "~/vitforge", "VITFORGE_HOME")
+        path = home_path()
         if "://" in path:
             advice = f"give run.home={path} for the runs alone"
             raise SettingsError(f"VITFORGE_HOME = {path!r}: MLflow needs a folder; {advice}")

@@ -119,15 +119,20 @@ def test_an_image_too_large_to_draw_is_named_and_marked(corpus, tmp_path, monkey
         assert picture.convert("RGB").getpixel((10, 30)) == (0xB0, 0x00, 0x20), "a red frame"
 
 
-def test_show_as_a_command(corpus, tmp_path):
-    done = run("show.py", corpus.path, "images=3", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert "24 images of 4 classes" in done.stdout
-    assert f"drew {tmp_path / 'corpus-images.png'}" in done.stdout
-    assert (tmp_path / "corpus-images.png").is_file()
+def test_show_as_a_command_draws_into_a_place_of_the_corpus_not_where_one_stands(corpus, tmp_path, monkeypatch):
+    monkeypatch.setenv("VITFORGE_HOME", str(tmp_path / "home"))
     job = tmp_path / "working_dir_files" / "job"
     job.mkdir(parents=True)
-    done = run("show.py", corpus.path, cwd=job)
+    before = sorted(path.name for path in corpus.path.iterdir())
+    done = run("show.py", corpus.path, "images=3", cwd=job)
+    assert done.returncode == 0, done.stderr
+    assert "24 images of 4 classes" in done.stdout
+    for picture in ("images", "histograms"):
+        drawn = tmp_path / "home" / "show" / f"corpus-{corpus.corpus_hash[:8]}" / f"corpus-{picture}.png"
+        assert f"drew {drawn}" in done.stdout
+        assert drawn.is_file()
+    assert sorted(path.name for path in corpus.path.iterdir()) == before
+    done = run("show.py", corpus.path, "output=.", cwd=job)
     assert done.returncode == 2
     assert done.stderr.startswith("error: output = '.' is relative, but this job runs in a temporary copy")
     done = run("show.py", corpus.path, f"output={corpus.path / 'manifest.json'}", cwd=tmp_path)

@@ -46,7 +46,7 @@ def test_recipes_of_the_paper_have_its_numbers():
 def test_recipes_augment_as_their_sources():
     for path in PRETRAIN + FINETUNE:
         augment = load_recipe(path)["data"]["augment"]
-        if path.stem != "demo":
+        if path.stem not in ("demo", "small"):
             assert (augment["crop"], augment["crop_aspect"]) == ("tensorflow", [0.75, 1.33]), path
     s16 = resolve(PretrainSettings, load_recipe(RECIPES / "pretrain" / "vit-s16-imagenet1k.yaml"))
     randaugment = s16.data.augment.randaugment
@@ -57,10 +57,10 @@ def test_recipes_augment_as_their_sources():
 def test_recipes_resize_and_begin_as_their_sources():
     for path in PRETRAIN + FINETUNE:
         recipe = load_recipe(path)
-        if path.stem != "demo":
+        if path.stem not in ("demo", "small"):
             assert recipe["data"]["train_antialias"] is False, path
             assert "train_interpolation" not in recipe["data"], path  # bilinear, as all of them
-        if path.parent.name == "pretrain" and path.stem != "demo":
+        if path.parent.name == "pretrain" and path.stem not in ("demo", "small"):
             source = "big_vision" if path.stem == "vit-s16-imagenet1k" else "paper"
             assert recipe["model"]["position_init"] == source, path
     s16 = resolve(PretrainSettings, load_recipe(RECIPES / "pretrain" / "vit-s16-imagenet1k.yaml"), ["model.width=576"])
@@ -237,6 +237,25 @@ def test_command_line_help_names_every_key_and_recipe(capsys):
         "default 0.001",
     ):
         assert word in text
+
+
+def test_help_after_a_recipe_has_its_comment_and_its_values(capsys, tmp_path):
+    own = tmp_path / "mine.yaml"
+    own.write_text("# Mine.\n#\n# On: a laptop.\ntraining:\n  global_batch: 24\noptimizer: {learning_rate: 0.5}\n")
+    for argv in ([str(own), "--help"], [str(own), "data.corpus=/x", "-h"]):
+        with pytest.raises(SystemExit) as left:
+            parse_command(PretrainSettings, prog="x.py", description="d", recipes=RECIPES / "pretrain", argv=argv)
+        assert left.value.code == 0
+        text = capsys.readouterr().out
+        assert "  Mine.\n\n  On: a laptop.\n" in text
+        assert "training.global_batch  <integer>  24 by the recipe\n" in text
+        assert "optimizer.learning_rate  <number>  0.5 by the recipe (default 0.001)\n" in text
+        assert "training.duration  <text>  must be set" in text
+        assert "optimizer: The optimizer and its learning rate over time." in text
+    with pytest.raises(SettingsError, match="did you mean 'vit-h14-jft'"):
+        parse_command(
+            PretrainSettings, prog="x.py", description="d", recipes=RECIPES / "pretrain", argv=["vit-h14-jfd", "-h"]
+        )
 
 
 def test_a_command_without_its_words_says_what_is_missing():

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from PIL import Image
 
 FORMAT_VERSION = 1
 """Of model.json. A reader refuses a newer one."""
@@ -51,19 +52,19 @@ class Classifier:
     device: torch.device
 
     def classify(
-        self, images: Sequence[Any] | npt.NDArray[np.uint8], top_k: int | None = None
+        self, images: Sequence[Any] | npt.NDArray[np.uint8] | Image.Image, top_k: int | None = None
     ) -> list[list[tuple[str, float]]]:
         """The `top_k` most probable classes of each image with their probabilities, most probable first.
 
         Args:
-            images: encoded images (bytes) and uint8 arrays [H, W, 3]; or one array [B, H, W, 3]; or a single image of
-                either kind, which is answered as a list of one.
+            images: encoded images (bytes), uint8 arrays [H, W, 3] and Pillow's images; or one array [B, H, W, 3]; or a
+                single image of any kind, which is answered as a list of one.
             top_k: 1 to the number of classes; None: 5, or all if there are fewer.
 
         Raises:
             ClassifierError: an image that cannot be read (it says which one and why), or a `top_k` out of range.
         """
-        images = _as_list(images)
+        several = _as_list(images)
         if top_k is None:
             top_k = min(5, len(self.classes))
         if not 1 <= top_k <= len(self.classes):
@@ -71,8 +72,8 @@ class Classifier:
                 f"top_k = {top_k}: the model has {len(self.classes)} classes, 1 to {len(self.classes)} would do"
             )
         answers: list[list[tuple[str, float]]] = []
-        for start in range(0, len(images), BATCH):
-            best = self._probabilities(images[start : start + BATCH], start).topk(top_k, dim=1)
+        for start in range(0, len(several), BATCH):
+            best = self._probabilities(several[start : start + BATCH], start).topk(top_k, dim=1)
             for numbers, values in zip(best.indices.tolist(), best.values.tolist(), strict=True):
                 answers.append([(self.classes[n], value) for n, value in zip(numbers, values, strict=True)])
         return answers
@@ -175,7 +176,7 @@ def package_digest(folder: Path) -> str:
 
 def _as_list(images: Any) -> Any:
     """Several images, whatever one or several were given as."""
-    if isinstance(images, (bytes, bytearray, memoryview)):
+    if isinstance(images, (bytes, bytearray, memoryview, Image.Image)):
         return [images]
     if isinstance(images, np.ndarray) and images.dtype != object:
         if images.ndim == 2 or (images.ndim == 3 and images.shape[2] in (1, 3, 4)):

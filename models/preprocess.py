@@ -125,8 +125,8 @@ class Preprocessing:
         _require("size" in values, "preprocessing field missing: size")
         return cls(**values)
 
-    def __call__(self, images: Sequence["bytes | npt.NDArray[Any]"]) -> Tensor:
-        """Encoded images (bytes) and arrays (see `decode`), also mixed -> float32 [B, 3, size, size].
+    def __call__(self, images: Sequence["bytes | npt.NDArray[Any] | Image.Image"]) -> Tensor:
+        """Encoded images (bytes), arrays and Pillow's (see `decode`), also mixed -> float32 [B, 3, size, size].
 
         Raises:
             ImageError: an image that cannot be read; the message says which.
@@ -172,12 +172,13 @@ class Preprocessing:
         return length / 2 + (crop - resized / 2) / scale, self.size / scale
 
 
-def decode(image: "bytes | npt.NDArray[Any]", decoding: Decoding = "dali") -> Pixels:
+def decode(image: "bytes | npt.NDArray[Any] | Image.Image", decoding: Decoding = "dali") -> Pixels:
     """An image as uint8 [H, W, 3].
 
     Encoded images (JPEG, PNG, WebP and what else Pillow reads) are turned upright by their EXIF orientation; gray,
     palette and CMYK become RGB, 16 bits become 8, alpha is dropped. Arrays are uint8 [H, W, 3], [H, W, 4] (alpha
-    is dropped), [H, W, 1] or [H, W] (gray), RGB and upright.
+    is dropped), [H, W, 1] or [H, W] (gray), RGB and upright. Pillow's images are turned by the EXIF orientation that
+    they still carry; of 16-bit colours Pillow has kept the upper bytes.
 
     Args:
         decoding: "dali": what training and evaluation do with NVIDIA DALI. The orientation is that of the EXIF block
@@ -190,31 +191,47 @@ def decode(image: "bytes | npt.NDArray[Any]", decoding: Decoding = "dali") -> Pi
     """
     if isinstance(image, np.ndarray):
         return _decode_array(image)
-    if not isinstance(image, (bytes, bytearray, memoryview)):
+    if not isinstance(image, (bytes, bytearray, memoryview, Image.Image)):
         raise ImageError(f"bytes of an encoded image or a uint8 array are wanted, not {type(image).__name__}")
-    upright = _upright_as_dali if decoding == "dali" else ImageOps.exif_transpose
     try:
-        with Image.open(io.BytesIO(image)) as opened:
-            kind = opened.tile[0].args if opened.format == "PNG" and opened.tile else None
-            pixels = upright(opened)
-            if pixels.mode.startswith("I"):
-                return _from_16_bits(np.asarray(pixels, np.float32))
-            if kind not in ("RGB;16B", "RGBA;16B"):
-                return np.asarray(pixels.convert("RGB"))
-        # Pillow has no image of 16-bit colours: it gives the upper bytes. Read again, the lower ones for the rounding.
-        with Image.open(io.BytesIO(image)) as again:
-            again.tile = [tile._replace(args=f"{kind[:-1]}L") for tile in again.tile]
-            lower = np.asarray(upright(again), np.float32)
-        return _from_16_bits(np.asarray(pixels, np.float32) * 256 + lower)
+        if isinstance(image, Image.Image):
+            return _pixels(_upright(image, decoding))
+        return _decode_file(image, decoding)
     except UnidentifiedImageError as error:
-        raise ImageError(f"{len(image)} bytes that are no image Pillow knows") from error
+        size = 0 if isinstance(image, Image.Image) else len(image)
+        raise ImageError(f"{size} bytes that are no image Pillow knows") from error
     except (OSError, SyntaxError, ValueError, struct.error, Image.DecompressionBombError) as error:
         raise ImageError(f"does not decode: {error}") from error
 
 
+def _decode_file(data: "bytes | bytearray | memoryview", decoding: Decoding) -> Pixels:
+    with Image.open(io.BytesIO(data)) as opened:
+        kind = opened.tile[0].args if opened.format == "PNG" and opened.tile else None
+        if decoding == "dali":
+            opened.info.pop("xmp", None)  # by which Pillow turns a TIFF while it loads it
+        upright = _upright(opened, decoding)
+        if kind not in ("RGB;16B", "RGBA;16B"):
+            return _pixels(upright)
+    # Pillow has no image of 16-bit colours: it gives the upper bytes. Read again, the lower ones for the rounding.
+    with Image.open(io.BytesIO(data)) as again:
+        again.tile = [tile._replace(args=f"{kind[:-1]}L") for tile in again.tile]
+        lower = np.asarray(_upright(again, decoding), np.float32)
+    return _from_16_bits(np.asarray(upright, np.float32) * 256 + lower)
+
+
+def _pixels(image: Image.Image) -> Pixels:
+    if image.mode.startswith("I"):
+        return _from_16_bits(np.asarray(image, np.float32))
+    return np.asarray(image.convert("RGB"))
+
+
+def _upright(image: Image.Image, decoding: Decoding) -> Image.Image:
+    """An image, loaded, as a new one that is upright."""
+    return _upright_as_dali(image) if decoding == "dali" else ImageOps.exif_transpose(image)
+
+
 def _upright_as_dali(opened: Image.Image) -> Image.Image:
     """An opened image, loaded, with DALI's orientation and colours; still in its own mode."""
-    opened.info.pop("xmp", None)  # by which Pillow turns a TIFF while it loads it
     opened.load()
     if opened.format in ("JPEG", "MPO") and opened.mode == "CMYK" and "adobe_transform" not in opened.info:
         opened = ImageChops.invert(opened)  # Pillow has inverted it already

@@ -36,7 +36,7 @@ from mlflow.entities import LoggedModel, LoggedModelOutput, LoggedModelStatus
 from mlflow.entities.model_registry import ModelVersion, RegisteredModel
 from mlflow.exceptions import MlflowException
 from mlflow.models import Model, ModelSignature
-from mlflow.types.schema import Array, ColSpec, DataType, ParamSchema, ParamSpec, Schema
+from mlflow.types.schema import AnyType, Array, ColSpec, DataType, ParamSchema, ParamSpec, Schema
 from PIL import Image
 from pydantic import Field
 from torch import Tensor
@@ -234,6 +234,7 @@ def _store(
                 model_id=logged.model_id,
             ),
             python_model=str(Path(__file__).with_name("predictor.py")),
+            model_config={"output": "top_k"},
             artifacts={key: str(path) for key, path in artifacts.items()},
             signature=signature,
             input_example=example,
@@ -254,9 +255,9 @@ def _store(
 
 
 def _signature(num_classes: int) -> ModelSignature:
-    """Bytes in the column `image`; MLflow lets uint8 arrays pass there too (any column of objects, to it)."""
+    """The column `image`. Of a type, MLflow would refuse other forms of images itself, without saying what is taken."""
     return ModelSignature(
-        inputs=Schema([ColSpec(DataType.binary, "image")]),
+        inputs=Schema([ColSpec(AnyType(), "image", required=False)]),
         outputs=Schema([ColSpec(Array(DataType.string), "classes"), ColSpec(Array(DataType.double), "probabilities")]),
         params=ParamSchema([ParamSpec("top_k", DataType.long, min(5, num_classes))]),
     )

@@ -398,7 +398,7 @@ def test_sigmoid_models_give_each_class_its_own_probability(registry: Registry):
 
 def test_the_signature_says_what_goes_in_and_out(classifier: Any):
     signature = classifier.metadata.signature
-    assert signature.inputs.to_dict() == [{"type": "binary", "name": "image", "required": True}]
+    assert signature.inputs.to_dict() == [{"type": "any", "name": "image", "required": False}]
     assert signature.outputs.input_names() == ["classes", "probabilities"]
     assert [(param.name, param.default) for param in signature.params] == [("top_k", 3)]
 

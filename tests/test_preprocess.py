@@ -185,6 +185,26 @@ def test_arrays_are_taken_as_encoded_images_are():
     assert torch.equal(preprocessing([gray, gray[:, :, None]]), preprocessing([as_rgb, as_rgb]))
 
 
+@pytest.mark.parametrize("decoding", ["dali", "pillow"])
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "CMYK", "gray", "16 bits"])
+def test_pillows_images_are_taken_as_the_files_they_come_from(kind: str, decoding: Any):
+    exif = Image.Exif()
+    exif[ORIENTATION] = 6
+    image, options = scene(40, 50), {"exif": exif} if kind in ("JPEG", "PNG", "WEBP") else {}
+    if kind in ("CMYK", "gray"):
+        image, kind = image.convert({"CMYK": "CMYK", "gray": "L"}[kind]), "JPEG"
+    elif kind == "16 bits":
+        image, kind = Image.fromarray(np.arange(2000, dtype=np.uint16).reshape(40, 50) * 30), "PNG"
+    data = encoded(image, kind, **options)
+    opened = Image.open(io.BytesIO(data))
+    expected = decode(data, decoding)
+    for _ in range(2):  # nothing of it is changed
+        np.testing.assert_array_equal(decode(opened, decoding), expected)
+    if opened.mode == "RGB":
+        np.testing.assert_array_equal(decode(opened.convert("RGB"), decoding), expected)
+        np.testing.assert_array_equal(decode(Image.fromarray(expected), decoding), expected)
+
+
 def test_normalisation():
     flat = np.full((4, 4, 3), [0, 51, 255], np.uint8)
     out = Preprocessing(2, mean=(0.5, 0.2, 0.0), std=(0.5, 0.25, 2.0))([flat, flat])

@@ -6,6 +6,7 @@ import gc
 import io
 import logging
 import os
+import stat
 import sys
 import time
 import traceback
@@ -27,6 +28,8 @@ USER_ERROR = 2
 TIME_OVER = 75
 """Exit status of a run that saved and ended because its time was over (EX_TEMPFAIL of sysexits.h: try again)."""
 _FIRST_SAYS_S = 5.0
+_LONGEST_PART, _LONGEST_PATH = 255, 4096
+"""Bytes of a name in a path and of a path, on every file system in use."""
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 """Error numbers of a full disk, and of a user's share of it that is used up."""
 EXIT_STATUSES = f"""exit status: 0 done, {USER_ERROR} something that you can put right, 1 anything else; 129, 130 or 143
@@ -158,11 +161,24 @@ def absolute_path(path: str, key: str) -> str:
     """`path` made absolute (`~` expanded; a URI stays as it is).
 
     Raises:
-        ValueError: a relative path inside a submitted Ray job, whose folder is deleted with the job.
+        ValueError: a relative path inside a submitted Ray job, whose folder is deleted with the job; a path that no
+            file system takes; the home of a user whom nobody knows.
     """
     if "://" in path:
         return path
-    expanded = Path(path).expanduser()
+    try:
+        expanded = Path(path).expanduser()
+    except RuntimeError:
+        raise ValueError(
+            f"{key} = {path[:_LONGEST_PART]!r}: this machine knows no user {path.partition('/')[0][1:200]!r}. Write "
+            "./~NAME for a folder that is called so"
+        ) from None
+    longest = max((len(os.fsencode(part)) for part in expanded.parts), default=0)
+    if longest > _LONGEST_PART or len(os.fsencode(str(expanded))) >= _LONGEST_PATH or "\0" in path:
+        raise ValueError(
+            f"{key} = {path[:60]!r}... cannot be a path: a name in one has at most {_LONGEST_PART} bytes (here "
+            f"{longest:,}), all of it fewer than {_LONGEST_PATH:,} ({len(os.fsencode(path)):,}), and no zero character"
+        )
     if not expanded.is_absolute() and in_unpacked_job():
         raise ValueError(
             f"{key} = {path!r} is relative, but this job runs in a temporary copy of the working folder that is "
@@ -178,6 +194,31 @@ def home_path() -> str:
         ValueError: as absolute_path.
     """
     return absolute_path(os.environ.get("VITFORGE_HOME", "") or "~/vitforge", "VITFORGE_HOME")
+
+
+def check_folder(folder: Path, key: str) -> None:
+    """Refuse a place where no folder of ours can be, before anything is written there.
+
+    Args:
+        folder: absolute.
+        key: the setting that names it, for the message.
+
+    Raises:
+        ValueError: it is, or lies in, what is no folder, or where this user may not write.
+    """
+    for place in (folder, *folder.parents):
+        try:
+            mode = place.stat().st_mode
+        except (FileNotFoundError, NotADirectoryError):
+            continue
+        except OSError as error:
+            raise ValueError(f"{key} = {str(folder)!r}: {place} cannot be looked at ({error.strerror})") from error
+        another = f"set {key} to a folder"
+        if not stat.S_ISDIR(mode):
+            raise ValueError(f"{key} = {str(folder)!r}: {place} is a file, and no folder: {another}")
+        if not os.access(place, os.W_OK | os.X_OK):
+            raise ValueError(f"{key} = {str(folder)!r}: this user may not write to {place}: {another} of yours")
+        return
 
 
 class Progress:

@@ -216,6 +216,8 @@ class LocalFolder(Folder):
                 return sorted((e.name, storage.is_folder(e)) for e in entries if not _is_hidden(e.name))
         except FileNotFoundError:
             return []
+        except NotADirectoryError as error:
+            raise StorageError(f"{self.local} is to be a folder, and there is a file: move it away") from error
 
     def tree(self) -> dict[str, int]:
         found = {}

@@ -179,7 +179,7 @@ def find_recipe(name: str, folder: Path) -> Path:
             continue
     known = sorted(path.stem for path in folder.glob("*.yaml"))
     near = difflib.get_close_matches(name[:_LONGEST_SHOWN], known, n=1)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
+    hint = f"; did you mean {near[0]!r}?" if near else "."
     travels = " (what travels with a submitted job is in .rayignore)" if in_unpacked_job() else ""
     raise SettingsError(
         f"no recipe {_short(name)}{hint} Shipped recipes: {', '.join(known)}; or give a file's path{travels}"
@@ -217,7 +217,7 @@ def resolve(
         SettingsError: with one line for each wrong key or value.
     """
     merged: dict[str, Any] = json.loads(json.dumps(values))
-    from_command_line: set[tuple[str, ...]] = set()
+    from_command_line: dict[tuple[str, ...], str] = {}
     for word in overrides:
         path, value = parse_override(word)
         section = merged
@@ -230,7 +230,7 @@ def resolve(
             section.pop(path[-1], None)  # null takes a key out of the recipe: its default holds
         else:
             section[path[-1]] = value
-        from_command_line.add(tuple(path))
+        from_command_line[tuple(path)] = word.partition("=")[2]
     followed = frozenset(_apply_follow(settings_type, values, merged, from_command_line))
     try:
         # Validated as JSON: there strictness still lets a list stand for a tuple.
@@ -238,10 +238,8 @@ def resolve(
         settings._followed = followed
         return settings
     except pydantic.ValidationError as error:
-        problems = error.errors(include_url=False, include_context=False)
-        lines = [
-            _explain(settings_type, dict(problem), from_command_line, origin) for problem in problems[:_MOST_PROBLEMS]
-        ]
+        problems = _by_key(settings_type, error.errors(include_url=False, include_context=False))
+        lines = [_explain(settings_type, problem, from_command_line, origin) for problem in problems[:_MOST_PROBLEMS]]
         if len(problems) > _MOST_PROBLEMS:
             lines.append(f"and {len(problems) - _MOST_PROBLEMS:,} more")
         raise SettingsError("\n".join(dict.fromkeys(lines))) from None
@@ -251,7 +249,7 @@ def _apply_follow(
     settings_type: type[Settings],
     recipe: Mapping[str, Any],
     merged: dict[str, Any],
-    from_command_line: set[tuple[str, ...]],
+    from_command_line: Mapping[tuple[str, ...], str],
     prefix: tuple[str, ...] = (),
 ) -> Iterator[str]:
     """Change values that follow from others (`Settings.follow`), in each section; gives their dotted keys."""
@@ -312,10 +310,37 @@ def _short(value: Any) -> str:
     return shown if len(shown) <= _LONGEST_SHOWN else f"{shown[: _LONGEST_SHOWN - 3]}..."
 
 
+def _by_key(settings_type: type[Settings], problems: Sequence[Any]) -> list[dict[str, Any]]:
+    """One problem for each key: pydantic tells one for each type that the value could have been of."""
+    found: dict[tuple[str | int, ...], list[dict[str, Any]]] = {}
+    for problem in problems:
+        place, current = tuple(problem["loc"]), 1
+        while current < len(place) and (
+            isinstance(place[current], int) or _section(settings_type, [str(part) for part in place[:current]])
+        ):
+            current += 1  # what follows a key that is no section are pydantic's names of types
+        found.setdefault(place[:current], []).append({**problem, "loc": place[:current]})
+    from cluster.settings_help import type_name  # which needs this module
+
+    chosen = []
+    for place, here in found.items():
+        if len(here) == 1:
+            chosen += here
+            continue
+        value, types_only = here[0]["input"], ("int_type", "int_parsing", "string_type", "bool_type", "literal_error")
+        own = [problem for problem in here if problem["type"] == "value_error" and isinstance(value, str)]
+        bounds = [problem for problem in here if problem["type"] not in (*types_only, "value_error")]
+        section = _section(settings_type, [str(part) for part in place[:-1]])
+        field = section.model_fields.get(str(place[-1])) if section else None
+        wanted = type_name(field.annotation) if field else "something else"
+        chosen.append((own or bounds or [{**here[0], "type": "union", "msg": f"Must be {wanted}"}])[0])
+    return chosen
+
+
 def _explain(
     settings_type: type[Settings],
     problem: dict[str, Any],
-    from_command_line: set[tuple[str, ...]],
+    from_command_line: Mapping[tuple[str, ...], str],
     origin: str,
 ) -> str:
     location = tuple(str(part)[:_LONGEST_SHOWN] for part in problem["loc"])
@@ -329,17 +354,22 @@ def _explain(
         near = difflib.get_close_matches(location[-1], known, n=1, cutoff=0.5)
         moved = [name for name in everywhere if name.split(".")[-1] == location[-1]]
         suggestion = [".".join((*location[:-1], near[0]))] if near else moved[:1]
-        hint = f"; did you mean {suggestion[0]!r}?" if suggestion else ""
+        hint = f"; did you mean {suggestion[0]!r}?" if suggestion else "."
         inside = f"of {'.'.join(location[:-1])!r}" if len(location) > 1 else "at the top level"
         return f"unknown key {key!r} {where}{hint} Keys {inside}: {', '.join(known)}"
     if problem["type"] == "missing":
-        return f"{key!r} must be set: it has no default (give it {where} or as {key}=VALUE)"
+        return f"{key!r} must be set, it has no default: give {key}=VALUE"
     message = problem["msg"].removeprefix("Value error, ")
     if problem["type"] in ("value_error", "assertion_error"):
-        return f"{key}: {message}" if key else message
+        return f"{key}: {message}" if key and not message.startswith(key) else message
     value = problem["input"]
-    quoting = f" (as text, write {key}=\"'{_short(value)}'\")" if problem["type"] == "string_type" and named else ""
-    return f"{key} = {_short(value)} {where}: {message[0].lower() + message[1:]}{quoting}"
+    written = from_command_line.get(location, "")
+    # As it was typed, where Python would show it otherwise.
+    value_shown = _short(value) if not isinstance(value, bool | list | dict) or not written else _short(written)[1:-1]
+    quoting = ""
+    if problem["type"] == "string_type" and named:
+        quoting = f" (as text, write {key}=\"'{_short(written)[1:-1] if written else _short(value)}'\")"
+    return f"{key} = {value_shown} {where}: {message[0].lower() + message[1:]}{quoting}"
 
 
 def _settings_in(annotation: Any) -> type[Settings] | None:

@@ -59,7 +59,7 @@ def help_text(
             default = "must be set"
         else:
             default = f"default {_written(field.get_default(call_default_factory=True))}"
-        lines.append(f"  {key}  <{_type_name(field.annotation)}>  {default}")
+        lines.append(f"  {key}  <{type_name(field.annotation)}>  {default}")
         lines.extend(textwrap.wrap(field.description or "", 100, initial_indent=" " * 6, subsequent_indent=" " * 6))
     return "\n".join([*lines, "", EXIT_STATUSES])
 
@@ -91,17 +91,17 @@ def _written(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value)
 
 
-def _type_name(annotation: Any) -> str:
+def type_name(annotation: Any) -> str:
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
     if origin is typing.Literal:
         return "|".join(str(argument) for argument in arguments)
     if origin in (typing.Union, types.UnionType):
-        names = ("null" if argument is type(None) else _type_name(argument) for argument in arguments)
+        names = ("null" if argument is type(None) else type_name(argument) for argument in arguments)
         return "|".join(names)
     if origin in (tuple, list):
-        return f"list of {_type_name(arguments[0])}" if arguments else "list"
+        return f"list of {type_name(arguments[0])}" if arguments else "list"
     if origin is typing.Annotated:
-        return _type_name(arguments[0])
+        return type_name(arguments[0])
     if isinstance(annotation, type) and issubclass(annotation, Settings):
         return "{" + ", ".join(annotation.model_fields) + "}"
     return {"str": "text", "int": "integer", "float": "number", "bool": "true|false"}.get(

@@ -124,12 +124,21 @@ def _read(text: str, instead: Callable[[Node], str | None]) -> Any:
         finally:
             loader.dispose()
     except yaml.YAMLError as error:
-        raise YamlTextError(str(error)) from error
+        raise YamlTextError(_in_one_line(error)) from error
     except YamlTextError:
         raise
     except (ValueError, OverflowError, TypeError, LookupError, RecursionError) as error:  # of PyYAML's constructors
         raise YamlTextError(f"a value in it is none that can be read ({type(error).__name__}: {error})") from error
     return _plain(value)
+
+
+def _in_one_line(error: yaml.YAMLError) -> str:
+    """What PyYAML says, without the picture of the place that it draws."""
+    if not isinstance(error, yaml.MarkedYAMLError):
+        return " ".join(str(error).split())
+    mark = error.problem_mark or error.context_mark
+    where = f" (line {mark.line + 1}, column {mark.column + 1})" if mark else ""
+    return ", ".join(text for text in (error.context, error.problem) if text) + where
 
 
 def _count(node: Node, known: dict[int, int]) -> int:

@@ -183,7 +183,8 @@ def read_manifest(folder: Folder, name: str = MANIFEST) -> dict[str, Any]:
     path = f"{folder}/{name}"
     if folder.size(name) is None:
         if folder.local is not None and not folder.local.is_dir():
-            raise CorpusError(f"no corpus at {folder}: there is no such folder")
+            what = "that is a file" if folder.local.exists() else "there is no such folder"
+            raise CorpusError(f"no corpus at {folder}: {what}")
         advice = (
             "make one with `python data_prep/shard.py SOURCE DESTINATION`"
             if folder.size(PLAN) is None

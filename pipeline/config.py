@@ -8,15 +8,23 @@ import re
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, Field, PositiveInt, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, PositiveInt, model_validator
 
 from cluster.settings import Settings, SettingsError, refuse_unread
 from pipeline.data_config import DataSettings
 from pipeline.model_config import ModelSettings, Probability
 
 _UNITS = ("steps", "epochs", "images")
+MOST_SECONDS = 10**9
 _LONGEST_DURATION, _LARGEST_DURATION = 60, 1e15
 """Characters of a duration, and its number."""
+
+
+def _says_unit(value: object) -> object:
+    """Refuse a number of nothing, with what it may have meant."""
+    if type(value) in (int, float) and 0 < value < _LARGEST_DURATION:  # type: ignore[operator]
+        raise ValueError(f'{value} of what? Write "{value} epochs", "{value} steps" or "{value} images"')
+    return value
 
 
 def _check_duration(text: str) -> str:
@@ -44,10 +52,10 @@ def _check_length(text: str) -> str:
     return text
 
 
-Duration = Annotated[str, AfterValidator(_check_duration)]
+Duration = Annotated[str, BeforeValidator(_says_unit), AfterValidator(_check_duration)]
 """A length of training in steps, epochs or images: "10k steps", "90 epochs", "300M images"."""
 
-Length = Annotated[str, AfterValidator(_check_length)]
+Length = Annotated[str, BeforeValidator(_says_unit), AfterValidator(_check_length)]
 """A `Duration` that is not 0."""
 
 
@@ -66,7 +74,7 @@ def _check_piece(text: str) -> str:
     return text
 
 
-Piece = Annotated[str, AfterValidator(_check_piece)]
+Piece = Annotated[str, BeforeValidator(_says_unit), AfterValidator(_check_piece)]
 """A part of a run: a `Duration`, or a share of the run ("5 %")."""
 
 
@@ -124,9 +132,16 @@ def seconds_of(text: str) -> float:
     seconds = (
         sum(float(number) * _SECONDS[unit] for (number, _), unit in zip(pieces, units, strict=True)) if known else 0
     )
-    if not seconds:
-        raise ValueError(f'{text!r} is not a time: write "11 h 30 min", "90 min", "45 s" or "2 d"')
+    if not 0 < seconds <= MOST_SECONDS:
+        shown = repr(text[:_LONGEST_DURATION])
+        raise ValueError(f'{shown} is not a time: write "11 h 30 min", "90 min", "45 s" or "2 d"')
     return seconds
+
+
+def _says_time_unit(value: object) -> object:
+    if type(value) in (int, float):
+        raise ValueError(f'{value} of what? Write "{value} h", "{value} min" or "{value} s"')
+    return value
 
 
 def _check_time(text: str) -> str:
@@ -137,14 +152,24 @@ def _check_time(text: str) -> str:
 RECIPES = Path(__file__).parent / "recipes"
 """The shipped recipes, in a folder for each stage."""
 
-TimeSpan = Annotated[str, AfterValidator(_check_time)]
+TimeSpan = Annotated[str, BeforeValidator(_says_time_unit), AfterValidator(_check_time)]
 """Hours, minutes and the like: "11 h 30 min"."""
 Batch = Annotated[int, Field(gt=0, le=1 << 24)]
 """Images; with the bound, what goes through its divisors does not take for ever."""
-MOST_SECONDS = 10**9
 Seconds = Annotated[int, Field(gt=0, le=MOST_SECONDS)]
 Ranks = Annotated[int, Field(gt=0, lt=1_000_000)]
 Momentum = Annotated[float, Field(ge=0, lt=1)]
+
+
+def _check_run_name(name: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
+        would_do = re.sub(r"[^A-Za-z0-9._-]+", "-", name[:60]).strip("-._")
+        advice = f", such as {would_do}" if would_do else ""
+        raise ValueError(
+            f"{name[:60]!r} cannot be a run's name, which is a folder's: letters, digits, '.', '-' and '_' would do, a "
+            f"letter or digit first{advice}"
+        )
+    return name
 
 
 class LossSettings(Settings):
@@ -169,15 +194,15 @@ class OptimizerSettings(Settings):
 
     kind: Literal["adamw", "sgd"] = "adamw"
     """AdamW with decoupled weight decay, or SGD with momentum."""
-    learning_rate: Annotated[float, Field(gt=0)] = 1e-3
+    learning_rate: Annotated[float, Field(gt=0, le=1e3)] = 1e-3
     """Peak learning rate, reached at the end of the warm-up."""
     betas: tuple[Momentum, Momentum] = (0.9, 0.999)
     """AdamW's decay rates of the two moments."""
-    eps: Annotated[float, Field(gt=0)] = 1e-8
+    eps: Annotated[float, Field(gt=0, le=1)] = 1e-8
     """AdamW's epsilon."""
     momentum: Momentum = 0.9
     """SGD's momentum."""
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    weight_decay: Annotated[float, Field(ge=0, le=1e6)] = 0.0
     """Decay of the kernels (never of biases, norms, tokens or position embedding), times the learning rate."""
     schedule: Literal["linear", "cosine", "rsqrt", "constant"] = "cosine"
     """Course of the learning rate after the warm-up: to final_learning_rate, or rsqrt with a cooldown to it."""
@@ -189,7 +214,7 @@ class OptimizerSettings(Settings):
     """Length of the linear fall to final_learning_rate at the end of rsqrt or constant; also a share of the run."""
     final_learning_rate: Annotated[float, Field(ge=0)] = 0.0
     """Learning rate at the end."""
-    gradient_clipping: Annotated[float, Field(ge=0)] = 1.0
+    gradient_clipping: Annotated[float, Field(ge=0, le=1e30)] = 1.0
     """Largest global norm of the gradient; 0 turns clipping off."""
 
     @model_validator(mode="after")
@@ -198,6 +223,12 @@ class OptimizerSettings(Settings):
             raise SettingsError(
                 f"optimizer.final_learning_rate = {self.final_learning_rate} is above "
                 f"optimizer.learning_rate = {self.learning_rate}, the peak"
+            )
+        if self.learning_rate * self.weight_decay >= 1:
+            raise SettingsError(
+                f"optimizer.learning_rate = {self.learning_rate:g} times optimizer.weight_decay = "
+                f"{self.weight_decay:g} is {self.learning_rate * self.weight_decay:.3g}, the share of itself that a "
+                "weight loses in a step: nothing would be left of it. Recipes have 1e-5 to 1e-3"
             )
         refuse_unread(self, "optimizer", "kind", self.kind == "adamw", ("betas", "eps"))
         refuse_unread(self, "optimizer", "kind", self.kind == "sgd", ("momentum",))
@@ -270,13 +301,13 @@ class LogSettings(Settings):
 class RunSettings(Settings):
     """Where the run lives and what it runs on."""
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    name: Annotated[str, AfterValidator(_check_run_name)]
     """Folder of the run under HOME/runs: letters, digits, dot, dash and underscore. The same name resumes."""
     home: str = ""
     """Folder of runs, tracking database and artifacts. Empty: $VITFORGE_HOME, else ~/vitforge."""
     workers: Ranks | WorkerRange | None = None
     """Ranks, or fewest and most of them ("4-16": as many as there is room for). Null: every GPU, or 1 without one."""
-    cpus_per_worker: PositiveInt | None = None
+    cpus_per_worker: Annotated[int, Field(gt=0, le=4096)] | None = None
     """Ray's logical CPUs a rank; null shares the cluster's among the ranks."""
     max_failures: Annotated[int, Field(ge=0)] = 3
     """Crashes in a row, without a new checkpoint between them, that Ray starts the ranks again after."""
@@ -313,7 +344,7 @@ class HealthSettings(Settings):
 
     nonfinite: Literal["stop", "skip"] = "stop"
     """A loss or gradient that is not finite: stop, or go back to the last checkpoint and on without that batch."""
-    spike_factor: Annotated[float, Field(gt=1)] | None = None
+    spike_factor: Annotated[float, Field(gt=1, le=1e9)] | None = None
     """A loss so many times its median over the last 200 steps is a spike; null looks for none."""
     spike: Literal["stop", "skip"] = "skip"
     """What is done about a spike; as nonfinite."""
@@ -427,7 +458,7 @@ class EvaluateSettings(Settings):
     """What shards from s3:// may take on a node, in $VITFORGE_CACHE or ~/.cache/vitforge; at most 80 % of the disk."""
     workers: Ranks | None = None
     """Ranks; null takes every GPU of the cluster, or 1 where there is none."""
-    cpus_per_worker: PositiveInt | None = None
+    cpus_per_worker: Annotated[int, Field(gt=0, le=4096)] | None = None
     """Ray's logical CPUs a rank; null shares the cluster's among the ranks."""
     max_failures: Annotated[int, Field(ge=0)] = 1
     """Crashes of the ranks after which Ray starts them again."""

@@ -12,6 +12,7 @@ from data_prep.checked_rows import Checks
 from data_prep.corpus import Corpus
 from data_prep.mixture import MixedOrder, Mixture
 from data_prep.shard_cache import ShardCache
+from data_prep.target_weights import check_weights
 from pipeline.data_config import DataSettings
 
 WINDOW_BYTES = 8 * 10**9
@@ -28,7 +29,8 @@ def open_corpora(
         check, checks: see `Corpus.open`.
 
     Raises:
-        ValueError: one of them is missing or damaged, or their classes differ.
+        ValueError: one of them is missing or damaged, or their classes differ; with `check="content"`, a label has a
+            weight that no target can have.
     """
 
     def opened(place: str, key: str) -> Corpus:
@@ -44,6 +46,8 @@ def open_corpora(
         weights = [Fraction(repr(part.weight)) for part in data.mixture]
         names = [part.name or own.name for part, own in zip(data.mixture, parts, strict=True)]
         corpus = Mixture(parts, weights, data.mixture_classes, names)
+    if check == "content":
+        check_weights(corpus)
     if data.heldout is None:
         return corpus, None
     heldout = opened(data.heldout, "data.heldout")
@@ -60,7 +64,10 @@ def open_corpora(
             f"({len(heldout.classes)}: {some(heldout.classes)}; not {len(corpus.classes)}: {some(corpus.classes)}): "
             "shard both from the same class names"
         )
-    return corpus, Mixture([heldout], known=corpus.classes)
+    scored = Mixture([heldout], known=corpus.classes)
+    if check == "content":
+        check_weights(scored)
+    return corpus, scored
 
 
 def checks_of(*mixtures: Mixture | None) -> Checks:

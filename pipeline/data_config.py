@@ -7,7 +7,8 @@ from pydantic import Field, model_validator
 
 from cluster.settings import Settings, SettingsError, refuse_unread, since
 
-Triple = tuple[float, float, float]
+_Color = Annotated[float, Field(ge=-1e6, le=1e6)]
+Triple = tuple[_Color, _Color, _Color]
 
 
 class RandAugmentSettings(Settings):
@@ -66,9 +67,9 @@ class AugmentSettings(Settings):
     """Smallest and largest share of the image that random erasing takes (timm's recipes: 0.02 to 0.3333)."""
     erasing_aspect: tuple[float, float] = (0.3, 3.3333333333)
     """Smallest and largest aspect ratio (height over width) of the erased rectangle."""
-    mixup: Annotated[float, Field(ge=0)] = 0.0
+    mixup: Annotated[float, Field(ge=0, le=1000)] = 0.0
     """Mixup (arXiv 1710.09412): both parameters of the Beta distribution of the mixing weight; 0 is none."""
-    cutmix: Annotated[float, Field(ge=0)] = 0.0
+    cutmix: Annotated[float, Field(ge=0, le=1000)] = 0.0
     """CutMix (arXiv 1905.04899): the same for the share of the image that stays; with mixup, half of the steps each."""
 
     @property
@@ -86,8 +87,9 @@ class AugmentSettings(Settings):
         for name in ("crop_area", "crop_aspect", "erasing_area", "erasing_aspect"):
             low, high = getattr(self, name)
             share = name.endswith("area")
-            if not 0 < low <= high or (share and high > 1):
-                bound = " <= 1" if share else ""
+            most = 1 if share else 1000
+            if not 0 < low <= high <= most:
+                bound = f" <= {most}"
                 raise SettingsError(
                     f"data.augment.{name} = [{low}, {high}] must be two numbers with 0 < least <= most{bound}"
                 )

@@ -30,6 +30,8 @@ from cluster.settings import SettingsError, parse_command
 from cluster.storage import read_json, write_json
 from data_prep.checked_rows import Checks
 from data_prep.corpus import Corpus
+from data_prep.mixture import Mixture
+from data_prep.target_weights import check_weights
 from models.vit import VisionTransformer
 from models.weights import load_into
 from pipeline import decoder_choice, packages, tracking, workers
@@ -114,7 +116,7 @@ def main() -> None:
         EvaluateSettings, prog="pipeline/evaluate.py", description=__doc__ or "", positionals=("model", "corpus")
     )
     corpus = Corpus.open(absolute_path(settings.corpus, "corpus"), cache_bytes=round(settings.cache_gb * 1e9))
-    home = home_folder(settings.home)
+    home = home_folder(settings.home, "home")
     uri = tracking.connect(home)
     package = packages.load_package(settings.model)
     names = corpus.names
@@ -126,6 +128,7 @@ def main() -> None:
         )
     if package.activation == "softmax" and corpus.label_kind == "multi":
         raise SettingsError(f"{package.uri} gives one class an image (softmax), {corpus} has many labels an image")
+    check_weights(Mixture.of(corpus))
     settings = settings.model_copy(update={"corpus": corpus.place})
     with temporary_folder("evaluate", home / "tmp") as scratch:  # every node sees it
         result = str(scratch / "scores.json")

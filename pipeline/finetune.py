@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING
 from cluster.command import log, run_command
 from cluster.settings import SettingsError, parse_command
 from pipeline.config import RECIPES, FinetuneSettings
-from pipeline.proportions import check_proportions, may_have_begun
+from pipeline.proportions import check_model_size, check_proportions, may_have_begun
 from pipeline.registry_names import check_names
 
 if TYPE_CHECKING:
@@ -122,6 +122,7 @@ def main() -> None:
         colors = (parent.preprocessing.mean, parent.preprocessing.std)
         settings = _prepared(settings, corpus, heldout, colors)
         config = architecture(settings, parent.config, len(corpus.classes))
+        check_model_size(config)
         _say_changes(parent, config, corpus)
         weights = adapt_for_finetuning(
             parent.state,

@@ -27,6 +27,7 @@ from data_prep.image_check import UnusableImage, check_image
 from data_prep.mixture import MixedOrder, Mixture
 from data_prep.order import OF_SLOTS, Permutation
 from data_prep.shard_cache import PLANNED
+from data_prep.target_weights import check_batch_weights
 from models.preprocess import Preprocessing
 from pipeline import augment, decoding, pixels, workers
 from pipeline.corpora import check_cache, shuffle_windows
@@ -129,6 +130,8 @@ class _Loader:
                         graph = self._start_at(index)
                     contents = self._under_way.pop(index)
                     rows, classes, weights = self.corpus.labels_of(contents.ids)
+                    if self.corpus.label_kind == "multi":
+                        check_batch_weights(self.corpus, contents.ids, rows, classes, weights)
                     made = Batch(self._take(batch, contents), contents.ids, rows, classes, weights, contents.real)
                     if not put((made, contents.bad)):
                         return

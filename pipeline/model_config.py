@@ -38,7 +38,7 @@ class ModelSettings(Settings):
     """Stochastic depth: chance of skipping the last block, growing linearly from 0 at the first."""
     position_init: Literal["paper", "big_vision"] = "paper"
     """Standard deviation of the initial position embedding: 0.02 (paper), or 1 / sqrt(width) (big_vision)."""
-    head_bias: float | None = None
+    head_bias: Annotated[float, Field(ge=-1000, le=1000)] | None = None
     """Initial bias of the head. Null: 0 with softmax, -10 with sigmoid, as ImageNet-21k wants."""
 
     @classmethod

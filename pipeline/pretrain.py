@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING
 from cluster.command import run_command
 from cluster.settings import SettingsError, parse_command
 from pipeline.config import RECIPES, PretrainSettings
-from pipeline.proportions import check_proportions, may_have_begun, say_few_patches
+from pipeline.proportions import check_model_size, check_proportions, may_have_begun, say_few_patches
 from pipeline.registry_names import check_names
 
 if TYPE_CHECKING:
@@ -79,6 +79,7 @@ def main() -> None:
 
     settings = resumed_settings(settings)
     model = architecture(settings, num_classes=2)  # what is wrong with the model does not need the corpus to show
+    check_model_size(model)
     say_few_patches(model.image_size, model.patch_size)
     corpus, heldout = open_corpora(settings.data)
     data = with_places(settings.data, corpus, heldout).model_copy(

@@ -31,10 +31,13 @@ class Schedule:
         self.warmup, self.timescale = steps(settings.warmup), steps(settings.timescale)
         self.cooldown = steps(settings.cooldown) if settings.schedule in ("rsqrt", "constant") else 0
         if self.warmup + self.cooldown > total:
+            parts = [("warmup", settings.warmup, self.warmup), ("cooldown", settings.cooldown, self.cooldown)]
+            named = " and ".join(
+                f"optimizer.{name} = {text!r} ({steps:,} steps)" for name, text, steps in parts if steps
+            )
             raise SettingsError(
-                f"optimizer.warmup = {settings.warmup!r} ({self.warmup:,} steps) and optimizer.cooldown = "
-                f"{settings.cooldown!r} ({self.cooldown:,} steps) do not fit into training.duration, {total:,} steps "
-                f'of {global_batch} images: shorten them (optimizer.warmup="5 %" is a share of any run) or train longer'
+                f"{named}: so many do not fit into training.duration, {total:,} steps of {global_batch} images. "
+                'Shorten that (optimizer.warmup="5 %" is a share of any run), or train longer'
             )
 
     def __call__(self, step: int) -> float:

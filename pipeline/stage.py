@@ -14,7 +14,8 @@ from typing import Any
 
 import torch
 
-from cluster.command import absolute_path, home_path, log
+from cluster import storage
+from cluster.command import absolute_path, check_folder, home_path, log
 from cluster.folders import Folder, at_hand, folder_at
 from cluster.launch_environment import leads, under_torchrun
 from cluster.lease import Lease
@@ -52,6 +53,9 @@ _WITHOUT_RECORD = {
 """What may be in a run's folder that has lost its run.json, or never had one: that is the first to be written."""
 
 
+_MOST_EPOCHS_A_STEP = 10
+"""A step of more images than the corpus has learns nothing from the others; so many times as many are a mistake."""
+
 Colors = tuple[float, float, float]
 
 
@@ -72,21 +76,27 @@ class Start:
     """Of the indices of the corpora, as they were when they were looked at (data_prep/checked_rows.py)."""
 
 
-def home_folder(home: str) -> Path:
+def home_folder(home: str, key: str = "run.home") -> Path:
     """The folder of the tracking database and artifacts: on this machine, also where the runs are on an object store.
 
+    Args:
+        home: as it was set; empty takes VITFORGE_HOME.
+        key: the setting, for messages.
+
     Raises:
-        ValueError: a relative path inside a submitted job, a URL in VITFORGE_HOME, or a folder that MLflow can keep no
-            database in.
+        ValueError: a relative path inside a submitted job, a URL in VITFORGE_HOME, a place where no folder can be, or
+            where MLflow can keep no database.
     """
     if home and "://" not in home:
-        folder = Path(absolute_path(home, "run.home"))
+        folder = Path(absolute_path(home, key))
+        check_folder(folder, key)
     else:
         path = home_path()
         if "://" in path:
             advice = f"give run.home={path} for the runs alone"
             raise SettingsError(f"VITFORGE_HOME = {path!r}: MLflow needs a folder; {advice}")
         folder = Path(path)
+        check_folder(folder, "VITFORGE_HOME")
     if not os.environ.get("MLFLOW_TRACKING_URI"):
         tracking.database_uri(folder)  # refused now if MLflow cannot keep one there
     return folder
@@ -110,6 +120,11 @@ def check_stage(settings: StageSettings, corpus: Mixture) -> None:
     """
     if settings.loss.kind == "softmax" and corpus.label_kind == "multi":
         raise SettingsError(f"loss.kind = 'softmax', but {corpus} has many labels an image: use loss.kind=sigmoid")
+    if len(corpus.classes) == 1 and (settings.loss.kind == "softmax" or corpus.label_kind == "single"):
+        raise SettingsError(
+            f"{corpus} has one class, {corpus.names[0]!r}: every image is of it, and there is nothing to learn. Shard "
+            "images of several classes: a folder for each with their parent as the source, or a table of labels"
+        )
     total = duration_in_steps(settings.training.duration, settings.training.global_batch, corpus.num_samples)
     Schedule(settings.optimizer, total, settings.training.global_batch, corpus.num_samples)
     if settings.run.worker_bounds is not None:
@@ -125,6 +140,12 @@ def check_stage(settings: StageSettings, corpus: Mixture) -> None:
             corpus,
             some(empty),
         )
+    if settings.training.global_batch > _MOST_EPOCHS_A_STEP * corpus.num_samples:
+        raise SettingsError(
+            f"training.global_batch = {settings.training.global_batch:,} is "
+            f"{settings.training.global_batch / corpus.num_samples:,.0f} times the {corpus.num_samples:,} images of "
+            f"{corpus}: every step would go through all of them so often. Set it to at most {corpus.num_samples:,}"
+        )
     if settings.training.global_batch > corpus.num_samples:
         log.warning(
             "training.global_batch = %d is more than the %d images of the corpus: some come twice in a step",
@@ -137,8 +158,15 @@ def resumed_settings(settings: Stage) -> Stage:
     """The settings as a run goes on with them, where it has a checkpoint: what nobody gave is as it was then.
 
     Raises:
+        ValueError: checkpoint.scratch can be no folder of this machine.
         SettingsError: the run has not begun, and they make no sense together; or none of its checkpoints is whole.
     """
+    if scratch := settings.checkpoint.scratch:
+        scratch = str(storage.local_path(absolute_path(scratch, "checkpoint.scratch"), "checkpoint.scratch"))
+        check_folder(Path(scratch), "checkpoint.scratch")
+        settings = settings.model_copy(
+            update={"checkpoint": settings.checkpoint.model_copy(update={"scratch": scratch})}
+        )
     newest = checkpoints.newest(run_folder(settings.run).child("checkpoints"))
     if newest is None:
         check_proportions(settings)

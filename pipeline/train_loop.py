@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
 
-from cluster.command import duration, log, set_up_logging
+from cluster.command import Progress, duration, log, set_up_logging
 from cluster.folders import Folder, at_hand
 from cluster.redact import cleaned
 from data_prep.checked_rows import Checks
@@ -65,6 +65,8 @@ from pipeline.schedules import Schedule
 from pipeline.scoring import score
 from pipeline.stopping import Control
 
+_LONG_STEP_S = 15.0
+"""Seconds between words about how far a single step is."""
 _SLOW_STORAGE = 50e6
 """Bytes/s that a rank brings to the run's folder at least, as long as nothing was measured."""
 
@@ -334,6 +336,7 @@ def _train(job: Job, worker: workers.Worker, oversight: Oversight) -> bool:
             window = window_of(step, skipped)
             mixing = augment.draw_mixing(data.augment, training.seed, window, data.image_size, data.rules)
             set_learning_rate(engine, rate_of(step), averaging_decay(training.ema, step))
+            long_step = Progress(training.global_batch, "images", f"step {step + 1}", every=_LONG_STEP_S)
             for _ in range(plan.accumulation):
                 oversight.at("first step" if step == began else "waiting for data", step + 1)
                 with meter.waiting():
@@ -356,6 +359,7 @@ def _train(job: Job, worker: workers.Worker, oversight: Oversight) -> bool:
                 engine.backward(loss)
                 norm = reduce_and_update(engine, measure=logged or saves)
                 losses.append(loss.detach())
+                long_step.update(plan.micro_batch * worker.world_size)
             mean = torch.stack(losses[-plan.accumulation :]).mean()
             health.took(step + 1, window, np.concatenate(step_ids), mean, nonfinite_flag(engine))
             if record:

@@ -12,11 +12,10 @@ from numpy.typing import NDArray
 from cluster.command import log
 from cluster.storage import StorageError, parse_json
 from data_prep.columns import Labels
+from data_prep.label_numbers import class_number, number_of
 from data_prep.listing import Listing, SourceError
 
 _NUMBER = re.compile("0|[1-9][0-9]{0,8}")
-_LARGEST = 1_000_000
-"""Class number in a table."""
 
 
 def read_words(path: Path, classes: Sequence[str]) -> list[str]:
@@ -28,7 +27,11 @@ def read_words(path: Path, classes: Sequence[str]) -> list[str]:
         SourceError: unreadable, a line of another form, or none of the classes is in it.
     """
     if path.suffix == ".json":
-        words = {name: description for name, description in _read_class_index(path, "words") if description}
+        entries = _read_class_index(path, "words")
+        numbers = numbers_of(classes, [name for name, _ in entries])
+        if numbers is not None and max(numbers) < len(entries):
+            return [entries[number][1] or entries[number][0] for number in numbers]
+        words = {name: description for name, description in entries if description}
     else:
         words = dict(_pairs(path, "words", "CLASS<tab>NAMES"))
     if not any(name in words for name in classes):
@@ -40,7 +43,7 @@ def read_classes(path: Path) -> tuple[list[str], list[str] | None]:
     """Names and descriptions (None if it has none) of classes, in the order of their numbers.
 
     The file has lines `NAME` or `NAME<tab>DESCRIPTION`, or is a JSON class index: a list of names, or an object
-    {"0": ["n01440764", "tench"], ...} or {"0": "tench", ...}.
+    {"0": ["n01440764", "tench"], ...} or {"0": "tench", ...}, where numbers that it leaves out are named by themselves.
 
     Raises:
         SourceError: unreadable, empty, a name is missing or stands twice.
@@ -76,11 +79,12 @@ def _read_class_index(path: Path, key: str) -> list[tuple[str, str]]:
         return [(name, "") for name in value]
     if not isinstance(value, dict) or not value:
         raise SourceError(f"{key} = {path} is no class index: a list of names, or an object of numbers and names")
-    if all(name.isdigit() for name in value):
-        numbers = sorted(map(int, value))
-        if numbers != list(range(len(numbers))):
-            raise SourceError(f"{key} = {path}: its numbers are not 0 to {len(numbers) - 1}, each once")
-        return [_class_of(value[str(number)], path, key) for number in numbers]
+    if all(map(_NUMBER.fullmatch, value)):
+        known = {int(number): _class_of(entry, path, key) for number, entry in value.items()}
+        if len(known) < len(value) or max(known) >= 10 * len(known) + 10:
+            raise SourceError(f"{key} = {path}: its numbers are not those of classes, 0, 1, 2, ..., each once")
+        # from 1 on, or with gaps: numbers without a name are called by themselves
+        return [known.get(number, (str(number), "")) for number in range(max(known) + 1)]
     return [(name, str(description)) for name, description in value.items()]
 
 
@@ -117,15 +121,63 @@ def relabel(listing: Listing, path: Path) -> Listing:
     )  # fmt: skip
 
 
-def numbers_as_names(labels: Sequence[str]) -> list[str] | None:
-    """Names "0" ... "max" of classes where all labels of a source are class numbers; None where they are names.
+def by_value(listing: Listing) -> Listing:
+    """Where all classes of a listing are called by numbers, these in the order of their values: 2 before 10."""
+    values = [number_of(name) for name in listing.classes]
+    known = [value for value in values if value is not None]
+    if len(known) < len(values):
+        return listing
+    order = sorted(range(len(known)), key=lambda number: (known[number], listing.classes[number]))
+    if order == list(range(len(order))):
+        return listing
+    log.info("the classes of %s are numbers: they are in the order of their values", listing.place)
+    mapping = np.empty(len(order), np.int64)
+    mapping[order] = np.arange(len(order))
+    classes = [listing.classes[number] for number in order]
+    return replace(listing, classes=classes, labels=_mapped(listing.labels, mapping))
 
-    Numbers with leading zeros are names, and so are those beyond any list of classes: identifiers.
-    """
-    if not all(_NUMBER.fullmatch(label) for label in labels):
+
+def numbers_of(classes: Sequence[str], names: Sequence[str]) -> list[int] | None:
+    """The numbers that classes are called by, where these are to be looked up in a list of names; None for names."""
+    numbers = [class_number(name) for name in classes]
+    known = [number for number in numbers if number is not None]
+    if not classes or len(known) < len(numbers) or len(set(known)) < len(known) or not set(names).isdisjoint(classes):
         return None
-    largest = max(map(int, labels), default=-1)
-    return [str(number) for number in range(largest + 1)] if largest <= _LARGEST else None
+    return known
+
+
+def named_by_number(
+    listing: Listing, numbers: Sequence[int], classes: Sequence[str], descriptions: Sequence[str] | None, key: str
+) -> Listing:
+    """Give classes that are called by numbers the names that a list has in these places.
+
+    Raises:
+        SourceError: there are fewer names than numbers.
+    """
+    if max(numbers) >= len(classes):
+        hint = ""
+        if min(numbers) == 1 and max(numbers) == len(classes):
+            hint = ': its lines are 0, 1, 2, ...; where they are 1, 2, 3, ..., give a JSON file {"1": "NAME", ...}'
+        raise SourceError(
+            f"{key}: {len(classes)} names for class numbers up to {max(numbers)} in {listing.place}{hint}"
+        )
+    images = np.bincount(_classes_in(listing), minlength=len(listing.classes))
+    used = {number for number, count in zip(numbers, images.tolist(), strict=True) if count}
+    # a number that the list has no name for, and the source no image of, is no class
+    kept = [number for number, name in enumerate(classes) if number in used or name != str(number)]
+    places = {number: place for place, number in enumerate(kept)}
+    mapping = np.array([places.get(number, -1) for number in numbers], np.int64)
+    return replace(
+        listing,
+        classes=[classes[number] for number in kept],
+        class_descriptions=[descriptions[number] for number in kept] if descriptions else None,
+        labels=_mapped(listing.labels, mapping),
+    )
+
+
+def _classes_in(listing: Listing) -> NDArray[np.int64]:
+    labels = listing.labels
+    return (labels.rows["class"] if isinstance(labels, Labels) else labels).astype(np.int64)
 
 
 def put_in_order(listing: Listing, classes: Sequence[str], descriptions: Sequence[str] | None, key: str) -> Listing:

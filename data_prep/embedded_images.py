@@ -10,7 +10,7 @@ import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -20,13 +20,14 @@ from numpy.typing import NDArray
 from cluster.command import Progress, log
 from cluster.folders import Folder
 from cluster.storage import write_fully
-from data_prep.class_names import numbers_as_names
-from data_prep.columns import LABEL_DTYPE, Labels, Strings
+from data_prep.arrow_columns import is_bytes, label_lists, plain
+from data_prep.columns import Strings
 from data_prep.corpus_jobs import LAID_DOWN_FILES, mark_working_folder, run_tasks
 from data_prep.listing import Listing, SourceError
 from data_prep.source_reader import Stream, StreamImages
-from data_prep.table_files import Columns, TableFile, label_lists, parquet_batches
-from data_prep.table_labels import checked_order, numbers_among, say_chosen
+from data_prep.table_files import parquet_batches
+from data_prep.table_format import Columns, TableFile
+from data_prep.table_labels import NO_LABEL, LabelOptions, Place, RawLabels, read_labels
 
 _ROWS = 256
 _PARTS = "parts.json"
@@ -85,8 +86,9 @@ def lay_down_dataset(dataset: Any, columns: Columns, folder: Folder) -> list[str
         ("label", columns.label),
         ("weight", columns.weight),
         ("name", columns.path),
+        *(("label_columns", name) for name in columns.indicators),
     ):
-        if column is not None and column not in names:
+        if column and column not in names:
             raise SourceError(f"{key} = {column!r}: the dataset has no such column, it has {', '.join(names)}")
 
     def lay_down(batch: pa.Table) -> pa.Table:
@@ -102,13 +104,18 @@ def lay_down_dataset(dataset: Any, columns: Columns, folder: Folder) -> list[str
 
 
 def list_laid_down(
-    folder: Folder, parts: Sequence[str], place: str, names: Sequence[str] | None, many: bool | None
+    folder: Folder,
+    parts: Sequence[str],
+    place: str,
+    columns: Columns,
+    names: Sequence[str] | None,
+    options: LabelOptions,
 ) -> Listing:
     """List what was laid down.
 
     Args:
+        columns: that it was laid down by.
         names: of the classes where the labels are numbers of them, or None.
-        many: whether each image has many labels; None to tell from the labels.
 
     Raises:
         SourceError: there is no image, a label is no number where names are given, has no name, stands twice beside
@@ -117,49 +124,33 @@ def list_laid_down(
     loaded = [_load(folder, part) for part in parts]
     images = Strings.join([Strings(part["names"], part["name_pointers"]) for part in loaded])
     sizes = np.concatenate([part["sizes"] for part in loaded])
-    left_out = [
-        (images[row].decode("utf-8", "backslashreplace"), "no image in this row")
-        for row in np.flatnonzero(sizes == 0).tolist()
-    ]
+
+    def name(row: int) -> str:
+        return images[row].decode("utf-8", "backslashreplace")
+
+    left_out = [(name(row), "no image in this row") for row in np.flatnonzero(sizes == 0).tolist()]
     if not (sizes > 0).any():
         raise SourceError(f"{place} has no image: {len(sizes)} rows")
     counts = np.concatenate([part["counts"] for part in loaded])
     labels = Strings.join([Strings(part["labels"], part["label_pointers"]) for part in loaded])
     weights = np.concatenate([part["weights"] for part in loaded])
     texts = [labels[row].decode() for row in range(len(labels))]
-    found = sorted(set(texts))
-    if not found:
-        raise SourceError(f"{place} gives no image a label")
-    if names is None:
-        names = numbers_as_names(found)
-    known = {text: number for number, text in enumerate(found)}
-    numbers = np.array([known[text] for text in texts], np.int64)
-    if names is not None:
-        numbers = numbers_among(found, names, place)[numbers]
-    classes = found if names is None else list(names)
-    rows = np.repeat(np.arange(len(counts)), counts)
-
-    def complain(label: int, what: str) -> NoReturn:
-        image = images[int(rows[label])].decode("utf-8", "backslashreplace")
-        raise SourceError(f"{place}: label {texts[label]!r} of {image!r} {what}")
-
-    order = checked_order(rows, numbers, weights, texts.index("") if "" in known else None, complain)
-    if many is None:
-        many = bool((counts != 1).any()) or bool((weights != 1).any())
-        say_chosen(many, place)
-    if many:
-        table = np.empty(len(numbers), LABEL_DTYPE)
-        table["class"], table["weight"] = numbers[order], weights[order]
-        column: NDArray[np.int32] | Labels = Labels(table, np.concatenate([[0], np.cumsum(counts)]))
-    elif (counts != 1).any():
-        raise SourceError(f"{place}: {images[int(np.flatnonzero(counts != 1)[0])]!r} has not one label")
-    else:
-        column = numbers.astype(np.int32)
+    different = sorted(set(texts))
+    known = {text: number for number, text in enumerate(different)}
+    are_weighted = options.labels_per_image == "many" or bool((weights != 1).any())
+    raw = RawLabels(
+        np.repeat(np.arange(len(counts)), counts), np.array([known[text] for text in texts], np.int64), weights,
+        different, any(bool(part["are_cells"]) for part in loaded), are_weighted,
+    )  # fmt: skip
+    found = read_labels(raw, len(counts), names, options, Place(place, columns.label, lambda label: place, name))
+    column = found.labels
+    without = [row for row in found.without.tolist() if sizes[row]]
+    left_out += [(name(row), NO_LABEL) for row in without]
     which = np.repeat(np.arange(len(loaded), dtype=np.int32), [len(part["sizes"]) for part in loaded])
     offsets = np.concatenate([part["offsets"] for part in loaded])
     checks = np.concatenate([part["checks"] for part in loaded])
     listing = Listing(
-        "table with images", place, classes, images, sizes,
+        "table with images", place, found.classes, images, sizes,
         StreamImages(folder, tuple(Stream(f"{part}.bytes") for part in parts), which, offsets), column,
     )  # fmt: skip
 
@@ -167,15 +158,14 @@ def list_laid_down(
         return images[row], int(checks[row]), column[row].tobytes()
 
     # by all that a row says: blocks of a dataset come in any order
-    keep = sorted(np.flatnonzero(sizes > 0).tolist(), key=all_it_says)
+    keep = sorted(set(np.flatnonzero(sizes > 0).tolist()) - set(without), key=all_it_says)
     return listing.take(np.array(keep, np.int64), left_out)
 
 
 def _lay_down_file(task: _FileTask) -> dict[str, Any]:
     columns = task.columns
-    names = list(dict.fromkeys(filter(None, [columns.image, columns.label, columns.weight, columns.path])))
     try:
-        batches = parquet_batches(task.file, _ROWS, names)
+        batches = parquet_batches(task.file, _ROWS, columns.names)
         size = _lay_down(batches, columns, task.folder, task.part, f"{task.file.name}/", str(task.file), task.stamp)
     except pa.ArrowException as error:  # of its columns' types
         raise SourceError(f"table {task.file} cannot be read: {error}") from error
@@ -193,15 +183,16 @@ def _lay_down(
     counts: list[NDArray[np.int64]] = []
     labels: list[bytes] = []
     weights: list[NDArray[np.float64]] = []
+    are_cells = False
     at = 0
     with folder.writing(f"{part}.bytes") as sink:
         for batch in batches:
             assert columns.image is not None
-            images, paths = _bytes_and_paths(_column(batch, columns.image), where)
+            images, paths = _bytes_and_paths(plain(batch.column(columns.image)), where)
             if columns.path is not None:
-                paths = _column(batch, columns.path).cast(pa.string()).to_pylist()
-            weight = _column(batch, columns.weight) if columns.weight else None
-            count, texts, values = label_lists(_column(batch, columns.label), weight, where)
+                paths = plain(batch.column(columns.path)).cast(pa.string()).to_pylist()
+            count, texts, values, is_cell = label_lists(batch, columns, where)
+            are_cells |= is_cell
             counts.append(count)
             labels += [text.encode() for text in texts.to_pylist()]
             weights.append(values)
@@ -226,23 +217,19 @@ def _lay_down(
         offsets=np.array(offsets, np.uint64), checks=np.array(checks, np.uint64),
         counts=np.concatenate([np.zeros(0, np.int64), *counts]), labels=label_column.content,
         label_pointers=label_column.pointers, weights=np.concatenate([np.zeros(0), *weights]), stamp=np.array(stamp),
+        are_cells=np.array(are_cells),
     )  # fmt: skip
     folder.write_bytes(f"{part}.npz", buffer.getbuffer())
     return at
-
-
-def _column(batch: Any, name: str) -> pa.Array:
-    column = batch.column(name)
-    return column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
 
 
 def _bytes_and_paths(column: pa.Array, where: str) -> tuple[Any, list[str | None]]:
     """Images as binary scalars, and their paths where the column has them (Hugging Face's {"bytes", "path"})."""
     if pa.types.is_struct(column.type) and "bytes" in {field.name for field in column.type}:
         fields = {field.name for field in column.type}
-        paths = column.field("path").cast(pa.string()).to_pylist() if "path" in fields else [None] * len(column)
-        return _bytes_and_paths(column.field("bytes"), where)[0], paths
-    if not (pa.types.is_binary(column.type) or pa.types.is_large_binary(column.type)):
+        paths = plain(column.field("path")).cast(pa.string()).to_pylist() if "path" in fields else [None] * len(column)
+        return _bytes_and_paths(plain(column.field("bytes")), where)[0], paths
+    if not is_bytes(column.type):
         raise SourceError(
             f"{where}: images must be encoded bytes (or a struct with `bytes`), not {column.type}; "
             f"ray.data.read_binary_files gives them"

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import Literal, NamedTuple, NoReturn
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -17,38 +17,35 @@ from cluster.folders import Folder, LocalFolder
 from cluster.paths import shown, why_not_inside
 from cluster.redact import address_without_credentials
 from cluster.storage import NOT_THERE, unreadable
-from data_prep.class_names import numbers_as_names
-from data_prep.columns import LABEL_DTYPE, Labels, Strings
+from data_prep.columns import Strings
 from data_prep.listing import Listing, SourceError
 from data_prep.remote_images import FetchPolicy, RemoteImages
 from data_prep.source_reader import FileImages, Images
-from data_prep.table_files import Columns, TableFile, TableRows, class_names_of, read_rows_of
-from data_prep.table_labels import checked_order, numbers_among, say_chosen
+from data_prep.table_files import class_names_of, read_rows_of, say_columns
+from data_prep.table_format import Columns, TableFile, TableRows
+from data_prep.table_labels import NO_LABEL, LabelOptions, Place, RawLabels, read_labels
 
-LabelKind = Literal["auto", "one", "many"]
 _THREADS = 16
 _CHUNK = 4096
 
 
 class _Rows(NamedTuple):
-    """A whole table: I images in the order of their paths, R rows, K labels."""
+    """A whole table: N images in the order of their paths, K labels."""
 
     paths: list[str]
-    """[I], unique, sorted by their bytes."""
-    image_of_label: NDArray[np.int64]
+    """[N], unique, sorted by their bytes."""
+    raw: RawLabels
+    row_of_label: NDArray[np.int64]
     """[K]."""
-    labels: NDArray[np.int64]
-    """Number of the class [K]."""
-    weights: NDArray[np.float64]
-    """[K]."""
-    classes: list[str]
+    lines: NDArray[np.int64]
+    """Of each row."""
 
 
 @dataclass(frozen=True)
 class TableOptions:
     """What a user may say about a table."""
 
-    labels_per_image: LabelKind = "auto"
+    labels: LabelOptions = field(default_factory=LabelOptions)
     assumed_bytes: int = 100_000
     """Of an image that must be fetched to know."""
     policy: FetchPolicy = field(default_factory=FetchPolicy)
@@ -68,24 +65,29 @@ def list_table(files: Sequence[TableFile], root: Folder, columns: Columns, optio
         SourceError: a row is wrong (with the line), or none of the images is there.
     """
     where = f"table {files[0]}" if len(files) == 1 else f"table {files[0].folder}"
+    say_columns(columns, where)
     rows = _gather(files, columns, where)
-    many = _many(rows, columns, options.labels_per_image, where)
-    names = class_names_of(files[0], columns.label) or numbers_as_names(rows.classes)
-    labels = _numbered(rows, names, many, where)
-    classes = names or rows.classes
+    place = Place(
+        where, columns.label,
+        line=lambda label: f"{where}, line {rows.lines[rows.row_of_label[label]]}",
+        image=lambda image: rows.paths[image],
+    )  # fmt: skip
+    found = read_labels(rows.raw, len(rows.paths), class_names_of(files[0], columns), options.labels, place)
     paths, sizes, images, missing = _locate(rows.paths, root, options)
-    there = np.flatnonzero(~missing)
-    left_out = tuple((paths[row], "named in the table, but there is no such file") for row in np.flatnonzero(missing))
-    if not len(there):
+    left_out = [(paths[row], "named in the table, but there is no such file") for row in np.flatnonzero(missing)]
+    if missing.all():
         raise SourceError(
             f"none of the {len(paths)} images named in {where} is in {root.url}, for example not {paths[0]!r}: "
             f"relative paths are relative to the folder given as the source (with labels=TABLE), or to the table's own"
         )
+    without = found.without[~missing[found.without]]
+    left_out += [(paths[row], NO_LABEL) for row in without]
     listing = Listing(
-        "table of images", where.removeprefix("table "), classes,
-        Strings.of([os.fsencode(path) for path in paths]), sizes, images, labels, (),
+        "table of images", where.removeprefix("table "), found.classes,
+        Strings.of([os.fsencode(path) for path in paths]), sizes, images, found.labels, (),
     )  # fmt: skip
-    return listing if not left_out else listing.take(there, left_out)
+    missing[without] = True
+    return listing if not left_out else listing.take(np.flatnonzero(~missing), left_out)
 
 
 def _gather(files: Sequence[TableFile], columns: Columns, where: str) -> _Rows:
@@ -102,24 +104,16 @@ def _gather(files: Sequence[TableFile], columns: Columns, where: str) -> _Rows:
     paths = pa.chunked_array([batch.paths for batch in batches], pa.string())
     lines = np.concatenate([batch.lines for batch in batches])
     counts = np.concatenate([batch.counts for batch in batches])
-    labels = pa.chunked_array([batch.labels for batch in batches], pa.string())
+    labels = pa.chunked_array([batch.labels.cast(pa.large_string()) for batch in batches], pa.large_string())
     weights = np.concatenate([batch.weights for batch in batches])
     unique, image_of_row = _sorted_codes(paths)
     _check_paths(unique, image_of_row, lines, where)
     unique, image_of_row = _normal(unique, image_of_row)
     row_of_label = np.repeat(np.arange(len(counts)), counts)
-    image_of_label = image_of_row[row_of_label]
-    classes, numbers = _sorted_codes(labels) if len(labels) else ([], np.zeros(0, np.int64))
-
-    def complain(label: int, what: str) -> NoReturn:
-        row = row_of_label[label]
-        raise SourceError(
-            f"{where}, line {lines[row]}: label {classes[numbers[label]]!r} of {unique[image_of_row[row]]!r} {what}"
-        )
-
-    nameless = int(np.flatnonzero(numbers == classes.index(""))[0]) if "" in classes else None
-    order = checked_order(image_of_label, numbers, weights, nameless, complain)
-    return _Rows(unique, image_of_label[order], numbers[order], weights[order], classes)
+    texts, numbers = _sorted_codes(labels) if len(labels) else ([], np.zeros(0, np.int64))
+    are_cells = any(batch.are_cells for batch in batches)
+    raw = RawLabels(image_of_row[row_of_label], numbers, weights, texts, are_cells, columns.weight is not None)
+    return _Rows(unique, raw, row_of_label, lines)
 
 
 def _sorted_codes(values: pa.ChunkedArray) -> tuple[list[str], NDArray[np.int64]]:
@@ -158,39 +152,6 @@ def _check_paths(paths: Sequence[str], image_of_row: NDArray[np.int64], lines: N
                 f"{where}, line {line}: path {shown(path)} {problem}: it must be an address, an absolute path, or "
                 f"relative to the source and inside it"
             )
-
-
-def _many(rows: _Rows, columns: Columns, asked: LabelKind, where: str) -> bool:
-    """Whether images have many labels each."""
-    counts = np.bincount(rows.image_of_label, minlength=len(rows.paths))
-    if asked == "many":
-        many = True
-    elif asked == "one":
-        wrong = np.flatnonzero(counts != 1)
-        if len(wrong):
-            raise SourceError(
-                f"labels_per_image = one: {where} gives {rows.paths[wrong[0]]!r} {counts[wrong[0]]} labels"
-            )
-        many = False
-    else:
-        many = columns.weight is not None or bool((counts != 1).any())
-        say_chosen(many, where)
-    if not rows.classes:
-        raise SourceError(f"{where} gives no image a label")
-    return many
-
-
-def _numbered(rows: _Rows, names: Sequence[str] | None, many: bool, where: str) -> NDArray[np.int32] | Labels:
-    numbers = rows.labels
-    if names is not None:  # labels are numbers into the names that the table carries
-        numbers = numbers_among(rows.classes, names, where)[numbers]
-    if not many:
-        return numbers.astype(np.int32)
-    order = np.lexsort((numbers, rows.image_of_label))
-    table = np.empty(len(numbers), LABEL_DTYPE)
-    table["class"], table["weight"] = numbers[order], rows.weights[order]
-    counts = np.bincount(rows.image_of_label, minlength=len(rows.paths))
-    return Labels(table, np.concatenate([[0], np.cumsum(counts)]))
 
 
 def _locate(

@@ -42,6 +42,7 @@ from data_prep.corpus_jobs import (
 )
 from data_prep.duplicates import DEFAULT_DISTANCE, MAX_DISTANCE, DuplicateSearch, remove_duplicates
 from data_prep.failure_share import FailureShare
+from data_prep.label_report import report_labels
 from data_prep.listing import Listing, SourceError
 from data_prep.removed import UNCOMPARED
 from data_prep.shard_plan import Plan
@@ -65,8 +66,9 @@ same command is given again, and a finished corpus is left as it is.
                a tar of one tar for each class (ImageNet-21k and ImageNet-1k as they are distributed), or of class
                folders; gzip too, the whole or each class tar: it is read as it is, and never unpacked to disk
                ImageNet's validation tar, or its images in one folder: with truth=FILE
-               a table (.csv, .jsonl, .parquet, a folder of .parquet) with a column of paths or of addresses (s3://,
-               http://), or in Parquet of images, and one of labels, perhaps one of weights;
+               a table (.csv, .tsv, .jsonl, .json, gzip too, .parquet, a folder of .parquet) with a column of paths
+               or of addresses (s3://, http://), or in Parquet of images, and one of labels, perhaps one of weights, or
+               columns of 0 and 1 for the classes;
                with labels=TABLE the SOURCE is the folder that the table's paths are relative to
                WebDataset tars of others (a folder, a tar or a pattern in quotes, such as
                'tars/train-{0000..0146}.tar'), or a corpus: to shard them anew
@@ -174,6 +176,7 @@ def shard_listing(listed: Callable[[], Listing], folder: Folder, settings: Shard
     if settings.append and folder.size(MANIFEST) is None:
         raise CorpusError(f"append = true: there is no finished corpus at {folder} to append to")
     listing = listed()
+    report_labels(listing)
     shard_bytes = round(settings.shard_mb * 1e6)
     conversion = _conversion(settings)
     before: Corpus | None = None

@@ -1,5 +1,6 @@
 """Shards a Ray Dataset: what Ray Data reads, or a program makes, becomes a corpus."""
 
+from dataclasses import replace
 from typing import Any
 
 from cluster.command import absolute_path, log
@@ -11,7 +12,8 @@ from data_prep.corpus_jobs import LAID_DOWN, LAID_DOWN_FILES, check_working_fold
 from data_prep.embedded_images import lay_down_dataset, list_laid_down
 from data_prep.listing import Listing, SourceError
 from data_prep.shard import ShardSettings, check_settings, shard_listing
-from data_prep.table_files import Columns
+from data_prep.sources import label_options
+from data_prep.table_format import Columns
 
 
 def shard_dataset(
@@ -53,14 +55,13 @@ def shard_dataset(
     check_settings(chosen)
 
     def listed() -> Listing:
-        columns = Columns(name, label, weight, image)
-        return list_laid_down(
-            laid_down,
-            lay_down_dataset(dataset, columns, laid_down),
-            chosen.source,
-            classes,
-            None if not weight else True,
-        )
+        options = label_options(chosen)
+        if weight:
+            options = replace(options, labels_per_image="many")
+        one = "" if chosen.label_columns else label
+        columns = Columns(name, one, weight, image, chosen.label_columns, options.cells, options.no_label)
+        parts = lay_down_dataset(dataset, columns, laid_down)
+        return list_laid_down(laid_down, parts, chosen.source, columns, classes, options)
 
     with held(folder):
         check_working_folders(folder)

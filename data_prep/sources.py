@@ -9,30 +9,34 @@ import json
 import os
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from braceexpand import braceexpand
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from cluster import storage
 from cluster.command import absolute_path
 from cluster.folders import Folder, LocalFolder, file_at, folder_at
 from cluster.paths import shown
 from cluster.settings import Settings, SettingsError
-from data_prep.class_names import put_in_order, read_classes, read_words, relabel
+from data_prep.class_names import by_value, named_by_number, numbers_of, put_in_order, read_classes, read_words, relabel
 from data_prep.corpus_jobs import LAID_DOWN
 from data_prep.embedded_images import lay_down_files, list_laid_down
 from data_prep.image_check import MAX_BYTES, TOO_MANY_BYTES
 from data_prep.image_folders import list_image_folder, list_loose_images
-from data_prep.image_tables import LabelKind, TableOptions, list_table
+from data_prep.image_tables import TableOptions, list_table
 from data_prep.image_tars import is_tar_name, list_flat_tar, list_tar
+from data_prep.label_cells import LabelCells
+from data_prep.label_weights import with_scaled_weights
 from data_prep.listing import Listing, SourceError
 from data_prep.remote_images import FetchPolicy
 from data_prep.small_files import file_beside, file_here, file_stamp
 from data_prep.source_reader import FileImages
-from data_prep.table_files import Columns, TableFile, class_names_of, columns_of, table_files
-from data_prep.tar_sample_source import holds_samples, is_corpus, list_corpus, list_samples, tars_in, with_names
+from data_prep.table_files import ColumnNames, class_names_of, columns_of, say_columns, table_files
+from data_prep.table_format import TABLES, Columns, TableFile, value_text
+from data_prep.table_labels import LabelKind, LabelOptions
+from data_prep.tar_sample_source import holds_samples, is_corpus, list_corpus, list_samples, tars_in
 from data_prep.validation_truth import with_truth
 
 Kind = Literal["folder", "tar", "table", "webdataset", "corpus"]
@@ -41,13 +45,22 @@ _READ_BY: dict[str, set[str]] = {
     "folder": {"truth", "synsets", "inside"},
     "tar": {"truth", "synsets", "inside"},
     "table": {
-        "labels", "path_column", "label_column", "weight_column", "image_column", "labels_per_image", "image_kb",
-        "fetch_timeout_s", "fetch_attempts", "fetch_public_only",
+        "labels", "path_column", "label_column", "label_columns", "label_delimiter", "no_label", "weight_column",
+        "weight_scale", "image_column", "labels_per_image", "image_kb", "fetch_timeout_s", "fetch_attempts",
+        "fetch_public_only",
     },
-    "webdataset": set(),
-    "corpus": set(),
+    "webdataset": {"weight_scale"},
+    "corpus": {"weight_scale"},
 }  # fmt: skip
 """Settings that only some kinds of source read."""
+
+
+def _texts(value: Any) -> Any:
+    """One value or a list of them as text, as they would stand in a table: -1, unknown, [nan, -1]."""
+    if value is None:
+        return []
+    values = value if isinstance(value, (list, tuple)) else [value]
+    return [value_text(each) if isinstance(each, (str, int, float)) else each for each in values]
 
 
 class SourceSettings(Settings):
@@ -72,8 +85,20 @@ class SourceSettings(Settings):
     """Column of a table with the path or address (s3://, http://) of an image; usual names are recognised."""
     label_column: str | None = None
     """Column with the label, or a list of labels; an image may stand in several rows, one for each label."""
+    label_columns: tuple[str, ...] = ()
+    """Columns of 0 and 1, each of the class that it is called ("one-hot"); recognised where a table has only these
+    beside the images."""
+    label_delimiter: str | None = None
+    """What stands between labels in a cell of several: a character such as ';', or space, tab, comma, semicolon, pipe,
+    slash; list for lists in text such as ["a", "b"]; none where each cell is one label as it stands. Without it a
+    column that seems to hold several labels in a cell is refused."""
+    no_label: Annotated[tuple[str, ...], BeforeValidator(_texts)] = ()
+    """Labels that mean that there is none, such as -1, nan, unknown or empty (for a cell in which nothing stands); one
+    or a list. Images without any are left out where others have one label, else they are images of no class."""
     weight_column: str | None = None
     """Column with the weight of the label, or a list of weights."""
+    weight_scale: float = Field(1, gt=0, le=1e9)
+    """What weights are multiplied by, so that they are from 0 to 1: 0.01 for per cent."""
     image_column: str | None = None
     """Column of a Parquet table with the encoded image itself."""
     labels_per_image: LabelKind = "auto"
@@ -119,6 +144,10 @@ def list_source(settings: SourceSettings, workers: int = 0, destination: Folder 
             raise
         what = shown(os.fsdecode(error.filename)) if isinstance(error.filename, (str, bytes)) else "a file"
         raise SourceError(f"source {place} cannot be read: {error.strerror} ({what})") from error
+    if kind in ("folder", "tar"):
+        listing = by_value(listing)
+    elif kind in ("webdataset", "corpus"):
+        listing = with_scaled_weights(listing, settings.weight_scale)
     return _with_chosen_classes(_without_giants(listing), settings)
 
 
@@ -252,12 +281,8 @@ def _list_table(place: str, settings: SourceSettings, workers: int, destination:
     table = place if settings.labels is None else absolute_path(settings.labels, "labels")
     files = _table_at(table)
     if not files:
-        raise SourceError(
-            f"{key} = {table} must be a .csv, .jsonl or .parquet file, or a folder of .parquet files: there is none"
-        )
-    columns = columns_of(
-        files, settings.path_column, settings.label_column, settings.weight_column, settings.image_column
-    )
+        raise SourceError(f"{key} = {table} must be a table ({TABLES}), or a folder of .parquet files: there is none")
+    columns = columns_of(files, _column_names(settings))
     if columns.image is not None and settings.path_column is None:
         return _list_embedded(files, columns, place, settings, workers, destination)
     if settings.labels is None:
@@ -268,9 +293,21 @@ def _list_table(place: str, settings: SourceSettings, workers: int, destination:
             what = "is not a folder: with labels= it is that of the images" if root.local.exists() else "does not exist"
             raise SourceError(f"source {root} {what}")
     policy = FetchPolicy(settings.fetch_timeout_s, settings.fetch_attempts, settings.fetch_public_only)
-    return list_table(
-        files, root, columns, TableOptions(settings.labels_per_image, round(settings.image_kb * 1e3), policy)
-    )
+    options = TableOptions(label_options(settings), round(settings.image_kb * 1e3), policy)
+    return list_table(files, root, columns, options)
+
+
+def label_options(settings: SourceSettings) -> LabelOptions:
+    """What the settings say of labels."""
+    cells = LabelCells.of(settings.label_delimiter)
+    return LabelOptions(settings.labels_per_image, cells, settings.no_label, settings.weight_scale)
+
+
+def _column_names(settings: SourceSettings) -> ColumnNames:
+    return ColumnNames(
+        settings.path_column, settings.label_column, settings.weight_column, settings.image_column,
+        settings.label_columns, LabelCells.of(settings.label_delimiter), settings.no_label,
+    )  # fmt: skip
 
 
 def _table_at(place: str) -> list[TableFile]:
@@ -283,7 +320,7 @@ def embedded_stamp(settings: SourceSettings) -> str | None:
     if settings.path_column is not None or settings.labels is not None or settings.kind not in ("auto", "table"):
         return None
     files = _table_at(place)
-    if not files or columns_of(files, None, settings.label_column, None, settings.image_column).image is None:
+    if not files or columns_of(files, _column_names(settings)).image is None:
         return None
     stats = [(file.name, file.stamp()) for file in files]
     for key in ("classes", "relabel", "words"):
@@ -305,9 +342,9 @@ def _list_embedded(
         raise SourceError(f"source {place} has its images in the table: they can only be listed while sharding")
     laid_down = destination.child(LAID_DOWN)
     columns = replace(columns, path=settings.path_column)
+    say_columns(columns, f"table {place}")
     parts = lay_down_files(files, columns, laid_down, workers)
-    many = {"auto": None, "one": False, "many": True}[settings.labels_per_image]
-    return list_laid_down(laid_down, parts, place, class_names_of(files[0], columns.label), many)
+    return list_laid_down(laid_down, parts, place, columns, class_names_of(files[0], columns), label_options(settings))
 
 
 def _with_chosen_classes(listing: Listing, settings: SourceSettings) -> Listing:
@@ -318,9 +355,9 @@ def _with_chosen_classes(listing: Listing, settings: SourceSettings) -> Listing:
     chosen = _file(settings.classes, "classes")
     if chosen is not None:
         names, descriptions = read_classes(chosen)
-        numbered = listing.classes == [str(number) for number in range(len(listing.classes))]
-        if numbered and not all(name.isdigit() for name in names):  # else numbers are picked out, or put in order
-            listing = with_names(listing, names, descriptions)
+        numbers = numbers_of(listing.classes, names)
+        if numbers is not None:
+            listing = named_by_number(listing, numbers, names, descriptions, f"classes = {chosen}")
         else:
             listing = put_in_order(listing, names, descriptions, f"classes = {chosen}")
     words = _file(settings.words, "words")

@@ -1,29 +1,31 @@
-"""Reads tables of images (CSV, JSON lines, Parquet) in batches of columns: where an image is, and its labels."""
+"""Tables of images (CSV, JSON, Parquet): which files they are, and which of their columns say what."""
 
-import csv
-import io
-import itertools
 import json
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import PurePosixPath
-from typing import Any, BinaryIO, NamedTuple
+from dataclasses import dataclass, field
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from numpy.typing import NDArray
 
+from cluster.command import log
 from cluster.folders import Folder
-from cluster.storage import StorageError, parse_json
+from cluster.storage import StorageError
+from data_prep.arrow_columns import is_image, label_lists, text_column
+from data_prep.label_cells import LabelCells
 from data_prep.listing import SourceError
+from data_prep.table_format import BATCH, PARQUET, Columns, TableFile, TableRows, table_suffix, value_text
+from data_prep.text_tables import head, read_text
 
-TABLE_SUFFIXES = (".csv", ".jsonl", ".parquet")
-_BATCH = 65536
 _LOOKED_AT = 1000
-"""JSON lines that tell the keys."""
+"""Rows that tell what a column holds."""
+_YES_OR_NO_ALONE = {"0", "1", "0.0", "1.0", "true", "false"}
+_YES_OR_NO = {*_YES_OR_NO_ALONE, "True", "False", "-1", "-1.0", ""}
+_INDEX = re.compile(r"|Unnamed: \d+|index|__index_level_\d+__")
+"""Columns that pandas writes for the numbers of rows."""
+_SPACES = re.compile(r"[\s-]+")
 
 # Usual names of columns, the likeliest first.
 _PATHS = ("path", "file_path", "filepath", "file_name", "filename", "file", "image_path", "uri", "url", "image_url")
@@ -44,38 +46,6 @@ _LABELS = (
 _WEIGHTS = ("weight", "weights", "score", "scores", "confidence", "confidences")
 
 
-@dataclass(frozen=True)
-class TableFile:
-    """One file of a table, wherever it lies. Pickles, to travel to workers."""
-
-    folder: Folder
-    name: str
-
-    def __str__(self) -> str:
-        return f"{self.folder}/{self.name}"
-
-    @property
-    def suffix(self) -> str:
-        """Of its name: ".csv", ".jsonl" or ".parquet"."""
-        return PurePosixPath(self.name).suffix
-
-    def open(self) -> BinaryIO:
-        """Its content."""
-        return self.folder.open(self.name)
-
-    def size(self) -> int:
-        """Its bytes."""
-        return self.folder.size(self.name) or 0
-
-    def stamp(self) -> str:
-        """What becomes another when it is written again."""
-        return self.folder.stamp(self.name)
-
-    def lines(self) -> io.TextIOWrapper:
-        """Its text."""
-        return io.TextIOWrapper(self.open(), encoding="utf-8-sig", newline="")
-
-
 def table_files(folder: Folder, name: str | None = None) -> list[TableFile]:
     """The files of a table; none where it is no table.
 
@@ -84,39 +54,25 @@ def table_files(folder: Folder, name: str | None = None) -> list[TableFile]:
         name: of the file, which is there; None for the Parquet files directly in the folder, sorted.
     """
     if name is not None:
-        return [TableFile(folder, name)] if name.endswith(TABLE_SUFFIXES) else []
-    names = [name for name in folder.names() if name.endswith(".parquet") and not name.startswith(".")]
+        return [TableFile(folder, name)] if table_suffix(name) is not None else []
+    names = [name for name in folder.names() if table_suffix(name) == PARQUET and not name.startswith(".")]
     return [TableFile(folder, name) for name in names]
 
 
 @dataclass(frozen=True)
-class Columns:
-    """Names of a table's columns; None where there is none."""
+class ColumnNames:
+    """What a user may say of a table's columns."""
 
-    path: str | None
-    label: str
-    weight: str | None
+    path: str | None = None
+    label: str | None = None
+    weight: str | None = None
     image: str | None = None
+    indicators: tuple[str, ...] = ()
+    cells: LabelCells = field(default_factory=LabelCells)
+    unset: tuple[str, ...] = ()
 
 
-class TableRows(NamedTuple):
-    """Some rows of a table: B images with K labels in all."""
-
-    paths: pa.Array
-    """Text [B]."""
-    counts: NDArray[np.int64]
-    """Labels of each row [B]."""
-    labels: pa.Array
-    """Text [K]."""
-    weights: NDArray[np.float64]
-    """[K]."""
-    lines: NDArray[np.int64]
-    """Where each row stands in its file [B], for messages."""
-
-
-def columns_of(
-    files: Sequence[TableFile], path: str | None, label: str | None, weight: str | None, image: str | None
-) -> Columns:
+def columns_of(files: Sequence[TableFile], said: ColumnNames) -> Columns:
     """Which columns a table is read by: those that are named, or those with a usual name.
 
     Raises:
@@ -124,20 +80,46 @@ def columns_of(
     """
     names, binary = _header(files[0])
     where = f"table {files[0]}"
-    found_image = _pick(names, image, _IMAGES, "image_column", where, among=binary)
-    found_path = _pick(names, path, _PATHS, "path_column", where, among=[name for name in names if name not in binary])
-    found_label = _pick(names, label, _LABELS, "label_column", where)
-    found_weight = _pick(names, weight, _WEIGHTS, "weight_column", where)
-    if found_path is None and found_image is None:
+    image = _pick(names, said.image, _IMAGES, "image_column", where, among=binary)
+    path = _pick(names, said.path, _PATHS, "path_column", where, among=[name for name in names if name not in binary])
+    weight = _pick(names, said.weight, _WEIGHTS, "weight_column", where)
+    label = None if said.indicators else _pick(names, said.label, _LABELS, "label_column", where)
+    indicators: Sequence[str] = said.indicators
+    for name in indicators:
+        _pick(names, name, (), "label_columns", where)
+    zero_one = [] if label or indicators else _columns_of_zero_and_one(files[0], names)
+    others = [name for name in names if name not in zero_one and not _INDEX.fullmatch(name)]
+    if len(zero_one) > 1 and len(others) == 1 and path is None and image is None:
+        path = others[0]
+    if len(zero_one) > 1 and others in ([path], [image]):
+        indicators = zero_one
+    if path is None and image is None:
         raise SourceError(
-            f"{where} has no column that says where the images are: its columns are {', '.join(names)}; the first line "
+            f"{where} has no column that says where the images are: its columns are {_shown(names)}; the first line "
             f"must be like `path,label`, or name one with path_column= (image_column= where the images are in it)"
         )
-    if found_label is None:
-        raise SourceError(
-            f"{where} has no column of labels: its columns are {', '.join(names)}; name one with label_column="
-        )
-    return Columns(found_path, found_label, found_weight, found_image)
+    if label is None and not indicators:
+        hint = "name one with label_column="
+        if len(zero_one) > 1:
+            hint += f", or label_columns=[{','.join(zero_one)}] takes those of 0 and 1 for classes"
+        raise SourceError(f"{where} has no column of labels: its columns are {_shown(names)}; {hint}")
+    if indicators:
+        return Columns(path, "", said.weight, image, tuple(indicators), said.cells, said.unset)
+    return Columns(path, label or "", weight, image, (), said.cells, said.unset)
+
+
+def say_columns(columns: Columns, where: str) -> None:
+    """Say which columns a table is read by."""
+    if columns.indicators:
+        labels = f"its {len(columns.indicators)} columns of 0 and 1 are classes: {_shown(columns.indicators)}"
+    else:
+        labels = f"labels are in column {columns.label!r}"
+        labels += f", their weights in {columns.weight!r}" if columns.weight else ""
+    log.info("%s: images are in column %r, %s", where, columns.image or columns.path, labels)
+
+
+def _shown(names: Sequence[str]) -> str:
+    return ", ".join([*names[:20], "..."] if len(names) > 20 else names)
 
 
 def _pick(
@@ -150,26 +132,38 @@ def _pick(
 ) -> str | None:
     if asked is not None:
         if asked not in names:
-            raise SourceError(f"{key} = {asked!r}: {where} has no such column; its columns are {', '.join(names)}")
+            raise SourceError(f"{key} = {asked!r}: {where} has no such column; its columns are {_shown(names)}")
         return asked
-    candidates = {name.lower(): name for name in (names if among is None else among)}
+    candidates = {_SPACES.sub("_", name.strip().lower()): name for name in (names if among is None else among)}
     return next((candidates[name] for name in usual if name in candidates), None)
 
 
 def _header(file: TableFile) -> tuple[list[str], list[str]]:
     """Names of a table's columns, and of those that hold images' bytes."""
-    try:
-        if file.suffix == ".parquet":
+    if file.suffix == PARQUET:
+        try:
             schema = _schema(file)
-            return list(schema.names), [field.name for field in schema if _is_image(field.type)]
-        with file.lines() as lines:
-            if file.suffix == ".csv":
-                return next(csv.reader(lines), []), []
-            # not every object need have all of the keys
-            entries = [parse_json(line, "a line") for line in itertools.islice(lines, _LOOKED_AT) if line.strip()]
-            return list(dict.fromkeys(key for entry in entries if isinstance(entry, dict) for key in entry)), []
-    except (OSError, UnicodeDecodeError, ValueError, csv.Error, pa.ArrowException) as error:
-        raise SourceError(f"table {file} cannot be read: {error}") from error
+        except (OSError, pa.ArrowException) as error:
+            raise SourceError(f"table {file} cannot be read: {error}") from error
+        return list(schema.names), [field.name for field in schema if is_image(field.type)]
+    # not every object need have all of the keys
+    return list(dict.fromkeys(str(key) for entry in head(file) if isinstance(entry, dict) for key in entry)), []
+
+
+def _columns_of_zero_and_one(file: TableFile, names: Sequence[str]) -> list[str]:
+    """The columns that hold 0 and 1 alone in the first rows, or -1 and nothing, which are sometimes meant as no."""
+    if file.suffix == PARQUET:
+        simple = [field.name for field in _schema(file) if not (is_image(field.type) or pa.types.is_nested(field.type))]
+        batch = next(parquet_batches(file, _LOOKED_AT, simple), None)
+        rows = [] if batch is None else batch.to_pylist()
+    else:
+        rows = [entry for entry in head(file) if isinstance(entry, dict)]
+    found = []
+    for name in names:
+        texts = {value_text(row.get(name)) for row in rows}
+        if texts <= _YES_OR_NO and texts & _YES_OR_NO_ALONE:
+            found.append(name)
+    return found
 
 
 def _schema(file: TableFile) -> pa.Schema:
@@ -177,19 +171,18 @@ def _schema(file: TableFile) -> pa.Schema:
         return pq.read_schema(content)
 
 
-def _is_image(kind: pa.DataType) -> bool:
-    if pa.types.is_struct(kind):
-        return any(field.name == "bytes" and _is_image(field.type) for field in kind)
-    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
+def class_names_of(file: TableFile, columns: Columns) -> list[str] | None:
+    """Names of the classes whose numbers the labels are, or None where nothing says them.
 
-
-def class_names_of(file: TableFile, label_column: str) -> list[str] | None:
-    """Names of the classes that a Parquet file of Hugging Face's datasets carries in its schema, or None."""
-    if file.suffix != ".parquet":
+    A Parquet file of Hugging Face's datasets carries them in its schema; columns of 0 and 1 are called like classes.
+    """
+    if columns.indicators:
+        return [name.strip() for name in columns.indicators]
+    if file.suffix != PARQUET:
         return None
     try:
         metadata = _schema(file).metadata or {}
-        feature = json.loads(metadata[b"huggingface"])["info"]["features"][label_column]
+        feature = json.loads(metadata[b"huggingface"])["info"]["features"][columns.label]
         names = feature.get("names") or feature.get("feature", {}).get("names")
     except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError):
         return None
@@ -202,45 +195,13 @@ def read_rows_of(file: TableFile, columns: Columns) -> Iterator[TableRows]:
     Raises:
         SourceError: it cannot be read, or a row is wrong; the message has its line.
     """
-    read = {".csv": _read_csv, ".jsonl": _read_json_lines, ".parquet": _read_parquet}[file.suffix]
+    if file.suffix != PARQUET:
+        yield from read_text(file, columns)
+        return
     try:
-        yield from read(file, columns)
-    except (OSError, UnicodeDecodeError, csv.Error, pa.ArrowException) as error:
+        yield from _read_parquet(file, columns)
+    except (OSError, pa.ArrowException) as error:
         raise SourceError(f"table {file} cannot be read: {error}") from error
-
-
-def label_lists(
-    labels: pa.Array, weights: pa.Array | None, where: str
-) -> tuple[NDArray[np.int64], pa.Array, NDArray[np.float64]]:
-    """Columns of labels, one value or a list in each row, as (counts [B], labels as text [K], weights [K]).
-
-    Raises:
-        SourceError: the columns are of other types, or have not as many weights as labels.
-    """
-    if isinstance(labels, pa.DictionaryArray):
-        labels = labels.dictionary_decode()
-    if pa.types.is_list(labels.type) or pa.types.is_large_list(labels.type):
-        counts = pc.fill_null(pc.list_value_length(labels), 0).to_numpy(zero_copy_only=False).astype(np.int64)
-        flat = labels.flatten()
-    else:
-        present = pc.is_valid(labels).to_numpy(zero_copy_only=False)
-        counts = present.astype(np.int64)
-        flat = labels.drop_null()
-    if not (pa.types.is_string(flat.type) or pa.types.is_large_string(flat.type) or pa.types.is_integer(flat.type)):
-        raise SourceError(f"{where}: the labels must be text or whole numbers, or lists of them, not {flat.type}")
-    if flat.null_count:
-        raise SourceError(f"{where}: a list of labels has a null in it")
-    if weights is None:
-        return counts, flat.cast(pa.string()), np.ones(len(flat), np.float64)
-    if pa.types.is_list(weights.type) or pa.types.is_large_list(weights.type):
-        given = pc.fill_null(pc.list_value_length(weights), 0).to_numpy(zero_copy_only=False)
-        values = weights.flatten()
-    else:
-        given = pc.is_valid(weights).to_numpy(zero_copy_only=False).astype(np.int64)
-        values = weights.drop_null()
-    if not np.array_equal(given, counts):
-        raise SourceError(f"{where}, row {int(np.flatnonzero(given != counts)[0]) + 1}: not as many weights as labels")
-    return counts, flat.cast(pa.string()), values.cast(pa.float64()).to_numpy(zero_copy_only=False)
 
 
 def parquet_batches(file: TableFile, rows: int, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
@@ -272,108 +233,10 @@ def _parquet_errors(file: TableFile) -> Iterator[None]:
 
 def _read_parquet(file: TableFile, columns: Columns) -> Iterator[TableRows]:
     assert columns.path is not None
-    names = list(filter(None, [columns.path, columns.label, columns.weight]))
     row = 1
-    for batch in parquet_batches(file, _BATCH, names):
+    for batch in parquet_batches(file, BATCH, columns.names):
         where = f"table {file}, rows from {row} on"
-        paths = batch.column(columns.path)
-        if paths.null_count or not (pa.types.is_string(paths.type) or pa.types.is_large_string(paths.type)):
-            raise SourceError(f"{where}: column {columns.path!r} must be text in every row")
-        weights = batch.column(columns.weight) if columns.weight else None
-        counts, labels, values = label_lists(batch.column(columns.label), weights, where)
-        yield TableRows(paths.cast(pa.string()), counts, labels, values, np.arange(row, row + len(paths)))
+        paths = text_column(batch.column(columns.path), columns.path, where)
+        counts, labels, values, are_cells = label_lists(batch, columns, where)
+        yield TableRows(paths, counts, labels, values, np.arange(row, row + len(paths)), are_cells)
         row += len(paths)
-
-
-class _Collector:
-    """Gathers rows of text files into batches."""
-
-    def __init__(self) -> None:
-        self._start()
-
-    def _start(self) -> None:
-        self.paths: list[str] = []
-        self.counts: list[int] = []
-        self.labels: list[str] = []
-        self.weights: list[float] = []
-        self.lines: list[int] = []
-
-    def add(self, path: str, labels: Sequence[str], weights: Sequence[float], line: int) -> TableRows | None:
-        self.paths.append(path)
-        self.counts.append(len(labels))
-        self.labels.extend(labels)
-        self.weights.extend(weights)
-        self.lines.append(line)
-        return self.take() if len(self.paths) == _BATCH else None
-
-    def take(self) -> TableRows:
-        rows = TableRows(
-            pa.array(self.paths, pa.string()), np.array(self.counts, np.int64), pa.array(self.labels, pa.string()),
-            np.array(self.weights, np.float64), np.array(self.lines, np.int64),
-        )  # fmt: skip
-        self._start()
-        return rows
-
-
-def _read_csv(file: TableFile, columns: Columns) -> Iterator[TableRows]:
-    collector = _Collector()
-    with file.lines() as lines:
-        rows = csv.reader(lines)
-        header = next(rows, [])
-        path, label = header.index(columns.path or ""), header.index(columns.label)
-        weight = header.index(columns.weight) if columns.weight else None
-        for row in rows:
-            if not row:
-                continue
-            where = f"table {file}, line {rows.line_num}"
-            if len(row) != len(header):
-                raise SourceError(f"{where}: has {len(row)} fields where the header has {len(header)}")
-            try:
-                weights = [float(row[weight])] if weight is not None else [1.0]
-            except ValueError:
-                raise SourceError(f"{where}: weight {row[weight or 0]!r} is not a number") from None
-            full = collector.add(row[path], [row[label]], weights, rows.line_num)
-            if full is not None:
-                yield full
-    yield collector.take()
-
-
-def _read_json_lines(file: TableFile, columns: Columns) -> Iterator[TableRows]:
-    collector = _Collector()
-    with file.lines() as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            where = f"table {file}, line {number}"
-            try:
-                entry = parse_json(line, "it")
-            except StorageError as error:
-                raise SourceError(f"{where}: not JSON ({error})") from error
-            path, labels, weights = _json_entry(entry, columns, where)
-            full = collector.add(path, labels, weights, number)
-            if full is not None:
-                yield full
-    yield collector.take()
-
-
-def _is_number(value: Any) -> bool:
-    return type(value) is float or (type(value) is int and value.bit_length() < 1024)
-
-
-def _json_entry(entry: Any, columns: Columns, where: str) -> tuple[str, list[str], list[float]]:
-    if not isinstance(entry, dict) or columns.path not in entry or columns.label not in entry:
-        raise SourceError(f"{where}: must be an object with {columns.path} and {columns.label}")
-    labels = entry[columns.label]
-    labels = labels if isinstance(labels, list) else [labels]
-    weights = entry.get(columns.weight or "", [1.0] * len(labels))
-    weights = weights if isinstance(weights, list) else [weights]
-    if not (
-        isinstance(entry[columns.path], str)
-        and len(labels) == len(weights)
-        and all(isinstance(label, str) or type(label) is int for label in labels)
-        and all(_is_number(weight) for weight in weights)
-    ):
-        raise SourceError(
-            f"{where}: {columns.path} must be text, {columns.label} names or numbers, weights as many numbers"
-        )
-    return entry[columns.path], [str(label) for label in labels], [float(weight) for weight in weights]

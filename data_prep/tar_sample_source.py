@@ -3,7 +3,6 @@
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from itertools import islice
 
 import numpy as np
@@ -117,21 +116,6 @@ def list_samples(folder: Folder, tars: Sequence[str], place: str) -> Listing:
     if left_out:
         log.warning("left out: %d samples, for example %s: %s", len(left_out), *left_out[0])
     return listing.take(np.array(sorted(range(len(names)), key=names.__getitem__), np.int64))
-
-
-def with_names(listing: Listing, classes: Sequence[str], descriptions: Sequence[str] | None) -> Listing:
-    """Give classes that are named by their numbers, 0, 1, ..., their names.
-
-    Raises:
-        SourceError: there are fewer names than numbers.
-    """
-    if len(classes) < len(listing.classes):
-        raise SourceError(
-            f"classes: {len(classes)} names for class numbers up to {len(listing.classes) - 1} in {listing.place}"
-        )
-    return replace(
-        listing, classes=list(classes), class_descriptions=list(descriptions) if descriptions else None
-    )  # fmt: skip
 
 
 def _list_tar(folder: Folder, tar: str, extension: str) -> list[tuple[bytes, int, int, list[tuple[int, float]], str]]:

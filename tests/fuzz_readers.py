@@ -37,7 +37,8 @@ from data_prep.shard_task import finished_records, read_rows
 from data_prep.show import describe
 from data_prep.sources import SourceSettings, list_source
 from data_prep.subset import SubsetSettings, choose
-from data_prep.table_files import columns_of, table_files
+from data_prep.table_files import ColumnNames, class_names_of, columns_of, table_files
+from data_prep.table_labels import LabelOptions
 from data_prep.tar_sample_source import list_corpus
 from data_prep.verify import verify
 from models.classifier import load_classifier
@@ -325,19 +326,14 @@ def _table(chance: random.Random, base: Path, place: Path) -> None:
 def _read_embedded(place: Path, name: str) -> None:
     """As sharding does, in this process."""
     files = table_files(LocalFolder(place), name)
-    columns = columns_of(files, None, None, None, None)
+    columns = columns_of(files, ColumnNames())
     if columns.image is None:
         return
     laid_down = LocalFolder(place / "laid")
     embedded_images._lay_down_file(embedded_images._FileTask(files[0], laid_down, "000000", columns, "stamp"))
-    names = embedded_images_names(files, columns.label)
-    _read_listing(embedded_images.list_laid_down(laid_down, ["000000"], str(place), names, None))
-
-
-def embedded_images_names(files: Sequence[Any], label: str) -> list[str] | None:
-    from data_prep.table_files import class_names_of
-
-    return class_names_of(files[0], label)
+    names = class_names_of(files[0], columns)
+    listing = embedded_images.list_laid_down(laid_down, ["000000"], str(place), columns, names, LabelOptions())
+    _read_listing(listing)
 
 
 # ---- models and runs -----------------------------------------------------------------------------------------------

@@ -20,6 +20,7 @@ _MOST_VALUES = 4_000
 """Values of a text, with those behind its aliases counted each time."""
 _LONGEST_NUMBER = 100
 """Characters; what is longer is text."""
+_MARKS = re.compile(r"[-,;|:&*!%@>?\s]+")
 _TAG = "tag:yaml.org,2002:"
 _SCALARS = {f"{_TAG}{name}" for name in ("null", "bool", "int", "float", "str", "merge", "value")}
 """What a value may be said to be; PyYAML's constructors of others expect what its own patterns have found."""
@@ -92,11 +93,14 @@ def read_yaml(text: str) -> Any:
 def read_word(text: str) -> Any:
     """The value of a word of a command line: as `read_yaml`, but text is all of it.
 
-    In a file comments and anchors are YAML's (`/x #2`, `&a b`); a word has neither.
+    In a file comments and anchors are YAML's (`/x #2`, `&a b`); a word has neither, and marks alone (`,`, `|`, a space)
+    are themselves.
     """
     whole = text.strip()
     if whole.startswith("#") and len(text) <= MOST_CHARACTERS:
         return whole
+    if text and len(text) <= _LONGEST_NUMBER and _MARKS.fullmatch(text):
+        return whole or text
 
     def cut(node: Node) -> str | None:
         if not isinstance(node, ScalarNode) or node.style is not None:

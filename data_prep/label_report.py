@@ -14,8 +14,10 @@ from data_prep.label_numbers import number_of
 from data_prep.listing import Listing, looks_like_image
 from data_prep.split_names import split_of_folder
 
-_PARTS = frozenset("images imgs jpegimages annotations labels masks data dataset __macosx".split())
-_NOTHING = frozenset("none null nan na n/a unknown unlabeled unlabelled undefined missing ? - -- nil".split())
+_PARTS = frozenset({"images", "imgs", "jpegimages", "annotations", "labels", "masks", "data", "dataset", "__macosx"})
+_NOTHING = frozenset(
+    {"none", "null", "nan", "na", "n/a", "unknown", "unlabeled", "unlabelled", "undefined", "missing", "?", "-", "nil"}
+)
 _SHOWN = 3
 _LONGEST_NAME = 100
 _IMBALANCE = 1000
@@ -99,7 +101,7 @@ def _odd_names(names: Sequence[str]) -> Iterator[str]:
         )
     if numbers and len(numbers) < len(names):
         others = [name for name in names if number_of(name) is None]
-        yield f"{len(numbers):,} class names are numbers ({_some(numbers)}) and {len(others):,} are not ({_some(others)})"
+        yield f"some class names are numbers ({_some(numbers)}), and some are not ({_some(others)})"
 
 
 def _alike(classes: Sequence[str]) -> Iterator[str]:

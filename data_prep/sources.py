@@ -58,9 +58,9 @@ _READ_BY: dict[str, set[str]] = {
 def _texts(value: Any) -> Any:
     """One value or a list of them as text, as they would stand in a table: -1, unknown, [nan, -1]."""
     if value is None:
-        return []
+        return ()
     values = value if isinstance(value, (list, tuple)) else [value]
-    return [value_text(each) if isinstance(each, (str, int, float)) else each for each in values]
+    return tuple(value_text(each) if isinstance(each, (str, int, float)) else each for each in values)
 
 
 class SourceSettings(Settings):
@@ -88,7 +88,7 @@ class SourceSettings(Settings):
     label_columns: tuple[str, ...] = ()
     """Columns of 0 and 1, each of the class that it is called ("one-hot"); recognised where a table has only these
     beside the images."""
-    label_delimiter: str | None = None
+    label_delimiter: str | None = Field(None, min_length=1)
     """What stands between labels in a cell of several: a character such as ';', or space, tab, comma, semicolon, pipe,
     slash; list for lists in text such as ["a", "b"]; none where each cell is one label as it stands. Without it a
     column that seems to hold several labels in a cell is refused."""

@@ -84,6 +84,8 @@ def read_labels(
         SourceError: a label is none, stands twice beside an image, or has a weight that is none; a column seems to hold
             several labels in a cell; an image has not one label where it must.
     """
+    if raw.are_cells:
+        _say_unread(raw.texts, options.no_label, place)
     raw, rows = _without_no_labels(raw, options.no_label)
 
     def complain(label: int, what: str) -> NoReturn:
@@ -117,11 +119,14 @@ def read_labels(
     return TableLabels(classes, column, np.flatnonzero(counts == 0))
 
 
+def _say_unread(texts: Sequence[str], no_label: Sequence[str], place: Place) -> None:
+    unread = [value for value in no_label if not any(same_label(text, value) for text in texts)]
+    if unread:
+        log.warning("no_label: no label of %s is %s", place.table, " or ".join(map(repr, unread)))
+
+
 def _without_no_labels(raw: RawLabels, no_label: Sequence[str]) -> tuple[RawLabels, NDArray[np.int64]]:
     """Without the labels that are said to be none, and which of the labels are left."""
-    unread = [value for value in no_label if not any(same_label(text, value) for text in raw.texts)]
-    if unread:
-        log.warning("no_label: no label of the table is %s", " or ".join(map(repr, unread)))
     none = np.array([any(same_label(text, value) for value in no_label) for text in raw.texts], np.bool_)
     rows = np.flatnonzero(~none[raw.text]) if len(raw.text) else np.zeros(0, np.int64)
     used, text = np.unique(raw.text[rows], return_inverse=True)
@@ -189,7 +194,7 @@ def _many(counts: NDArray[np.int64], are_weighted: bool, options: LabelOptions, 
     many = asked == "auto" and (are_weighted or most > 1)
     if not many and len(without) and not options.no_label:
         raise SourceError(
-            f"{place.table} gives {place.image(int(without[0]))!r} no label, {len(without):,} of {len(counts):,} in all, "
+            f"{place.table} gives {place.image(int(without[0]))!r} no label ({len(without):,} of {len(counts):,}), "
             f"and the others one: no_label={EMPTY} leaves such images out, labels_per_image=many keeps them as "
             f"images of no class"
         )

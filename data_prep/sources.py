@@ -54,6 +54,9 @@ _READ_BY: dict[str, set[str]] = {
 }  # fmt: skip
 """Settings that only some kinds of source read."""
 
+_CAME_LATER = {"label_columns", "label_delimiter", "no_label", "weight_scale"}
+"""Settings that corpora from tables of 2026-11-28 and before do not know."""
+
 
 def _texts(value: Any) -> Any:
     """One value or a list of them as text, as they would stand in a table: -1, unknown, [nan, -1]."""
@@ -326,7 +329,12 @@ def embedded_stamp(settings: SourceSettings) -> str | None:
     for key in ("classes", "relabel", "words"):
         if (beside := getattr(settings, key)) is not None:
             stats.append((Path(beside).name, file_stamp(beside, key)))
-    said = {key: getattr(settings, key) for key in SourceSettings.model_fields}
+    fields = SourceSettings.model_fields
+    said = {
+        key: getattr(settings, key)
+        for key in fields
+        if key not in _CAME_LATER or getattr(settings, key) != fields[key].default
+    }
     return hashlib.sha256(json.dumps([said, stats]).encode()).hexdigest()[:32]
 
 

@@ -19,6 +19,7 @@ from data_prep.corpus_format import (
     COPY_OF,
     FORMAT_VERSION,
     INDEX,
+    LABEL_FORM,
     LABEL_POINTERS,
     LABELS,
     MANIFEST,
@@ -33,6 +34,8 @@ from data_prep.removed import REMOVED, Removed
 from data_prep.shard_task import read_rows, remove_shard
 
 _AHEAD = 16
+_FROM_PLAN = ("plan_hash", "settings", "source", COPY_OF, LABEL_FORM)
+"""Keys of a manifest that the plan describes."""
 _PIECE = 4 << 20
 _T = TypeVar("_T")
 _U = TypeVar("_U")
@@ -202,7 +205,7 @@ def assemble(
         "quarantined": len(quarantined) + (before.manifest["quarantined"] if before else 0),
         "shards": shards,
         "files": files,
-        **{key: value for key, value in plan.describe().items() if key in ("plan_hash", "settings", "source", COPY_OF)},
+        **{key: value for key, value in plan.describe().items() if key in _FROM_PLAN},
         "created_by": {
             "source": str(plan.root),
             "python": platform.python_version(),
@@ -216,6 +219,8 @@ def assemble(
         manifest["created_by"]["excluded"] = plan.removed.places
     if before is not None:
         manifest["version"] = plan.version
+        if LABEL_FORM in before.manifest:
+            manifest[LABEL_FORM] = before.manifest[LABEL_FORM]
         manifest["appended_to"] = {"corpus_hash": before.corpus_hash, "shards": len(shards_before)}
     manifest["corpus_hash"] = manifest_hash(manifest)
     _commit(folder, plan.version, manifest)

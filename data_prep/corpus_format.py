@@ -53,6 +53,9 @@ SHARDS_AT = "shards_at"
 COPY_OF = "copy_of"
 """Key of the manifest: of which subset the corpus has the samples and their order, in shards of its own."""
 
+LABEL_FORM = "label_form"
+"""Key of the manifest: how labels stand in tars of others; without it as in our own, `.cls` or `.json` for many."""
+
 ORIGINS_CHECKSUM = "origins_xxh3_128"
 """Key of a shard in the manifest: the checksum of its .origins; corpora of before it came do without."""
 

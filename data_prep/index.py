@@ -28,7 +28,7 @@ from cluster.settings import Settings, parse_command
 from data_prep.class_names import read_classes
 from data_prep.corpus import Corpus
 from data_prep.corpus_assembly import assemble
-from data_prep.corpus_format import FORMAT_VERSION
+from data_prep.corpus_format import FORMAT_VERSION, LABEL_FORM
 from data_prep.corpus_jobs import (
     begin,
     check_places,
@@ -44,12 +44,15 @@ from data_prep.corpus_jobs import (
 )
 from data_prep.image_tars import refuse_compression
 from data_prep.index_task import IndexTask, Tar, index_tar
+from data_prep.label_report import report_corpus
 from data_prep.listing import SourceError
+from data_prep.sample_labels import LabelForm, described
 from data_prep.shard_task import finished_records, read_rows
 from data_prep.small_files import file_here
-from data_prep.sources import matching_tars, source_folder
+from data_prep.sources import NoLabel, matching_tars, source_folder
+from data_prep.table_labels import LabelKind
 from data_prep.tar_headers import TarError
-from data_prep.tar_sample_source import label_extension
+from data_prep.tar_sample_source import form_of_tars, label_extension, names_in_tars
 
 _THREADS = 16
 """That look at the tars' beginnings."""
@@ -58,7 +61,8 @@ DESCRIPTION = """
 Make a corpus of WebDataset tars written by others, without writing them again: the shards of the corpus are those
 very tars, hard-linked or copied, and beside them come the index, DALI's indices and the manifest. Each sample needs
 an image (jpg, jpeg, png, webp, bmp or tif) and, right before or after it under the same key, a label: KEY.cls with a
-class number, or KEY.json with {"labels": [3, 7], "weights": [1, 0.4]} (weights may be left out) or {"label": 3}.
+class number or name, or KEY.json with {"labels": [3, 7], "weights": [1, 0.4]} (weights may be left out) or
+{"label": 3}, {"class": "cat"}, ... .
 Every image is decoded once; samples without a label or with a damaged image stay in the tar, are not in the index,
 and are listed with the reason in DESTINATION/quarantine.jsonl. A run that was interrupted goes on where it was when
 the same command is given again.
@@ -83,7 +87,14 @@ class IndexSettings(Settings):
     """File with one class a line, in the order of the class numbers: NAME, or NAME<tab>what people call it. Without it
     the classes are named 0, 1, ... up to the largest label."""
     labels: Literal["auto", "cls", "json"] = "auto"
-    """Which member is the label: cls (one class an image), json (many), or what the first sample has (cls of both)."""
+    """Which member is the label: cls, json, or what the first sample has (cls of both)."""
+    label_column: str | None = None
+    """Key of the label in .json, such as class_id; usual keys are recognised."""
+    labels_per_image: LabelKind = "auto"
+    """One class, or many weighted labels; auto is one where the first samples have one each, and not as a list under
+    `labels`."""
+    no_label: NoLabel = ()
+    """Labels that mean that there is none, such as -1 or unknown; one or a list."""
     tars: Literal["link", "copy"] = "link"
     """How the tars come into the corpus: as hard links, which take no room, or as copies. A linked tar must not be
     written to any more; what replaces it under its old name does no harm."""
@@ -110,8 +121,8 @@ class IndexPlan:
     root: str
     """The source as it was given."""
     tars: tuple[Tar, ...]
-    label_extension: str
-    """"cls" or "json"."""
+    form: LabelForm
+    """How labels stand beside the images."""
     named_classes: tuple[list[str], list[str] | None] | None
     """Names and descriptions from a file."""
     classes: list[str]
@@ -125,7 +136,7 @@ class IndexPlan:
     @property
     def label_kind(self) -> str:
         """ "single" or "multi"."""
-        return "multi" if self.label_extension == "json" else "single"
+        return "multi" if self.form.many else "single"
 
     @property
     def class_descriptions(self) -> list[str] | None:
@@ -145,7 +156,9 @@ class IndexPlan:
     def plan_hash(self) -> str:
         """Of the tars' names and sizes, the classes and the settings."""
         tars = [(tar.name, tar.size) for tar in self.tars]
-        content = [FORMAT_VERSION, tars, self.label_extension, self.named_classes]
+        content = [FORMAT_VERSION, tars, self.form.extension, self.named_classes]
+        if (form := self.form.describe()) is not None:
+            content.append(form)
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:32]
 
     def describe(self) -> dict[str, Any]:
@@ -153,7 +166,8 @@ class IndexPlan:
         return {
             "format_version": FORMAT_VERSION,
             "plan_hash": self.plan_hash,
-            "settings": {"labels": self.label_extension},
+            "settings": {"labels": self.form.extension},
+            **({LABEL_FORM: self.form.describe()} if self.form.describe() is not None else {}),
             "shards": len(self.tars),
             "source": {"kind": "WebDataset tars", "tars": len(self.tars), "bytes": sum(tar.size for tar in self.tars)},
         }
@@ -210,7 +224,7 @@ def _make_corpus(folder: Folder, plan: IndexPlan, settings: IndexSettings) -> Co
     records = begin(folder, plan, names)
     tasks = {
         tar.name: partial(
-            IndexTask, folder, tar, plan.plan_hash, plan.label_extension,
+            IndexTask, folder, tar, plan.plan_hash, plan.form,
             None if plan.named_classes is None else len(plan.named_classes[0]), settings.tars == "copy",
         )
         for tar in plan.tars
@@ -234,7 +248,9 @@ def _make_corpus(folder: Folder, plan: IndexPlan, settings: IndexSettings) -> Co
             raise SourceError(f"no sample of source {plan.root} has a label")
         plan = replace(plan, classes=[str(number) for number in range(largest + 1)])
     assemble(folder, plan, in_order)
-    return Corpus.open(folder)
+    corpus = Corpus.open(folder)
+    report_corpus(corpus, plan.root)
+    return corpus
 
 
 def _largest(folder: Folder, name: str) -> int:
@@ -254,10 +270,16 @@ def _make_plan(settings: IndexSettings, source: str) -> IndexPlan:
         for tar, beginning in zip(tars, beginnings, strict=True):
             refuse_compression(beginning, str(tar), gzip=False)
     extension = settings.labels if settings.labels != "auto" else _label_extension(tars[0])
-    plan = IndexPlan(source, tars, extension, named, named[0] if named else [])
+    places = [(tar.folder, tar.name) for tar in tars]
+    form = form_of_tars(
+        places, LabelForm(extension, key=settings.label_column, no_label=settings.no_label), settings.labels_per_image
+    )
+    if form.names is not None:
+        named = named or (names_in_tars(places, form), None)
+        form = replace(form, names=tuple(named[0]))
     size = sum(tar.size for tar in tars)
-    log.info("%d tars in %s, %s, labels in .%s", len(tars), source, in_megabytes(size), extension)
-    return plan
+    log.info("%d tars in %s, %s, %s", len(tars), source, in_megabytes(size), described(form))
+    return IndexPlan(source, tars, form, named, named[0] if named else [])
 
 
 def _list_tars(place: str) -> tuple[Tar, ...]:

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 
@@ -15,7 +15,9 @@ from data_prep.columns import Labels
 from data_prep.corpus_format import SAMPLE_DTYPE, image_check
 from data_prep.decoder_process import refuse_deadly
 from data_prep.image_check import MAX_BYTES, TOO_MANY_BYTES, UnusableImage, check_image
+from data_prep.label_weights import scaled
 from data_prep.listing import SourceError
+from data_prep.sample_labels import LabelForm
 from data_prep.shard_task import commit_shard, one_line
 from data_prep.tar_headers import TarError, iterate_members
 from data_prep.webdataset_tars import (
@@ -24,7 +26,6 @@ from data_prep.webdataset_tars import (
     dali_index,
     dali_index_line,
     iterate_samples,
-    parse_label,
 )
 
 
@@ -50,8 +51,8 @@ class IndexTask:
     source: Tar
     """Its name is that of the shard."""
     plan_hash: str
-    label_extension: str
-    """"cls" or "json"."""
+    form: LabelForm
+    """How the labels stand in it."""
     num_classes: int | None
     """How many classes there are, or None where the labels are to say."""
     copy: bool
@@ -100,7 +101,7 @@ def _index(task: IndexTask, path: Path) -> dict[str, Any]:
         os.close(descriptor)
     return commit_shard(
         task.folder, task.source.name, task.plan_hash,
-        np.array(columns, SAMPLE_DTYPE), Labels.of(labels) if task.label_extension == "json" else None,
+        np.array(columns, SAMPLE_DTYPE), Labels.of(labels) if task.form.many else None,
         origins, quarantined, dali_index(index_lines),
         size, storage.hash_file(path),
     )  # fmt: skip
@@ -110,8 +111,9 @@ def _read_sample(
     descriptor: int, sample: TarSample, task: IndexTask
 ) -> tuple[tuple[int, int, int, int, int, int, int], list[tuple[int, float]], bytes]:
     """A sample's row of the index, its labels, and its line in DALI's index."""
-    image, label = sample.image(), sample.label(task.label_extension)
-    pairs = parse_label(_read(descriptor, label.offset, label.size), task.label_extension, task.num_classes)
+    image, label = sample.image(), sample.label(task.form.extension)
+    pairs = task.form.labels(_read(descriptor, label.offset, label.size), task.num_classes)
+    _check_weights(pairs, f"{task.source}, {one_line(label.name)}")
     if image.size > MAX_BYTES:
         raise UnusableImage(TOO_MANY_BYTES)
     data = _read(descriptor, image.offset, image.size)
@@ -120,6 +122,18 @@ def _read_sample(
     heaviest = max(pairs, key=lambda pair: (pair[1], -pair[0]))[0] if pairs else -1
     row = (image.offset, image.size, 0, heaviest, image_check(data), facts.width, facts.height)
     return row, pairs, dali_index_line((image, label))
+
+
+def _check_weights(pairs: list[tuple[int, float]], where: str) -> None:
+    weights = np.array([weight for _, weight in pairs])
+
+    def complain(label: int, what: str) -> NoReturn:
+        raise SourceError(
+            f"{where}: label {pairs[label][0]} {what}. Tars are indexed as they are: to write them anew with weights "
+            f"that are scaled, shard them (python data_prep/shard.py SOURCE DESTINATION weight_scale=...)"
+        )
+
+    scaled(weights, 1, complain)
 
 
 def _read(descriptor: int, offset: int, size: int) -> bytes:

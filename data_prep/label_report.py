@@ -10,6 +10,8 @@ from numpy.typing import NDArray
 
 from cluster.command import log
 from data_prep.columns import Labels
+from data_prep.corpus import Corpus
+from data_prep.label_cells import why_delimited
 from data_prep.label_numbers import number_of
 from data_prep.listing import Listing, looks_like_image
 from data_prep.split_names import split_of_folder
@@ -19,6 +21,7 @@ _NOTHING = frozenset(
     {"none", "null", "nan", "na", "n/a", "unknown", "unlabeled", "unlabelled", "undefined", "missing", "?", "-", "nil"}
 )
 _SHOWN = 3
+_PIECE = 1 << 20
 _LONGEST_NAME = 100
 _IMBALANCE = 1000
 """Times as many images of one class as of another that are worth a warning."""
@@ -35,6 +38,21 @@ def report_labels(listing: Listing) -> None:
         per_image = None
         counts = np.bincount(listing.labels, minlength=len(listing.classes))
     report_classes(listing.place, listing.classes, counts, len(listing), per_image)
+
+
+def report_corpus(corpus: Corpus, place: str) -> None:
+    """As `report_labels`, of a corpus.
+
+    Args:
+        place: the source.
+    """
+    per_image = None
+    if corpus.label_kind == "multi":
+        per_image = np.zeros(len(corpus), np.int64)
+        for start in range(0, len(corpus), _PIECE):
+            ids = np.arange(start, min(start + _PIECE, len(corpus)))
+            per_image[ids] = np.bincount(corpus.labels_of(ids)[0], minlength=len(ids))
+    report_classes(place, corpus.classes, np.array(corpus.class_counts), len(corpus), per_image)
 
 
 def report_classes(
@@ -92,6 +110,9 @@ def _odd_names(names: Sequence[str]) -> Iterator[str]:
         found = [name for name in names if test(name)]
         if found:
             yield f"{_count(len(found), 'class is', 'classes are')} called {what}: {_some(found)}"
+    several = why_delimited(names, "")
+    if several is not None:
+        yield f"classes look like combinations of labels, one class for each, for example {several[0]!r}"
     numbers = [name for name in names if number_of(name) is not None]
     fractions = [name for name in numbers if not re.fullmatch(r"[0-9]+", name)]
     if fractions:

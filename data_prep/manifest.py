@@ -91,6 +91,15 @@ class _CopyOf(Record):
     shard_bytes: list[Annotated[int, Field(ge=1, lt=2**63)]]
 
 
+class _LabelForm(Record):
+    """How labels stand beside the images of tars that others wrote."""
+
+    member: Literal["cls", "json"]
+    key: str | None = None
+    names: bool = False
+    no_label: list[str] = Field(default_factory=list)
+
+
 class Manifest(Record):
     """What manifest.json must say; corpus_format.py says what it means."""
 
@@ -110,6 +119,7 @@ class Manifest(Record):
     removed: _Removed | None = None
     shards_at: Annotated[str, AfterValidator(_relative)] | None = None
     copy_of: _CopyOf | None = None
+    label_form: _LabelForm | None = None
 
     @model_validator(mode="after")
     def _fits(self) -> "Manifest":

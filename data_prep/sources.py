@@ -31,6 +31,7 @@ from data_prep.label_cells import LabelCells
 from data_prep.label_weights import with_scaled_weights
 from data_prep.listing import Listing, SourceError
 from data_prep.remote_images import FetchPolicy
+from data_prep.sample_labels import LabelForm
 from data_prep.small_files import file_beside, file_here, file_stamp
 from data_prep.source_reader import FileImages
 from data_prep.table_files import ColumnNames, class_names_of, columns_of, say_columns, table_files
@@ -49,7 +50,7 @@ _READ_BY: dict[str, set[str]] = {
         "weight_scale", "image_column", "labels_per_image", "image_kb", "fetch_timeout_s", "fetch_attempts",
         "fetch_public_only",
     },
-    "webdataset": {"weight_scale"},
+    "webdataset": {"label_column", "labels_per_image", "no_label", "weight_scale"},
     "corpus": {"weight_scale"},
 }  # fmt: skip
 """Settings that only some kinds of source read."""
@@ -64,6 +65,9 @@ def _texts(value: Any) -> Any:
         return ()
     values = value if isinstance(value, (list, tuple)) else [value]
     return tuple(value_text(each) if isinstance(each, (str, int, float)) else each for each in values)
+
+
+NoLabel = Annotated[tuple[str, ...], BeforeValidator(_texts)]
 
 
 class SourceSettings(Settings):
@@ -87,7 +91,8 @@ class SourceSettings(Settings):
     path_column: str | None = None
     """Column of a table with the path or address (s3://, http://) of an image; usual names are recognised."""
     label_column: str | None = None
-    """Column with the label, or a list of labels; an image may stand in several rows, one for each label."""
+    """Column with the label, or a list of labels; an image may stand in several rows, one for each label. In JSON
+    beside the images of WebDataset tars, the key of the label."""
     label_columns: tuple[str, ...] = ()
     """Columns of 0 and 1, each of the class that it is called ("one-hot"); recognised where a table has only these
     beside the images."""
@@ -95,7 +100,7 @@ class SourceSettings(Settings):
     """What stands between labels in a cell of several: a character such as ';', or space, tab, comma, semicolon, pipe,
     slash; list for lists in text such as ["a", "b"]; none where each cell is one label as it stands. Without it a
     column that seems to hold several labels in a cell is refused."""
-    no_label: Annotated[tuple[str, ...], BeforeValidator(_texts)] = ()
+    no_label: NoLabel = ()
     """Labels that mean that there is none, such as -1, nan, unknown or empty (for a cell in which nothing stands); one
     or a list. Images without any are left out where others have one label, else they are images of no class."""
     weight_column: str | None = None
@@ -225,7 +230,8 @@ def _list(kind: str, place: str, settings: SourceSettings, workers: int, destina
     if kind == "corpus":
         return list_corpus(place)
     if kind == "webdataset":
-        return list_samples(*matching_tars(place), place)
+        form = LabelForm("", key=settings.label_column, no_label=settings.no_label)
+        return list_samples(*matching_tars(place), place, form, settings.labels_per_image)
     if kind == "tar":
         folder, name = file_at(place, "source")
         if settings.truth is None:

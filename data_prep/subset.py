@@ -29,6 +29,7 @@ from data_prep.corpus_assembly import HashedFile
 from data_prep.corpus_format import (
     FORMAT_VERSION,
     INDEX,
+    LABEL_FORM,
     LABEL_POINTERS,
     LABELS,
     MANIFEST,
@@ -281,6 +282,8 @@ def _manifest(folder: Folder, base: Corpus, part: Part) -> dict[str, Any]:
         "created_by": {"source": base.url},
         SHARDS_AT: shards_at,
     }
+    if LABEL_FORM in base.manifest:
+        manifest[LABEL_FORM] = base.manifest[LABEL_FORM]
     manifest["corpus_hash"] = manifest_hash(manifest)
     return manifest
 

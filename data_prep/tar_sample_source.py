@@ -1,8 +1,11 @@
 """Listing WebDataset tars and corpora of ours, to shard their images anew: other order, size, classes or labels."""
 
 import os
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import replace
 from itertools import islice
 
 import numpy as np
@@ -13,12 +16,18 @@ from cluster.folders import Folder
 from data_prep.columns import LABEL_DTYPE, Labels, Strings
 from data_prep.corpus import Corpus
 from data_prep.corpus_format import MANIFEST
+from data_prep.corpus_jobs import reasons_in_words
 from data_prep.listing import Listing, SourceError
+from data_prep.sample_labels import LabelForm, described, read_labels, told_by
 from data_prep.source_reader import Stream, StreamImages, reader_of
+from data_prep.table_labels import LabelKind
 from data_prep.tar_headers import TarError, iterate_members
-from data_prep.webdataset_tars import UnusableSample, iterate_samples, parse_label
+from data_prep.webdataset_tars import UnusableSample, iterate_samples
 
 _THREADS = 8
+_TELLING = 16
+"""Tars that are looked at to tell what all of them are, and samples."""
+_SAMPLES = 100
 
 
 def is_corpus(folder: Folder) -> bool:
@@ -64,10 +73,16 @@ def list_corpus(place: str) -> Listing:
     return listing.take(order)
 
 
-def list_samples(folder: Folder, tars: Sequence[str], place: str) -> Listing:
+def list_samples(
+    folder: Folder, tars: Sequence[str], place: str, form: LabelForm | None = None, kind: LabelKind = "auto"
+) -> Listing:
     """List the samples of WebDataset tars of a folder: an image and, of the same key, a `.cls` or `.json` label.
 
-    Samples without a label are left out, with the reason. Classes are named by their numbers.
+    Samples without a label are left out, with the reason. Classes are named as the labels are, or by their numbers.
+
+    Args:
+        form: what is known of the labels beside which member they are in.
+        kind: how many an image has.
 
     Raises:
         SourceError: a tar is damaged, or no sample has a label.
@@ -77,6 +92,10 @@ def list_samples(folder: Folder, tars: Sequence[str], place: str) -> Listing:
         raise SourceError(
             f"{folder}/{tars[0]} is no WebDataset tar: it has neither .cls nor .json members beside its images"
         )
+    form = form_of_tars([(folder, tar) for tar in tars], replace(form or LabelForm(""), extension=extension), kind)
+    if form.names is not None:
+        form = replace(form, names=tuple(names_in_tars([(folder, tar) for tar in tars], form)))
+    log.info("%s: %s", place, described(form))
     progress = Progress(len(tars), "tars", "listing")
     names: list[bytes] = []
     sizes: list[int] = []
@@ -86,7 +105,7 @@ def list_samples(folder: Folder, tars: Sequence[str], place: str) -> Listing:
     left_out: list[tuple[str, str]] = []
     with ThreadPoolExecutor(_THREADS) as pool:
         for number, (tar, listed) in enumerate(
-            zip(tars, pool.map(lambda tar: _list_tar(folder, tar, extension), tars), strict=True)
+            zip(tars, pool.map(lambda tar: _list_tar(folder, tar, form), tars), strict=True)
         ):
             for name, size, offset, labels, reason in listed:
                 if reason:
@@ -98,35 +117,94 @@ def list_samples(folder: Folder, tars: Sequence[str], place: str) -> Listing:
                 offsets.append(offset)
                 pairs.append(labels)
             progress.update(1, f"{len(names):,} images")
-    if not names:
-        raise SourceError(f"source {place}: no sample has a label; {len(left_out)} are without")
     largest = max((label for labels in pairs for label, _ in labels), default=-1)
     if largest < 0:
-        raise SourceError(f"no sample of source {place} has a label")
-    single = extension == "cls"
+        reasons = Counter(reason for _, reason in left_out)
+        if names:
+            reasons["its list of labels is empty"] += len(names)
+        raise SourceError(f"no sample of source {place} has a label: {reasons_in_words(reasons) or 'there is none'}")
     listing = Listing(
-        "WebDataset tars", place, [str(label) for label in range(largest + 1)], Strings.of(names),
+        "WebDataset tars", place, list(form.names or map(str, range(largest + 1))), Strings.of(names),
         np.array(sizes, np.uint64),
         StreamImages(
             folder, tuple(map(Stream, tars)),
             np.array(which, np.int32), np.array(offsets, np.uint64),
         ),
-        np.array([labels[0][0] for labels in pairs], np.int32) if single else Labels.of(pairs), tuple(left_out),
+        np.array([labels[0][0] for labels in pairs], np.int32) if not form.many else Labels.of(pairs), tuple(left_out),
     )  # fmt: skip
     if left_out:
         log.warning("left out: %d samples, for example %s: %s", len(left_out), *left_out[0])
     return listing.take(np.array(sorted(range(len(names)), key=names.__getitem__), np.int64))
 
 
-def _list_tar(folder: Folder, tar: str, extension: str) -> list[tuple[bytes, int, int, list[tuple[int, float]], str]]:
+def form_of_tars(tars: Sequence[tuple[Folder, str]], form: LabelForm, kind: LabelKind) -> LabelForm:
+    """How labels stand in tars, by their first samples; `names` are empty where labels are names.
+
+    Raises:
+        SourceError: none of these has a label; with the reasons.
+    """
+    contents: list[bytes] = []
+    for folder, tar in tars[:_TELLING]:
+        with suppress(TarError, OSError):  # of a damaged tar, or an empty one: whoever reads all of them says it
+            contents.extend(islice(_label_contents(folder, tar, form.extension), _SAMPLES - len(contents)))
+        if len(contents) >= _SAMPLES:
+            break
+    told = told_by(form, kind, contents)
+    if told is None and contents:
+        reasons: Counter[str] = Counter()
+        for content in contents:
+            try:
+                read_labels(content, form)
+            except UnusableSample as reason:
+                reasons[str(reason)] += 1
+        raise SourceError(f"no sample of {tars[0][0]} has a label: {reasons_in_words(reasons)}")
+    return told or form
+
+
+def names_in_tars(tars: Sequence[tuple[Folder, str]], form: LabelForm) -> list[str]:
+    """The names that labels in tars are, in the order of their numbers.
+
+    Raises:
+        SourceError: a tar is damaged.
+    """
+    progress = Progress(len(tars), "tars", "reading the names of classes")
+    found: set[str] = set()
+
+    def names_in(place: tuple[Folder, str]) -> set[str]:
+        names: set[str] = set()
+        try:
+            for content in _label_contents(*place, form.extension):
+                with suppress(UnusableSample):
+                    names.update(text for text, _ in form.texts(content))
+        except TarError as error:
+            raise SourceError(str(error)) from error
+        return names
+
+    with ThreadPoolExecutor(_THREADS) as pool:
+        for names in pool.map(names_in, tars):
+            found |= names
+            progress.update(1, f"{len(found):,} classes")
+    return sorted(found)
+
+
+def _label_contents(folder: Folder, tar: str, extension: str) -> Iterator[bytes]:
+    """What stands in the labels of a tar's samples."""
+    read_at, size = reader_of(folder, tar)
+    for sample in iterate_samples(iterate_members(read_at, 0, size, f"{folder}/{tar}")):
+        with suppress(UnusableSample):
+            label = sample.label(extension)
+            yield read_at(label.size, label.offset)
+
+
+def _list_tar(folder: Folder, tar: str, form: LabelForm) -> list[tuple[bytes, int, int, list[tuple[int, float]], str]]:
     """(name, size, offset, labels, why it is left out or "") of each sample."""
     found: list[tuple[bytes, int, int, list[tuple[int, float]], str]] = []
     read_at, size = reader_of(folder, tar)
     try:
         for sample in iterate_samples(iterate_members(read_at, 0, size, f"{folder}/{tar}")):
             try:
-                image, label = sample.image(), sample.label(extension)
-                labels = parse_label(read_at(label.size, label.offset), extension)
+                image, label = sample.image(), sample.label(form.extension)
+                labels = form.labels(read_at(label.size, label.offset))
             except UnusableSample as reason:
                 found.append((sample.members[0][1].name, 0, 0, [], str(reason)))
                 continue

@@ -2,7 +2,7 @@
 
 import os
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -22,9 +22,10 @@ from cluster.folders import at_hand
 from cluster.settings import Settings, parse_command
 from data_prep.corpus import Corpus
 from data_prep.corpus_format import INDEX, PLACES, CorpusError, image_check
+from data_prep.sample_labels import LabelForm
 from data_prep.shard_task import shard_file
 from data_prep.tar_headers import Member, TarError, iterate_members
-from data_prep.webdataset_tars import UnusableSample, dali_index, dali_index_line, iterate_samples, parse_label
+from data_prep.webdataset_tars import UnusableSample, dali_index, dali_index_line, iterate_samples
 
 DESCRIPTION = """
 Check a corpus from end to end: the manifest against its own hash, index and labels against their checksums, every
@@ -111,7 +112,7 @@ def check_shard(corpus: Corpus, shard: int, first_id: int) -> Iterator[str]:
         descriptor = os.open(path, os.O_RDONLY)
         try:
             members = iterate_members(descriptor, 0, facts["bytes"], place)
-            samples = {pair[0].offset: pair for pair in _pairs(members, _label_extension(corpus))}
+            samples = {pair[0].offset: pair for pair in _pairs(members, _label_forms(corpus))}
             yield from _check_samples(corpus, shard, first_id, descriptor, samples)
         except TarError as error:
             yield str(error)
@@ -133,17 +134,21 @@ def check_shard(corpus: Corpus, shard: int, first_id: int) -> Iterator[str]:
         yield f"{corpus}/{index_name} is missing or is not the index of its tar"
 
 
-def _label_extension(corpus: Corpus) -> str:
-    return "json" if corpus.label_kind == "multi" else "cls"
+def _label_forms(corpus: Corpus) -> list[LabelForm]:
+    """How labels stand in its shards: as those who wrote the tars have them, and as ours that are appended."""
+    own = LabelForm("json" if corpus.label_kind == "multi" else "cls", corpus.label_kind == "multi")
+    return list(dict.fromkeys((LabelForm.of(corpus.manifest), own)))
 
 
-def _pairs(members: Iterable[Member], label_extension: str) -> Iterator[tuple[Member, Member]]:
+def _pairs(members: Iterable[Member], forms: Sequence[LabelForm]) -> Iterator[tuple[Member, Member]]:
     """Image and label of every sample of a tar that has both; tars of others may have more members."""
     for sample in iterate_samples(members):
-        try:
-            yield sample.image(), sample.label(label_extension)
-        except UnusableSample:
-            continue
+        for form in forms:
+            try:
+                yield sample.image(), sample.label(form.extension)
+            except UnusableSample:
+                continue
+            break
 
 
 def _check_samples(
@@ -173,8 +178,14 @@ def _check_samples(
 
 
 def _label_is(corpus: Corpus, content: bytes, classes: NDArray[np.int64], weights: NDArray[np.float32]) -> bool:
+    return any(_is_in(form, corpus, content, classes, weights) for form in _label_forms(corpus))
+
+
+def _is_in(
+    form: LabelForm, corpus: Corpus, content: bytes, classes: NDArray[np.int64], weights: NDArray[np.float32]
+) -> bool:
     try:
-        pairs = parse_label(content, _label_extension(corpus), len(corpus.classes))
+        pairs = form.labels(content, len(corpus.classes))
     except UnusableSample:
         return False
     same_classes = [number for number, _ in pairs] == classes.tolist()

@@ -4,20 +4,18 @@ Members that follow each other and have the same key are a sample. The key is th
 name, what follows the dot is the extension; letters of extensions may be of either case.
 """
 
-import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
-from data_prep.columns import MAX_WEIGHT
 from data_prep.reasons import repeatable
 from data_prep.tar_headers import Member
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "tif", "tiff")
 _META = re.compile(rb"__[^/]*__($|/)")
-_MAX_CLASS = 10**6
-_MAX_LABEL_BYTES = 1 << 20
+MAX_CLASS = 10**6
 """Above any class number in use; a larger one is something else, and a list of so many classes would fill memory."""
+_MAX_LABEL_BYTES = 1 << 20
 
 
 class UnusableSample(ValueError):  # noqa: N818 - it says what the sample is
@@ -106,51 +104,3 @@ def dali_index_line(members: Iterable[Member]) -> bytes:
 def dali_index(lines: Sequence[bytes]) -> bytes:
     """The content of an index of format v1.2: the number of samples, then their lines."""
     return b"".join([b"v1.2 %d\n" % len(lines), *lines])
-
-
-def parse_label(content: bytes, extension: str, num_classes: int | None = None) -> list[tuple[int, float]]:
-    """The labels in a member: [(class, weight)], sorted by class.
-
-    Args:
-        content: of the member; `.cls` is a number in ASCII, `.json` an object with `labels` (class numbers) and
-            perhaps `weights` (1 where left out), or with `label`, one class number.
-        extension: "cls" or "json".
-        num_classes: how many there are, or None where that is not known yet.
-
-    Raises:
-        UnusableSample: of another form, or a class that does not exist.
-    """
-    if extension == "cls":
-        text = content[:40].decode("utf-8", "replace").strip()
-        if not re.fullmatch(r"[0-9]{1,9}", text) or len(content) > 40:
-            raise UnusableSample(f".cls is no class number but {text!r}")
-        pairs = [(int(text), 1.0)]
-    else:
-        pairs = _parse_json(content)
-    limit = _MAX_CLASS if num_classes is None else num_classes
-    for number, _ in pairs:
-        if not 0 <= number < limit:
-            raise UnusableSample(f"class {number} is outside 0..{limit - 1}")
-    return sorted(pairs)
-
-
-def _parse_json(content: bytes) -> list[tuple[int, float]]:
-    try:
-        value = json.loads(content)
-    except (ValueError, RecursionError) as error:
-        raise UnusableSample(f".json is damaged: {error}") from None
-    if isinstance(value, dict) and "labels" not in value and "label" in value:
-        value = {"labels": [value["label"]]}
-    labels = value.get("labels") if isinstance(value, dict) else None
-    if not isinstance(labels, list) or not all(type(number) is int for number in labels):
-        raise UnusableSample(".json has no `labels`, a list of class numbers, and no `label`, a class number")
-    weights = value.get("weights", [1.0] * len(labels))
-    if not (
-        isinstance(weights, list)
-        and len(weights) == len(labels)
-        and all(type(weight) in (int, float) and 0 <= weight <= MAX_WEIGHT for weight in weights)
-    ):
-        raise UnusableSample(".json: `weights` must be as many numbers as there are `labels`, none below 0")
-    if len(set(labels)) < len(labels):
-        raise UnusableSample(".json: a class stands twice in `labels`")
-    return list(zip(labels, map(float, weights), strict=True))

@@ -32,6 +32,7 @@ from data_prep.index import IndexSettings
 from data_prep.index_task import IndexTask, Tar, index_tar
 from data_prep.listing import Listing
 from data_prep.mixture import Mixture
+from data_prep.sample_labels import LabelForm
 from data_prep.shard import ShardSettings, check_settings
 from data_prep.shard_task import finished_records, read_rows
 from data_prep.show import describe
@@ -246,9 +247,9 @@ def _read_listing(listing: Listing) -> None:
 
 def _index_tar(place: Path, name: str) -> None:
     source = LocalFolder(place)
-    for extension in ("cls", "json"):
+    for form in (LabelForm("cls"), LabelForm("json", many=True), LabelForm("json", names=("l0",))):
         tar = Tar(source, name, (place / name).stat().st_size)
-        index_tar(IndexTask(LocalFolder(place / "corpus"), tar, "plan", extension, None, True))
+        index_tar(IndexTask(LocalFolder(place / "corpus"), tar, "plan", form, None, True))
         read_rows(LocalFolder(place / "corpus"), name)
 
 

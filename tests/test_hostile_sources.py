@@ -24,10 +24,11 @@ from data_prep.image_check import TOO_MANY_BYTES, UnusableImage, check_image
 from data_prep.image_download import is_public
 from data_prep.listing import SourceError
 from data_prep.remote_images import FetchPolicy, RemoteImages
+from data_prep.sample_labels import parse_label
 from data_prep.shard import ShardSettings
 from data_prep.sources import SourceSettings, list_source
 from data_prep.tar_headers import TarError, iterate_members
-from data_prep.webdataset_tars import UnusableSample, parse_label
+from data_prep.webdataset_tars import UnusableSample
 from tests.corpora import encoded, image_folder
 
 IMAGE = encoded(1)

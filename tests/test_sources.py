@@ -525,11 +525,12 @@ def test_images_inside_parquet_files_are_sharded(folder, tmp_path, messages):
 @pytest.mark.parametrize(
     ("labels", "weights", "message"),
     [
-        ([[0], [-1]], None, "are not numbers of the 3 classes it names, for example not '-1'"),
+        ([[0], [-1]], None, r"label '-1' of '.*' is negative, and so no class: no_label=-1"),
+        ([[0], [7]], None, "are not numbers of the 3 classes it names, for example not '7'"),
         ([["a", ""], ["b"]], None, "label '' of '.*' has no name"),
         ([["a", "a"], ["b"]], None, "label 'a' of '.*' stands twice"),
         ([["a"], ["b"]], [[1.0], [float("nan")]], "label 'b' of '.*' has weight nan: a number not below 0"),
-        ([["a"], ["b"]], [[-1.0], [1.0]], "label 'a' of '.*' has weight -1.0"),
+        ([["a"], ["b"]], [[-1.0], [1.0]], "label 'a' of '.*' has weight -1: a number not below 0"),
         ([["a", None], ["b"]], None, "a list of labels has a null in it"),
     ],
 )

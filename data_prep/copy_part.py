@@ -21,8 +21,9 @@ from cluster.folders import Folder, at_hand
 from data_prep.columns import LABEL_DTYPE, Labels
 from data_prep.corpus import Corpus
 from data_prep.corpus_assembly import assemble
-from data_prep.corpus_format import COPY_OF, FORMAT_VERSION, PLACES, CorpusError, image_check
+from data_prep.corpus_format import COPY_OF, FORMAT_VERSION, LABEL_FORM, PLACES, CorpusError, image_check
 from data_prep.corpus_jobs import check_room, run_tasks
+from data_prep.sample_labels import LabelForm, forms_of, label_of
 from data_prep.shard_task import commit_shard, finished_records
 from data_prep.tar_headers import BLOCK, Member, TarError, iterate_members, padding
 from data_prep.webdataset_tars import (
@@ -31,7 +32,6 @@ from data_prep.webdataset_tars import (
     dali_index,
     dali_index_line,
     iterate_samples,
-    parse_label,
 )
 
 _BYTES_BESIDE_IMAGE = 4 * BLOCK
@@ -92,6 +92,7 @@ class PartPlan:
             "settings": manifest.get("settings", {}),
             "source": manifest["source"],
             COPY_OF: {"corpus_hash": self.part.corpus_hash, "shard_bytes": self.part.window_bytes},
+            **({LABEL_FORM: manifest[LABEL_FORM]} if LABEL_FORM in manifest else {}),
         }
 
 
@@ -108,6 +109,8 @@ class _PartTask:
     """SAMPLE_DTYPE [N] of the samples to copy, in their order."""
     labels: NDArray[np.int64] | Labels
     num_classes: int
+    forms: tuple[LabelForm, ...]
+    """How labels stand in the tar."""
     origins: list[str]
 
 
@@ -161,7 +164,7 @@ def _task(plan: PartPlan, destination: Folder, shard: int, first_id: int) -> _Pa
     origins = [lines[place] for place in part.places_of(ids).tolist()]
     return _PartTask(
         part.shards_folder, destination, facts["name"], plan.plan_hash, part.index[ids], labels, len(part.classes),
-        origins,
+        forms_of(part.manifest), origins,
     )  # fmt: skip
 
 
@@ -190,7 +193,6 @@ def _copy_samples(task: _PartTask, descriptor: int) -> dict[str, Any]:
     starts: dict[int, int] = {}
     members = _with_starts(iterate_members(descriptor, 0, os.fstat(descriptor).st_size, where), starts)
     wanted = set(task.rows["offset"].tolist())
-    extension = "json" if isinstance(task.labels, Labels) else "cls"
     found = {sample.image().offset: sample for sample in iterate_samples(members) if _image_at(sample, wanted)}
     rows = task.rows.copy()
     rows["shard"] = 0
@@ -199,7 +201,8 @@ def _copy_samples(task: _PartTask, descriptor: int) -> dict[str, Any]:
         for place, row in enumerate(task.rows):
             sample = found.get(int(row["offset"]))
             content = {} if sample is None else _read(descriptor, sample)
-            if sample is None or not _is_as_written(task, place, sample, content, extension):
+            label_at = None if sample is None else _label_as_written(task, place, sample, content)
+            if sample is None or label_at is None:
                 raise CorpusError(
                     f"{where} is damaged: its sample with the image at byte {row['offset']} is not what the index "
                     "says. Look at the whole corpus with data_prep/verify.py"
@@ -219,7 +222,7 @@ def _copy_samples(task: _PartTask, descriptor: int) -> dict[str, Any]:
                 digest.update(piece)
                 storage.write_fully(file, piece)
                 size += len(piece)
-            image, label = moved[sample.image().offset], moved[sample.label(extension).offset]
+            image, label = moved[sample.image().offset], moved[label_at]
             rows["offset"][place] = image.offset
             lines.append(dali_index_line((image, label)))
         end = bytes(2 * BLOCK)
@@ -260,20 +263,18 @@ def _bytes_of(descriptor: int, offset: int, size: int) -> bytes:
     return content
 
 
-def _is_as_written(
-    task: _PartTask, place: int, sample: TarSample, content: Mapping[int, bytes], extension: str
-) -> bool:
-    """Whether image and label of a sample are those of the index."""
+def _label_as_written(task: _PartTask, place: int, sample: TarSample, content: Mapping[int, bytes]) -> int | None:
+    """Where the label of a sample begins; None where image or label are not those of the index."""
     row = task.rows[place]
     try:
-        label = sample.label(extension)
-        pairs = parse_label(content[label.offset], extension, task.num_classes)
+        label, pairs = label_of(sample, lambda member: content[member.offset], task.forms, task.num_classes)
     except UnusableSample:
-        return False
+        return None
     if isinstance(task.labels, Labels):
         expected = [(int(number), float(weight)) for number, weight in task.labels[place].tolist()]
     else:
         expected = [(int(task.labels[place]), 1.0)]
     same_labels = [(number, float(np.float32(weight))) for number, weight in pairs] == expected
     image = content[sample.image().offset]
-    return same_labels and len(image) == row["length"] and image_check(image) == row["check"]
+    are_whole = same_labels and len(image) == row["length"] and image_check(image) == row["check"]
+    return label.offset if are_whole else None

@@ -8,15 +8,18 @@ the reason.
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 from data_prep.columns import MAX_WEIGHT
 from data_prep.corpus_format import LABEL_FORM
 from data_prep.label_numbers import class_number, number_of, same_label, why_no_class
 from data_prep.table_labels import NO_LABEL, LabelKind
-from data_prep.webdataset_tars import MAX_CLASS, UnusableSample
+from data_prep.tar_headers import Member
+from data_prep.webdataset_tars import MAX_CLASS, TarSample, UnusableSample
 
 KEYS = (
     "labels", "label", "cls", "class", "classes", "class_id", "class_index", "class_idx", "label_id", "category",
@@ -59,6 +62,10 @@ class LabelForm:
             "member": self.extension, "key": self.key, "names": self.names is not None, "no_label": list(self.no_label)
         }  # fmt: skip
 
+    @cached_property
+    def _places(self) -> dict[str, int] | None:
+        return None if self.names is None else {name: place for place, name in enumerate(self.names)}
+
     def labels(self, content: bytes, num_classes: int | None = None) -> list[tuple[int, float]]:
         """The labels in a member: [(class, weight)], sorted by class; none where all of them are none.
 
@@ -70,7 +77,7 @@ class LabelForm:
         """
         texts = self.texts(content)
         numbers: list[tuple[int, float]] = []
-        places = None if self.names is None else {name: place for place, name in enumerate(self.names)}
+        places = self._places
         for text, weight in texts:
             number = class_number(text) if places is None else places.get(text)
             if number is None and places is None and number_of(text) is None:
@@ -188,6 +195,31 @@ def described(form: LabelForm) -> str:
     what = "names" if form.names is not None else "numbers"
     where = f".{form.extension}" + (f" under {form.key!r}" if form.key else "")
     return f"labels are {what} in {where}, {'many' if form.many else 'one'} an image"
+
+
+def forms_of(manifest: Mapping[str, Any]) -> tuple[LabelForm, ...]:
+    """How labels stand in the shards of a corpus: as those who wrote its tars have them, and as in ours, appended."""
+    many = manifest["label_kind"] == "multi"
+    return tuple(dict.fromkeys((LabelForm.of(manifest), LabelForm("json" if many else "cls", many))))
+
+
+def label_of(
+    sample: TarSample, read: Callable[[Member], bytes], forms: Sequence[LabelForm], num_classes: int
+) -> tuple[Member, list[tuple[int, float]]]:
+    """The member with the label of a sample of a corpus, and its labels [(class, weight)], by the form that fits.
+
+    Args:
+        read: gives the content of a member.
+
+    Raises:
+        UnusableSample: no form fits.
+    """
+    for form in forms[:-1]:
+        with suppress(UnusableSample):
+            member = sample.label(form.extension)
+            return member, form.labels(read(member), num_classes)
+    member = sample.label(forms[-1].extension)
+    return member, forms[-1].labels(read(member), num_classes)
 
 
 def parse_label(content: bytes, extension: str, num_classes: int | None = None) -> list[tuple[int, float]]:

@@ -140,12 +140,12 @@ class TableRows(NamedTuple):
 
 def value_text(value: object) -> str | None:
     """A label as text: names, numbers, true and false, and "" for nothing; None for what can be no label."""
+    if isinstance(value, str):
+        return value.strip()
     if value is None:
         return ""
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, int):
         return str(value) if value.bit_length() < 1024 else None  # Python writes no number of thousands of digits
-    if isinstance(value, float):
-        return repr(value)
-    return value.strip() if isinstance(value, str) else None
+    return repr(value) if isinstance(value, float) else None

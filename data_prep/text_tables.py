@@ -21,7 +21,6 @@ from data_prep.table_format import BATCH, Columns, TableFile, TableRows, value_t
 _LOOKED_AT = 1000
 """Rows that tell the columns."""
 _SEPARATORS = {".csv": ",;\t|", ".tsv": "\t,;|"}
-_CONTROL = set("\r\n")
 
 
 @dataclass(frozen=True)
@@ -141,18 +140,29 @@ def _read_csv(file: TableFile, columns: Columns) -> Iterator[TableRows]:
         some = list(itertools.islice(lines, _LOOKED_AT))
         rows = _dialect(file, some).rows(itertools.chain(some, lines))
         header = _header(file, next(rows, []))
-        entries = ((rows.line_num, row) for row in rows if row)
-        checked = ((line, _by_column(header, row, f"table {file}, line {line}")) for line, row in entries)
-        yield from _batches(checked, columns, f"table {file}, line")
+        yield from _batches(_by_column(file, rows, header, columns.names), columns, f"table {file}, line")
 
 
-def _by_column(header: Sequence[str], row: Sequence[str], where: str) -> dict[str, Any]:
-    if len(row) != len(header):
-        raise SourceError(f"{where}: has {len(row)} fields where the header has {len(header)}")
-    for field in row:
-        if not _CONTROL.isdisjoint(field):
-            raise SourceError(f"{where}: a value goes over several lines ({field[:60]!r}): a quote may be missing")
-    return dict(zip(header, row, strict=True))
+def _by_column(
+    file: TableFile, rows: Any, header: Sequence[str], names: Sequence[str]
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The lines of rows and their values in some columns."""
+    places = [(name, header.index(name)) for name in names]
+    for row in rows:
+        if not row:
+            continue
+        if len(row) != len(header):
+            raise SourceError(
+                f"table {file}, line {rows.line_num}: has {len(row)} fields where the header has {len(header)}"
+            )
+        found = {name: row[place] for name, place in places}
+        for value in found.values():
+            if "\n" in value or "\r" in value:
+                raise SourceError(
+                    f"table {file}, line {rows.line_num}: a value goes over several lines ({value[:60]!r}): "
+                    "a quote may be missing"
+                )
+        yield rows.line_num, found
 
 
 def _read_json(file: TableFile, columns: Columns) -> Iterator[TableRows]:
@@ -174,11 +184,11 @@ def _json_lines(lines: io.TextIOBase, file: TableFile) -> Iterator[tuple[int, An
 
 def _batches(entries: Iterator[tuple[int, Any]], columns: Columns, where: str) -> Iterator[TableRows]:
     collector = _Collector()
+    wanted = {name for name in (columns.path, columns.label) if name}
     for number, entry in entries:
         row = f"{where} {number}"
-        wanted = [name for name in (columns.path, columns.label) if name]
-        if not isinstance(entry, dict) or any(name not in entry for name in wanted):
-            raise SourceError(f"{row}: must be an object with {' and '.join(wanted)}")
+        if not isinstance(entry, dict) or not wanted <= entry.keys():
+            raise SourceError(f"{row}: must be an object with {' and '.join(sorted(wanted))}")
         path = entry[columns.path or ""]
         if not isinstance(path, str):
             raise SourceError(f"{row}: {columns.path} must be text, not {str(path)[:60]}")
@@ -195,6 +205,8 @@ def _batches(entries: Iterator[tuple[int, Any]], columns: Columns, where: str) -
 
 def _labels(value: Any, columns: Columns, where: str) -> tuple[list[str], bool]:
     """The labels of a cell, and whether it is one that was not split."""
+    if isinstance(value, str) and not columns.cells.splits:
+        return [value.strip()], True
     if isinstance(value, list):
         texts = [value_text(item) for item in value]
         if any(text is None for text in texts):
@@ -227,6 +239,8 @@ def _indicated(entry: dict[str, Any], columns: Columns, where: str) -> list[str]
 
 def _weights(entry: dict[str, Any], columns: Columns, count: int, where: str) -> list[float]:
     value = entry.get(columns.weight or "", [1.0] * count)
+    if count == 1 and isinstance(value, (str, float)) and (weight := _number(value)) is not None:
+        return [weight]
     if isinstance(value, str) and columns.cells.splits and count != 1:
         value = columns.cells.split(value)
     values = value if isinstance(value, list) else [value]

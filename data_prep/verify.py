@@ -22,7 +22,7 @@ from cluster.folders import at_hand
 from cluster.settings import Settings, parse_command
 from data_prep.corpus import Corpus
 from data_prep.corpus_format import INDEX, PLACES, CorpusError, image_check
-from data_prep.sample_labels import LabelForm
+from data_prep.sample_labels import LabelForm, forms_of
 from data_prep.shard_task import shard_file
 from data_prep.tar_headers import Member, TarError, iterate_members
 from data_prep.webdataset_tars import UnusableSample, dali_index, dali_index_line, iterate_samples
@@ -112,8 +112,9 @@ def check_shard(corpus: Corpus, shard: int, first_id: int) -> Iterator[str]:
         descriptor = os.open(path, os.O_RDONLY)
         try:
             members = iterate_members(descriptor, 0, facts["bytes"], place)
-            samples = {pair[0].offset: pair for pair in _pairs(members, _label_forms(corpus))}
-            yield from _check_samples(corpus, shard, first_id, descriptor, samples)
+            forms = forms_of(corpus.manifest)
+            samples = {pair[0].offset: pair for pair in _pairs(members, forms)}
+            yield from _check_samples(corpus, shard, first_id, descriptor, samples, forms)
         except TarError as error:
             yield str(error)
             return
@@ -134,12 +135,6 @@ def check_shard(corpus: Corpus, shard: int, first_id: int) -> Iterator[str]:
         yield f"{corpus}/{index_name} is missing or is not the index of its tar"
 
 
-def _label_forms(corpus: Corpus) -> list[LabelForm]:
-    """How labels stand in its shards: as those who wrote the tars have them, and as ours that are appended."""
-    own = LabelForm("json" if corpus.label_kind == "multi" else "cls", corpus.label_kind == "multi")
-    return list(dict.fromkeys((LabelForm.of(corpus.manifest), own)))
-
-
 def _pairs(members: Iterable[Member], forms: Sequence[LabelForm]) -> Iterator[tuple[Member, Member]]:
     """Image and label of every sample of a tar that has both; tars of others may have more members."""
     for sample in iterate_samples(members):
@@ -152,7 +147,12 @@ def _pairs(members: Iterable[Member], forms: Sequence[LabelForm]) -> Iterator[tu
 
 
 def _check_samples(
-    corpus: Corpus, shard: int, first_id: int, descriptor: int, samples: Mapping[int, tuple[Member, Member]]
+    corpus: Corpus,
+    shard: int,
+    first_id: int,
+    descriptor: int,
+    samples: Mapping[int, tuple[Member, Member]],
+    forms: Sequence[LabelForm],
 ) -> Iterator[str]:
     """What is wrong with the samples of a shard; `samples` are image and label by the image's offset in the tar."""
     facts = corpus.manifest["shards"][shard]
@@ -173,19 +173,16 @@ def _check_samples(
             yield f"{where}: the image is not what was written"
         expected = slice(pointers[place], pointers[place + 1])
         content = os.pread(descriptor, label.size, label.offset)
-        if not _label_is(corpus, content, classes[expected], weights[expected]):
+        there = (classes[expected], weights[expected])
+        if not any(_label_is(form, len(corpus.classes), content, *there) for form in forms):
             yield f"{where}: the label beside it is not that of {INDEX}"
 
 
-def _label_is(corpus: Corpus, content: bytes, classes: NDArray[np.int64], weights: NDArray[np.float32]) -> bool:
-    return any(_is_in(form, corpus, content, classes, weights) for form in _label_forms(corpus))
-
-
-def _is_in(
-    form: LabelForm, corpus: Corpus, content: bytes, classes: NDArray[np.int64], weights: NDArray[np.float32]
+def _label_is(
+    form: LabelForm, num_classes: int, content: bytes, classes: NDArray[np.int64], weights: NDArray[np.float32]
 ) -> bool:
     try:
-        pairs = form.labels(content, len(corpus.classes))
+        pairs = form.labels(content, num_classes)
     except UnusableSample:
         return False
     same_classes = [number for number, _ in pairs] == classes.tolist()

@@ -1,9 +1,12 @@
 """The DeepSpeed engine of a run: parameter groups, optimizer, ZeRO, precision."""
 
+import contextlib
 import gc
 import logging
 import os
+import sys
 import warnings
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -20,12 +23,29 @@ def prepare_deepspeed() -> Any:
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # said here, it needs no warning that no GPU was found
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # DeepSpeed's calls
-    import deepspeed
+    with _without("mlflow"):
+        import deepspeed
 
     deepspeed.utils.logger.setLevel(logging.ERROR)
     # On CPUs the first collective would compile a shared-memory operator for a minute; gloo does not use it.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed
+
+
+@contextlib.contextmanager
+def _without(module: str) -> Iterator[None]:
+    """In the block, importing a module that nothing has imported yet fails.
+
+    (DeepSpeed 0.19's autotuner, which we do not use, imports MLflow where it is installed: 1.5 s of every rank.)
+    """
+    if module in sys.modules:
+        yield
+        return
+    sys.modules[module] = None  # type: ignore[assignment]  # as Python documents it
+    try:
+        yield
+    finally:
+        del sys.modules[module]
 
 
 def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict[str, Any]]:

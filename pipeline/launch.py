@@ -212,6 +212,7 @@ class _Launcher:
     def _wait_for(self, crew: Crew, records: str) -> tuple[Literal["finished", "stopped", "crashed"], str]:
         os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")  # a crash is noticed sooner than in two s
         os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
+        os.environ.setdefault("RAY_TRAIN_ENABLE_CONTROLLER_STRUCTURED_LOGGING", "0")  # it is in this process
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # we watch the nodes ourselves
         import ray
         from ray.train import FailureConfig, RunConfig, ScalingConfig
@@ -257,9 +258,6 @@ class _Launcher:
             if finished is None:  # the mailbox died since: ranks that nobody asked to stop came to their end
                 finished = not overseer.asked
             return ("finished", "") if finished else ("stopped", overseer.asked or "told to stop")
-        except ray.exceptions.RayActorError as error:
-            _give_back_room()
-            return "crashed", f"Ray Train's controller died: {_last_line(error)}"
         except TrainingFailedError as error:
             failures = error.worker_failures if isinstance(error, WorkerGroupError) else {}
             for failure in failures.values():
@@ -328,17 +326,6 @@ class _Overseer:
 
 def _range(fewest: int, most: int) -> str:
     return str(fewest) if fewest == most else f"{fewest}-{most}"
-
-
-def _give_back_room() -> None:
-    """Give back the room of a controller that was killed, which Ray keeps to the end of the job; its ranks end too."""
-    import ray
-    from ray.util.placement_group import PlacementGroup, placement_group_table, remove_placement_group
-
-    job = ray.get_runtime_context().get_job_id()
-    for group, about in placement_group_table().items():
-        if group.endswith(job) and about["state"] != "REMOVED":
-            remove_placement_group(PlacementGroup(ray.PlacementGroupID.from_hex(group)))
 
 
 def _left(word: Any) -> Any:

@@ -1,5 +1,6 @@
 """How Ray Train starts our ranks: what runs on each, on which network interface, without what we do not use."""
 
+import asyncio
 import contextlib
 from dataclasses import dataclass
 from typing import Any
@@ -7,6 +8,9 @@ from typing import Any
 import ray
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.torch.config import _TorchBackend
+from ray.train.v2._internal.execution.controller import TrainController
+from ray.train.v2._internal.execution.scaling_policy import FixedScalingPolicy
+from ray.train.v2._internal.execution.worker_group import WorkerGroup
 
 from cluster.launch_environment import forget_other_launchers
 from cluster.ray_runtime import take_variables
@@ -48,18 +52,60 @@ def on_rank(config: dict[str, Any]) -> None:
 
 
 class RanksTrainer(TorchTrainer):
-    """`TorchTrainer` without two helper processes that cost seconds of every start.
+    """`TorchTrainer` without four helper processes that cost seconds of every start (Ray 2.60).
 
-    One hands out Ray Data sets, of which there are none. The other frees placement groups that outlive the job;
-    those of an actor that is not detached end with the job anyway.
+    One is the controller, which starts the ranks and asks how they are: it runs in this process, which has nothing
+    else to do meanwhile. One tells the autoscaler what the ranks need: the recruiter does (pipeline/crew.py), and the
+    placement group of the ranks. One hands out Ray Data sets, of which there are none. The last frees placement groups
+    that outlive the job; those of an actor that is not detached end with the job anyway.
     """
 
     def _create_default_callbacks(self) -> list[Any]:
         unused = ("DatasetsCallback", "PlacementGroupCleanerCallback")
         return [item for item in super()._create_default_callbacks() if type(item).__name__ not in unused]
 
-    def _register_sigint_handler(self, controller: Any) -> None:
-        """None: Ray 2.60's own ends the ranks at once, without a checkpoint. Ours is in place."""
+    def _initialize_and_run_controller(self, **parts: Any) -> Any:
+        controller = _Controller(**{**parts, "scaling_policy": _AsAsked(self.scaling_config)})
+        asyncio.run(controller.run())
+        return controller.get_result()
+
+
+class _AsAsked(FixedScalingPolicy):
+    """As many ranks as were asked for, without a word to the actor that adds up what to ask an autoscaler for.
+
+    On a busy machine that actor answers later than within the 5 s that Ray waits for it, and a trace is shown.
+    """
+
+    def after_controller_start(self, train_run_context: Any) -> None:
+        """Nothing."""
+
+    def _maybe_send_resource_request(self) -> None:
+        """Nothing."""
+
+
+class _Workers(WorkerGroup):
+    """Ranks whose controller is no actor: they never ask it for the checkpoints that Ray Train keeps."""
+
+    def _init_train_context_on_workers(self, workers: list[Any], sync_actor: Any, arguments: dict[str, Any]) -> None:
+        ray.get(
+            [
+                worker.actor.init_train_context.remote(
+                    train_run_context=self._train_run_context,
+                    distributed_context=worker.distributed_context,
+                    synchronization_actor=sync_actor,
+                    storage_context=self._storage_context,
+                    worker_callbacks=self._worker_callbacks_to_propagate,
+                    controller_actor=None,
+                    **{name: values[number] for name, values in arguments.items()},
+                )
+                for number, worker in enumerate(workers)
+            ]
+        )
+        self._decorate_worker_log_file_paths(workers)
+
+
+class _Controller(TrainController):
+    worker_group_cls = _Workers
 
 
 class RanksBackend(_TorchBackend):

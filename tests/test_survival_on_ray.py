@@ -109,7 +109,7 @@ def test_a_killed_driver_leaves_no_rank_behind_and_a_rerun_goes_on(
         assert list(root.iterdir()) == [], "what the killed ranks had"
 
 
-def test_ray_trains_controller_and_the_mailbox_may_be_killed(
+def test_the_mailbox_may_be_killed(
     corpus: str, straight: dict[int, float], tmp_path: Path
 ) -> None:
     words = [*TINY, f"data.corpus={corpus}", "run.name=a", "run.workers=2"]
@@ -132,18 +132,14 @@ def test_ray_trains_controller_and_the_mailbox_may_be_killed(
         assert run.driver.wait(120) == 128 + signal.SIGTERM, run.output()[-4000:]
         stopped = run.last_step()
         assert f"stopped at step {stopped} of 600, which is saved" in run.output()
-        # Without the controller there are no ranks: they are started again, in the room that it had.
+        # A run whose mailbox died before its end ends all the same.
         run.start()
         run.wait_for_steps(20)
-        kill("TrainController")
-        run.wait("the second resume", lambda: len(run.resumed()) == 2)
-        # A run whose mailbox died before its end ends all the same.
         kill("Mailbox")
         assert run.driver.wait(600) == 0, run.output()[-4000:]
     finally:
         place.end()
     said = run.output()
-    assert "crash 1 of at most 3 without a new checkpoint: Ray Train's controller died: " in said
-    assert "crash 2" not in said
+    assert "crash 1" not in said
     assert "Traceback" not in said
     assert losses(run.folder / "metrics.jsonl") == straight

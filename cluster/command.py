@@ -39,13 +39,17 @@ stopped by SIGHUP, Ctrl-C or SIGTERM (a stage that trains saves first, a second 
 
 
 class LogFormatter(logging.Formatter):
-    """The time of day and a message, without credentials, in one line whatever names from outside stand in it."""
+    """The time of day and a message, without credentials, in one line whatever names from outside stand in it.
+
+    A warning and an error say that they are one.
+    """
 
     def __init__(self) -> None:
         super().__init__("%(asctime)s %(message)s", datefmt="%H:%M:%S")
 
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - logging's name
-        record.message = printable(without_credentials(record.message))
+        kind = "" if record.levelno < logging.WARNING else f"{record.levelname.lower()}: "
+        record.message = kind + printable(without_credentials(record.message))
         return super().formatMessage(record)
 
     def formatException(self, ei: Any) -> str:  # noqa: N802 - logging's name
@@ -224,24 +228,39 @@ def check_folder(folder: Path, key: str) -> None:
 class Progress:
     """A log line now and then for long work: share done, rate, time left.
 
+    The time left is not shown before it can be known: what comes first (processes that start, caches that are cold, as
+    many pieces as are worked on at a time) says little of the rest, and is left out of its rate.
+
     Args:
         total: how many units there are.
         unit: what is counted, in the plural ("images").
         label: what is being done ("sharding").
         every: seconds between lines.
+        at_once: pieces that are worked on at a time, each of which is counted when it is done.
     """
 
-    def __init__(self, total: int, unit: str, label: str, every: float = 5.0) -> None:
+    def __init__(self, total: int, unit: str, label: str, every: float = 5.0, at_once: int = 1) -> None:
         self.total, self.unit, self.label, self.every = total, unit, label, every
+        self.at_once = at_once
         self.done = 0
         self.counted = 0
         self.started = time.monotonic()
         self._last = self.started
+        self._pieces = 0
+        self._warm: tuple[int, float] | None = None
+        """Units and time when the first pieces were done."""
 
     @property
     def rate(self) -> float:
         """Units a second since the start, without those that were skipped."""
         return self.counted / max(time.monotonic() - self.started, 1e-9)
+
+    @property
+    def seconds_left(self) -> float | None:
+        """Estimate from what was done after the first pieces; None before as many again are done."""
+        if self._warm is None or self._pieces < 2 * self.at_once or self.counted == self._warm[0]:
+            return None
+        return (self.total - self.done) * (time.monotonic() - self._warm[1]) / (self.counted - self._warm[0])
 
     def skip(self, count: int) -> None:
         """Count units that were finished by an earlier run: they are done but say nothing of the rate."""
@@ -251,7 +270,10 @@ class Progress:
         """Count `count` more units; log a line if one is due. `note` is appended to it."""
         self.done += count
         self.counted += count
+        self._pieces += 1
         now = time.monotonic()
+        if self._pieces == self.at_once:
+            self._warm = self.counted, now
         if now - self._last >= self.every and self.done < self.total:
             self._last = now
             log.info("%s", self.line(note))
@@ -262,12 +284,25 @@ class Progress:
 
     def line(self, note: str = "") -> str:
         """The progress line as it stands."""
-        left = (self.total - self.done) / self.rate if self.counted else float("nan")
         share = 100 * self.done / max(self.total, 1)
-        text = f"{self.label} {self.done:,}/{self.total:,} {self.unit} ({share:.0f} %), {self.rate:,.0f}/s"
-        if self.done < self.total and left == left:
+        text = f"{self.label} {self.done:,}/{self.total:,} {self.unit} ({share:.0f} %), {in_figures(self.rate)}/s"
+        if self.done < self.total and (left := self.seconds_left) is not None:
             text += f", {duration(left)} left"
         return f"{text}, {note}" if note else text
+
+
+def counted(number: int, one: str, many: str = "") -> str:
+    """A number of things: 1 shard, 1,281,167 images.
+
+    Args:
+        many: the plural, where it is not `one` with an s.
+    """
+    return f"{number:,} {one if number == 1 else many or f'{one}s'}"
+
+
+def in_figures(rate: float) -> str:
+    """A number as people read it, with at least two figures that count: 12,345, 7.3, 0.04."""
+    return f"{rate:,.0f}" if rate >= 9.95 or rate == 0 else f"{rate:.1f}" if rate >= 0.95 else f"{rate:.2g}"
 
 
 def duration(seconds: float) -> str:

@@ -19,10 +19,11 @@ from typing import Any
 
 import psutil
 
-from cluster.command import in_unpacked_job, log
+from cluster.command import counted, in_unpacked_job, log
 from cluster.launch_environment import LaunchError, ray_address
 from cluster.redact import without_credentials
 from cluster.s3_connection import SECRETS
+from cluster.worker_output import show_plainly
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -86,13 +87,14 @@ def ray_session(min_cpus: int = 1) -> Iterator[None]:
             _attach(address, common)
         else:
             _start_private(max(min_cpus, os.cpu_count() or 1), common)
+        show_plainly()
         resources = ray.cluster_resources()
         log.info(
-            "Ray runs on %s: %d node(s), %d CPUs, %d GPUs",
+            "Ray runs on %s: %s, %s, %s",
             f"the cluster at {address}" if address else "this machine",
-            len(ray.nodes()),
-            resources.get("CPU", 0),
-            resources.get("GPU", 0),
+            counted(len(ray.nodes()), "node"),
+            counted(int(resources.get("CPU", 0)), "CPU"),
+            counted(int(resources.get("GPU", 0)), "GPU"),
         )
         yield
     finally:

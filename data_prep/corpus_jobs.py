@@ -10,7 +10,7 @@ from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
-from cluster.command import Progress, duration, log
+from cluster.command import Progress, counted, duration, log
 from cluster.folders import Folder
 from cluster.lease import FILE as LEASE
 from cluster.lease import Lease
@@ -270,7 +270,7 @@ def run_tasks(
         careful = ray.remote(max_retries=_CAREFUL_PROCESSES - 1, **options)(carefully)
         deadly: set[str] = set()
         at_once = workers or 2 * max(1, int(ray.cluster_resources().get("CPU", 1)))
-        progress.started = time.monotonic()
+        progress.started, progress.at_once = time.monotonic(), min(at_once, len(tasks))
         records: dict[str, dict[str, Any]] = {}
         running: dict[Any, str] = {}
         failures: Counter[str] = Counter()
@@ -356,8 +356,9 @@ def log_summary(corpus: Corpus, seconds: float) -> None:
     """What was made, and what was left out of it and why."""
     manifest = corpus.manifest
     log.info(
-        "wrote %s: %s images of %s classes in %d shards, %s, in %s",
-        corpus, f"{corpus.num_samples:,}", f"{len(corpus.classes):,}", len(manifest["shards"]),
+        "wrote %s: %s of %s in %s, %s, in %s",
+        corpus, counted(corpus.num_samples, "image"), counted(len(corpus.classes), "class", "classes"),
+        counted(len(manifest["shards"]), "shard"),
         in_megabytes(manifest["num_bytes"]), duration(seconds),
     )  # fmt: skip
     if manifest["quarantined"]:
@@ -370,7 +371,8 @@ def log_summary(corpus: Corpus, seconds: float) -> None:
         log.info("%s; see %s/%s", removed_in_words(manifest["removed"]), corpus, corpus.file_name(REMOVED))
     empty = [name for name, count in zip(corpus.classes, corpus.class_counts, strict=True) if not count]
     if empty:
-        log.warning("%d classes have no image: %s", len(empty), _some(empty))
+        have = "has" if len(empty) == 1 else "have"
+        log.warning("%s %s no image: %s", counted(len(empty), "class", "classes"), have, _some(empty))
     log.info("corpus hash %s", corpus.corpus_hash)
 
 

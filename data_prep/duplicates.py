@@ -18,7 +18,7 @@ import re
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -203,10 +203,13 @@ def _descriptors_of_listing(listing: Listing, folder: Folder, workers: int) -> I
 
 
 def _descriptors_of_corpus(corpus: Corpus, work: Folder, workers: int) -> NDArray[np.void]:
-    """Descriptors of an excluded corpus, DESCRIPTOR [N]; kept beside it where that is possible, else on this node."""
+    """Descriptors of an excluded corpus, DESCRIPTOR [N]; kept in this node's cache: the corpus may be somebody else's.
+
+    (Versions of before kept them beside the corpus: those are read.)
+    """
     name = f"perceptual-hashes-{VERSION}-{corpus.corpus_hash[:32]}.bin"
-    places = [corpus.folder, LocalFolder(cache_folder("perceptual-hashes"))]
-    for place in places:
+    cache = LocalFolder(cache_folder("perceptual-hashes"))
+    for place in (cache, corpus.folder):
         if place.size(name) == corpus.num_samples * DESCRIPTOR.itemsize + 16:
             content = place.read_bytes(name)
             if xxhash.xxh3_128_digest(content[:-16]) == content[-16:]:
@@ -217,12 +220,8 @@ def _descriptors_of_corpus(corpus: Corpus, work: Folder, workers: int) -> NDArra
     bounds = [*range(0, corpus.num_samples, step), corpus.num_samples]
     _describe(bounds, partial(PartOfCorpus, corpus), folder, workers, f"{corpus}: describing")
     content = b"".join(folder.read_bytes(_part_name(number)) for number in range(len(bounds) - 1))
-    for place in places:
-        try:
-            place.write_bytes(name, content + xxhash.xxh3_128_digest(content))
-            break
-        except (OSError, StorageError):
-            continue  # a corpus that may only be read; and without a cache they are made anew the next time
+    with suppress(OSError, StorageError):  # without a cache they are made anew the next time
+        cache.write_bytes(name, content + xxhash.xxh3_128_digest(content))
     folder.remove_tree(_PARTS)
     return np.frombuffer(content, DESCRIPTOR)
 

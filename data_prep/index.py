@@ -22,7 +22,7 @@ if __package__ in (None, ""):  # run as a script: the repository root belongs on
 from pydantic import Field
 
 from cluster import storage
-from cluster.command import Progress, absolute_path, log, run_command
+from cluster.command import Progress, absolute_path, counted, log, run_command
 from cluster.folders import Folder, LocalFolder, folder_at
 from cluster.settings import Settings, parse_command
 from data_prep.class_names import read_classes
@@ -278,7 +278,7 @@ def _make_plan(settings: IndexSettings, source: str) -> IndexPlan:
         named = named or (names_in_tars(places, form), None)
         form = replace(form, names=tuple(named[0]))
     size = sum(tar.size for tar in tars)
-    log.info("%d tars in %s, %s, %s", len(tars), source, in_megabytes(size), described(form))
+    log.info("%s in %s, %s, %s", counted(len(tars), "tar"), source, in_megabytes(size), described(form))
     return IndexPlan(source, tars, form, named, named[0] if named else [])
 
 

@@ -17,7 +17,7 @@ if __package__ in (None, ""):  # run as a script: the repository root belongs on
 
 from pydantic import Field
 
-from cluster.command import Progress, absolute_path, log, run_command
+from cluster.command import Progress, absolute_path, counted, log, run_command
 from cluster.folders import Folder, folder_at
 from cluster.settings import SettingsError, parse_command
 from data_prep.append import NewClasses, plan_append, what_is_new
@@ -201,8 +201,9 @@ def shard_listing(listed: Callable[[], Listing], folder: Folder, settings: Shard
             remove_working_folders(folder)
             return finished
     log.info(
-        "%s images of %s classes in %s (%s): %d shards of about %s",
-        f"{len(plan.listing):,}", f"{len(listing.classes):,}", listing.place, listing.kind, len(plan),
+        "%s of %s in %s (%s): %s of about %s",
+        counted(len(plan.listing), "image"), counted(len(listing.classes), "class", "classes"),
+        listing.place, listing.kind, counted(len(plan), "shard"),
         in_megabytes(plan.total_bytes / len(plan)),
     )  # fmt: skip
     there = finished_records(folder, [plan.name(shard) for shard in range(len(plan))], plan.plan_hash)

@@ -17,12 +17,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cluster import storage
-from cluster.command import Progress, absolute_path, log, run_command
+from cluster.command import Progress, absolute_path, counted, log, run_command
 from cluster.folders import at_hand
 from cluster.settings import Settings, parse_command
 from data_prep.corpus import Corpus
 from data_prep.corpus_format import INDEX, PLACES, CorpusError, image_check
 from data_prep.sample_labels import LabelForm, forms_of
+from data_prep.corpus_jobs import in_megabytes
 from data_prep.shard_task import shard_file
 from data_prep.tar_headers import Member, TarError, iterate_members
 from data_prep.webdataset_tars import UnusableSample, dali_index, dali_index_line, iterate_samples
@@ -61,20 +62,20 @@ def main() -> None:
             log.error("%s", problem)
     if problems:
         raise CorpusError(
-            f"{corpus}: {problems} problems found. To write a damaged shard again, remove its .tar and run the "
-            f"command that made the corpus (shard, index or copy) again"
+            f"{corpus}: {counted(problems, 'problem')} found. To write a damaged shard again, remove its .tar and run "
+            f"the command that made the corpus (shard, index or copy) again"
         )
     log.info(
-        "%s is whole: %s samples in %d shards, %s bytes, corpus hash %s",
-        corpus, f"{corpus.num_samples:,}", len(corpus.shard_sizes), f"{corpus.manifest['num_bytes']:,}",
-        corpus.corpus_hash,
+        "%s is whole: %s in %s, %s of images, corpus hash %s",
+        corpus, counted(corpus.num_samples, "sample"), counted(len(corpus.shard_sizes), "shard"),
+        in_megabytes(corpus.manifest["num_bytes"]), corpus.corpus_hash,
     )  # fmt: skip
 
 
 def verify(corpus: Corpus) -> Iterator[str]:
     """What is wrong with a corpus that opens: one line a problem; nothing if it is whole."""
     yield from _check_counts(corpus)
-    progress = Progress(corpus.num_samples, "samples", "verifying")
+    progress = Progress(corpus.num_samples, "samples", "verifying", at_once=os.cpu_count() or 1)
     first_ids = np.concatenate([[0], np.cumsum(corpus.shard_sizes)])
     shards = range(len(corpus.shard_sizes))
     # hashing releases the interpreter, so threads use all cores

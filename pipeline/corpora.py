@@ -6,7 +6,7 @@ from typing import Literal
 
 import numpy as np
 
-from cluster.command import absolute_path
+from cluster.command import absolute_path, in_figures
 from cluster.settings import SettingsError
 from data_prep.checked_rows import Checks
 from data_prep.corpus import Corpus
@@ -144,8 +144,9 @@ def describe_order(corpus: Mixture, order: MixedOrder, windows: Sequence[int], g
         for part, window in zip(corpus.parts, windows, strict=True)
     )
     return (
-        f"shuffling {shuffled}: {100 * together:.2g} % of the pairs in a batch are of one shard ({100 * freely:.2g} % "
-        f"if all were shuffled as a whole), a batch has {classes:,} classes ({free_classes:,.0f})"
+        f"shuffling {shuffled}: {in_figures(100 * together)} % of the pairs in a batch are of one shard "
+        f"({in_figures(100 * freely)} % if all were shuffled as a whole), a batch has {classes:,} classes "
+        f"({free_classes:,.0f})"
     )
 
 

@@ -6,6 +6,7 @@ them save and stop, to go on elsewhere; a crash is followed by another start.
 """
 
 import datetime
+import logging
 import os
 import signal
 import time
@@ -215,10 +216,12 @@ class _Launcher:
         os.environ.setdefault("RAY_TRAIN_ENABLE_CONTROLLER_STRUCTURED_LOGGING", "0")  # it is in this process
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # we watch the nodes ourselves
         import ray
-        from ray.train import FailureConfig, RunConfig, ScalingConfig
+        from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
         from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
         from ray.train.v2.api.exceptions import ControllerError, TrainingFailedError, WorkerGroupError
 
+        if os.environ.get("VITFORGE_TRACEBACK") != "1":
+            logging.getLogger("ray.train").setLevel(logging.CRITICAL)  # traces of what is raised here as well
         from pipeline.mailbox import Mailbox
         from pipeline.ray_ranks import RanksConfig, RanksTrainer, on_rank
 
@@ -245,6 +248,7 @@ class _Launcher:
             run_config=RunConfig(
                 name=f"{self.name}-{os.getpid()}-{self.attempt}",
                 storage_path=records,
+                logging_config=LoggingConfig(log_level="CRITICAL"),  # on_rank says what is to be said
                 # Every other start is ours to make, with as many ranks as there is room for then.
                 failure_config=FailureConfig(max_failures=0, controller_failure_limit=0, max_preemption_failures=0),
             ),

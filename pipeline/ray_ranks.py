@@ -2,6 +2,8 @@
 
 import asyncio
 import contextlib
+import sys
+import traceback
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +14,7 @@ from ray.train.v2._internal.execution.controller import TrainController
 from ray.train.v2._internal.execution.scaling_policy import FixedScalingPolicy
 from ray.train.v2._internal.execution.worker_group import WorkerGroup
 
+from cluster.command import NO_ROOM, shown
 from cluster.launch_environment import forget_other_launchers
 from cluster.ray_runtime import take_variables
 from pipeline.workers import LOOPBACK, choose_interface
@@ -46,7 +49,12 @@ def on_rank(config: dict[str, Any]) -> None:
     mailbox = config["mailbox"]
     mailbox.join.remote(rank, ray.get_runtime_context().get_node_id())
     take_variables(ray.get(mailbox.variables.remote(), timeout=300))
-    finished = config["target"](config["argument"], MailboxControl(mailbox, rank, config["attempt"]))
+    try:
+        finished = config["target"](config["argument"], MailboxControl(mailbox, rank, config["attempt"]))
+    except Exception as error:
+        if not isinstance(error, ValueError) and getattr(error, "errno", None) not in NO_ROOM:
+            print(shown(traceback.format_exc()), file=sys.stderr, flush=True)  # the driver shows its last line
+        raise
     if rank == 0:
         ray.get(mailbox.end.remote(finished))
 

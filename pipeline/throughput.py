@@ -146,12 +146,12 @@ class Meter:
             "seconds": earlier["seconds"] + self.elapsed(),
         }
 
-    def seconds_left(self, done: int) -> float:
-        """Estimate from the steps since the first measurement, which holds the warm-up of everything."""
+    def seconds_left(self, done: int) -> float | None:
+        """Estimate from the steps since the first measurement, which holds the warm-up of everything; None at it."""
         assert self._first_done is not None
         first, at = self._first_done
         if done == first:
-            return (self.steps - done) * self.elapsed() / done
+            return None
         return (self.steps - done) * (time.perf_counter() - at) / (done - first)
 
     def elapsed(self) -> float:
@@ -159,7 +159,7 @@ class Meter:
         return time.perf_counter() - self.started
 
 
-def log_line(step: int, total: int, values: dict[str, float], seconds_left: float) -> str:
+def log_line(step: int, total: int, values: dict[str, float], seconds_left: float | None) -> str:
     """What a practitioner looks for, on one line."""
     parts = [
         f"step {step:,}/{total:,}",
@@ -175,6 +175,6 @@ def log_line(step: int, total: int, values: dict[str, float], seconds_left: floa
         parts.append(f"checkpoint stall {100 * values['checkpoint_stall']:.1f} %")
     if "bad_samples" in values:
         parts.append(f"{values['bad_samples']:,.0f} bad samples replaced")
-    if step < total:
+    if step < total and seconds_left is not None:
         parts.append(f"{duration(seconds_left)} left")
     return ", ".join(parts)

@@ -109,9 +109,7 @@ def test_a_killed_driver_leaves_no_rank_behind_and_a_rerun_goes_on(
         assert list(root.iterdir()) == [], "what the killed ranks had"
 
 
-def test_the_mailbox_may_be_killed(
-    corpus: str, straight: dict[int, float], tmp_path: Path
-) -> None:
+def test_the_mailbox_may_be_killed(corpus: str, straight: dict[int, float], tmp_path: Path) -> None:
     words = [*TINY, f"data.corpus={corpus}", "run.name=a", "run.workers=2"]
     place = ThisMachine(tmp_path)
     run = WatchedRun(place, tmp_path / "runs" / "a", words, tmp_path / "log")

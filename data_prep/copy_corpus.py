@@ -42,9 +42,10 @@ from data_prep.corpus_format import (
     manifest_of_version,
     needs_own_shards,
 )
-from data_prep.corpus_jobs import check_places, check_room, held, in_megabytes, names_in, run_tasks, written
+from data_prep.corpus_jobs import check_places, check_room, held, in_megabytes, names_in, written
 from data_prep.manifest import read_manifest, read_version, split_version
 from data_prep.shard_task import SHARD_FILES, record_name, shard_file
+from data_prep.tasks import Work, run_tasks
 
 DESCRIPTION = """
 Copy a corpus to another folder, on file systems that every node mounts or on S3 (s3://BUCKET/FOLDER). Every shard is
@@ -258,7 +259,8 @@ def _copy_all(
     if len(tasks) < len(groups):
         progress.skip(sum(size for label, size in megabytes.items() if label not in tasks))
         log.info("%d of %d shards are there already", len(groups) - len(tasks), len(groups))
-    run_tasks(_copy_files, tasks, destination, workers, progress, units=megabytes.__getitem__, decodes=False)
+    work = Work(bytes=sum(missing.values()), decodes=False)
+    run_tasks(_copy_files, tasks, destination, workers, progress, units=megabytes.__getitem__, work=work)
 
 
 def _copy_files(task: _CopyTask) -> dict[str, Any]:

@@ -22,10 +22,11 @@ from data_prep.columns import LABEL_DTYPE, Labels
 from data_prep.corpus import Corpus
 from data_prep.corpus_assembly import assemble
 from data_prep.corpus_format import COPY_OF, FORMAT_VERSION, LABEL_FORM, PLACES, CorpusError, image_check
-from data_prep.corpus_jobs import check_room, run_tasks
+from data_prep.corpus_jobs import check_room
 from data_prep.sample_labels import LabelForm, forms_of, label_of
 from data_prep.shard_task import commit_shard, finished_records
 from data_prep.tar_headers import BLOCK, Member, TarError, iterate_members, padding
+from data_prep.tasks import Work, run_tasks
 from data_prep.webdataset_tars import (
     TarSample,
     UnusableSample,
@@ -144,8 +145,9 @@ def copy_part(part: Corpus, destination: Folder, workers: int) -> dict[str, Any]
         for name, number in shards.items()
         if name not in records
     }
+    work = Work(part.num_samples, image_bytes * missing, decodes=False)
     records |= run_tasks(
-        _write_shard, tasks, destination, workers, progress, lambda name: samples[shards[name]], decodes=False
+        _write_shard, tasks, destination, workers, progress, lambda name: samples[shards[name]], work=work
     )
     return assemble(destination, plan, [records[name] for name in shards])
 

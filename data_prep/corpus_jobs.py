@@ -1,16 +1,13 @@
-"""What every command that makes a corpus has around its work: the destination's checks, Ray tasks, the summary."""
+"""What every command that makes a corpus has around its work: the destination's checks, the summary."""
 
-import heapq
-import random
 import re
-import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from cluster.command import Progress, counted, duration, log
+from cluster.command import counted, duration, log
 from cluster.folders import Folder
 from cluster.lease import FILE as LEASE
 from cluster.lease import Lease
@@ -19,17 +16,10 @@ from cluster.storage import StorageError
 from data_prep.corpus import Corpus
 from data_prep.corpus_assembly import CorpusPlan
 from data_prep.corpus_format import MANIFEST, PLAN, QUARANTINE, CorpusError, file_of_version
-from data_prep.decoder_process import guarded
 from data_prep.listing import SourceError
 from data_prep.removed import REMOVED, removed_in_words
 from data_prep.shard_task import finished_records, remove_shard
 
-_ATTEMPTS = 4
-"""To write a shard where the storage fails."""
-_PROCESSES, _CAREFUL_PROCESSES = 2, 3
-"""That may end on a shard, before each of its images is decoded in a process of its own, and then."""
-_PAUSE, _LONGEST_PAUSE = 0.5, 60.0
-"""Seconds before a shard is tried again that could not be written: a failing disk or network may need time."""
 LAID_DOWN = "images"
 """Folder in the destination for images that are copied out of tables first; gone when the corpus is finished."""
 DUPLICATES = "duplicates"
@@ -221,135 +211,6 @@ def remove_working_folders(folder: Folder) -> None:
     for name, ours in _WORKING.items():
         if folder.child(name).tree():
             folder.child(name).remove_tree(ours)
-
-
-def run_tasks(
-    function: Callable[[Any], dict[str, Any]],
-    tasks: Mapping[str, Callable[[], Any]],
-    folder: Folder,
-    workers: int,
-    progress: Progress,
-    units: Callable[[str], int],
-    look: Callable[[dict[str, Any]], None] = lambda record: None,
-    *,
-    decodes: bool = True,
-) -> dict[str, dict[str, Any]]:
-    """Do the work of shards in Ray tasks, a bounded number at a time, and show how it goes.
-
-    Args:
-        function: takes a task and returns the shard's record; done twice it must give the same files.
-        tasks: for the name of each shard what makes its task, called when its turn has come: a task may be large.
-        folder: of the corpus.
-        workers: shards at a time; 0 for what the cluster has CPUs for.
-        progress: the caller's; its time counts from when Ray is there.
-        units: how much of the progress the shard of a name is.
-        look: is shown each record; what it raises ends the work.
-        decodes: whether the function decodes images, of which one may end its process.
-
-    Returns:
-        The records of the shards, by name.
-
-    Raises:
-        SourceError: the source is at fault.
-        StorageError: the storage failed in several attempts, or in a way that no other attempt cures.
-    """
-    if not tasks:
-        return {}
-    from cluster.ray_runtime import ray_session  # before ray: it sets what ray reads when it is imported
-
-    with ray_session():
-        import ray
-
-        def carefully(task: Any) -> dict[str, Any]:
-            with guarded() if decodes else nullcontext():
-                return function(task)
-
-        # Ray starts them again where a node or worker dies
-        options = {"num_cpus": 1, "scheduling_strategy": "SPREAD"}
-        remote = ray.remote(max_retries=_PROCESSES - 1, **options)(function)
-        careful = ray.remote(max_retries=_CAREFUL_PROCESSES - 1, **options)(carefully)
-        deadly: set[str] = set()
-        at_once = workers or 2 * max(1, int(ray.cluster_resources().get("CPU", 1)))
-        progress.started, progress.at_once = time.monotonic(), min(at_once, len(tasks))
-        records: dict[str, dict[str, Any]] = {}
-        running: dict[Any, str] = {}
-        failures: Counter[str] = Counter()
-        again: list[tuple[float, str]] = []  # (when, name), the earliest first
-        done_bytes, note = 0, ""
-        waiting = iter(tasks)
-        with _cancelled_on_failure(ray, running):
-            while True:
-                while again and len(running) < at_once and again[0][0] <= time.monotonic():
-                    name = heapq.heappop(again)[1]
-                    running[(careful if name in deadly else remote).remote(tasks[name]())] = name
-                while len(running) + len(again) < at_once and (following := next(waiting, None)) is not None:
-                    running[remote.remote(tasks[following]())] = following
-                if not running and not again:
-                    progress.finish(note)
-                    return records
-                patience = max(0.0, again[0][0] - time.monotonic()) if again else None
-                if not running:
-                    time.sleep(patience or 0)
-                    continue
-                done, _ = ray.wait(list(running), num_returns=1, timeout=patience)
-                if not done:
-                    continue
-                name = running.pop(done[0])
-                try:
-                    records[name] = _result(ray, done[0])
-                except ray.exceptions.RayTaskError:
-                    raise  # of the function itself
-                except ray.exceptions.RayError as error:
-                    why = str(error).splitlines()[0]
-                    if name in deadly:
-                        raise StorageError(
-                            f"{name} in {folder} cannot be made: its process ended {_PROCESSES + _CAREFUL_PROCESSES} "
-                            f"times ({why}){', and no image is known to be the reason' if decodes else ''}. Nodes "
-                            f"end, or memory is not enough (workers=N has fewer at a time). {GO_ON}"
-                        ) from error
-                    log.warning(
-                        "%s: its process ended %d times (%s); again%s", name, _PROCESSES, why,
-                        ", with its images decoded in another process" if decodes else "",
-                    )  # fmt: skip
-                    deadly.add(name)
-                    heapq.heappush(again, (time.monotonic(), name))
-                    continue
-                except OSError as error:
-                    failures[name] += 1
-                    if failures[name] == _ATTEMPTS:
-                        raise StorageError(
-                            f"{name} in {folder} could not be written in {_ATTEMPTS} attempts: {error}. {GO_ON}"
-                        ) from error
-                    pause = random.uniform(0.5, 1) * min(_LONGEST_PAUSE, _PAUSE * 4 ** failures[name])
-                    log.warning("%s could not be written (%s), again in %.0f s", name, error, pause)
-                    heapq.heappush(again, (time.monotonic() + pause, name))
-                    continue
-                look(records[name])
-                done_bytes += sum(records[name]["sizes"].values())
-                note = f"{done_bytes / 1e6 / max(time.monotonic() - progress.started, 1e-9):,.0f} MB/s"
-                progress.update(units(name), note)
-
-
-@contextmanager
-def _cancelled_on_failure(ray: Any, running: Mapping[Any, str]) -> Iterator[None]:
-    """Ends the tasks that are running when the block fails: on a cluster they would go on after this process."""
-    try:
-        yield
-    except BaseException:
-        for reference in running:
-            ray.cancel(reference, force=True)
-        raise
-
-
-def _result(ray: Any, reference: Any) -> dict[str, Any]:
-    """What a task returned; its own errors as they are, and a RayError where its processes ended."""
-    try:
-        record: dict[str, Any] = ray.get(reference)
-        return record
-    except ray.exceptions.RayTaskError as error:
-        if isinstance(error.cause, (SourceError, OSError, StorageError)):
-            raise error.cause from error
-        raise
 
 
 def log_summary(corpus: Corpus, seconds: float) -> None:

@@ -29,11 +29,10 @@ from numpy.typing import NDArray
 
 from cluster.command import Progress, absolute_path, log
 from cluster.folders import Folder, LocalFolder
-from cluster.ray_runtime import ray_session
 from cluster.storage import StorageError
 from data_prep.corpus import Corpus
 from data_prep.corpus_cache import cache_folder
-from data_prep.corpus_jobs import DUPLICATES, check_destination, mark_working_folder, run_tasks
+from data_prep.corpus_jobs import DUPLICATES, check_destination, mark_working_folder
 from data_prep.duplicate_search import HammingIndex, Pairs
 from data_prep.hash_task import HashTask, ImagesToDescribe, PartOfCorpus, PartOfListing, describe_part
 from data_prep.listing import Listing
@@ -41,6 +40,7 @@ from data_prep.manifest import read_plan
 from data_prep.perceptual_hash import DESCRIPTOR, MIRROR, SIMILAR, UNSEEN, VERSION, similarity
 from data_prep.removed import UNCOMPARED, Removed, removed_in_words
 from data_prep.shard_task import one_line
+from data_prep.tasks import Work, run_tasks, session
 
 DEFAULT_DISTANCE = 8
 """Bits. Re-encoded, resized, gray, brighter or darker copies differ by less; see tests/bench_duplicates.py."""
@@ -122,7 +122,11 @@ def remove_duplicates(listing: Listing, search: DuplicateSearch, folder: Folder,
     if lines is None:
         kept = folder.child(DUPLICATES)
         mark_working_folder(kept)
-        with ray_session():  # one for all that is described
+        work = Work(
+            len(listing) + sum(corpus.num_samples for corpus in corpora),
+            float(listing.sizes.sum(dtype=np.float64)) + sum(corpus.manifest["num_bytes"] for corpus in corpora),
+        )
+        with session(work, workers):  # one for all that is described
             excluded = [_descriptors_of_corpus(corpus, kept, workers) for corpus in corpora]
             descriptions = kept.child(_identity(listing, listing.place))
             with _descriptors_of_listing(listing, descriptions, workers) as described:
@@ -194,7 +198,8 @@ def _descriptors_of_listing(listing: Listing, folder: Folder, workers: int) -> I
         rows = np.arange(first, end)
         return PartOfListing(listing.images.take(rows), listing.names.take(rows), listing.sizes[rows])
 
-    _describe(bounds, part, folder, workers, f"{listing.place}: describing")
+    size = int(ends[-1])
+    _describe(bounds, part, folder, workers, label=f"{listing.place}: describing", size=size)
     with _scratch() as file:
         descriptors = np.memmap(file, DESCRIPTOR, "w+", shape=(len(listing),))
         for number, (first, end) in enumerate(itertools.pairwise(bounds)):
@@ -218,7 +223,8 @@ def _descriptors_of_corpus(corpus: Corpus, work: Folder, workers: int) -> NDArra
     mean = max(1, corpus.manifest["num_bytes"] // corpus.num_samples)
     step = max(1, min(_PART_IMAGES, _PART_BYTES // mean))
     bounds = [*range(0, corpus.num_samples, step), corpus.num_samples]
-    _describe(bounds, partial(PartOfCorpus, corpus), folder, workers, f"{corpus}: describing")
+    size = corpus.manifest["num_bytes"]
+    _describe(bounds, partial(PartOfCorpus, corpus), folder, workers, label=f"{corpus}: describing", size=size)
     content = b"".join(folder.read_bytes(_part_name(number)) for number in range(len(bounds) - 1))
     with suppress(OSError, StorageError):  # without a cache they are made anew the next time
         cache.write_bytes(name, content + xxhash.xxh3_128_digest(content))
@@ -231,9 +237,15 @@ def _part_name(number: int) -> str:
 
 
 def _describe(
-    bounds: Sequence[int], part: Callable[[int, int], ImagesToDescribe], folder: Folder, workers: int, label: str
+    bounds: Sequence[int],
+    part: Callable[[int, int], ImagesToDescribe],
+    folder: Folder,
+    workers: int,
+    *,
+    label: str,
+    size: int,
 ) -> None:
-    """Describe what is not described yet: part k is images bounds[k]..bounds[k + 1] - 1."""
+    """Describe what is not described yet: part k is images bounds[k]..bounds[k + 1] - 1, of `size` bytes in all."""
     spans = {_part_name(number): span for number, span in enumerate(itertools.pairwise(bounds))}
     counts = {name: end - first for name, (first, end) in spans.items()}
     missing = [name for name, count in counts.items() if folder.size(name) != count * DESCRIPTOR.itemsize]
@@ -244,7 +256,8 @@ def _describe(
     tasks = {name: partial(task, name) for name in missing}
     progress = Progress(bounds[-1], "images", label)
     progress.skip(sum(count for name, count in counts.items() if name not in tasks))
-    run_tasks(describe_part, tasks, folder, workers, progress, lambda name: counts[name])
+    work = Work(sum(counts[name] for name in missing), size * len(missing) / max(len(spans), 1))
+    run_tasks(describe_part, tasks, folder, workers, progress, lambda name: counts[name], work=work)
 
 
 @contextmanager

@@ -22,12 +22,13 @@ from cluster.folders import Folder
 from cluster.storage import write_fully
 from data_prep.arrow_columns import is_bytes, label_lists, plain
 from data_prep.columns import Strings
-from data_prep.corpus_jobs import LAID_DOWN_FILES, mark_working_folder, run_tasks
+from data_prep.corpus_jobs import LAID_DOWN_FILES, mark_working_folder
 from data_prep.listing import Listing, SourceError
 from data_prep.source_reader import Stream, StreamImages
 from data_prep.table_files import parquet_batches
 from data_prep.table_format import Columns, TableFile
 from data_prep.table_labels import NO_LABEL, LabelOptions, Place, RawLabels, read_labels
+from data_prep.tasks import Work, run_tasks
 
 _ROWS = 256
 _PARTS = "parts.json"
@@ -63,7 +64,8 @@ def lay_down_files(files: Sequence[TableFile], columns: Columns, folder: Folder,
     sizes = {part: file.size() for part, file in zip(parts, files, strict=True)}
     progress = Progress(sum(sizes.values()), "bytes", "copying the images of the table")
     progress.skip(sum(size for part, size in sizes.items() if part not in tasks))
-    run_tasks(_lay_down_file, tasks, folder, workers, progress, lambda part: sizes[part], decodes=False)
+    work = Work(bytes=sum(sizes[part] for part in tasks), decodes=False)
+    run_tasks(_lay_down_file, tasks, folder, workers, progress, lambda part: sizes[part], work=work)
     return parts
 
 

@@ -39,7 +39,6 @@ from data_prep.corpus_jobs import (
     log_summary,
     reasons_in_words,
     remove_unfinished_corpus,
-    run_tasks,
     written,
 )
 from data_prep.image_tars import refuse_compression
@@ -53,6 +52,7 @@ from data_prep.sources import NoLabel, matching_tars, source_folder
 from data_prep.table_labels import LabelKind
 from data_prep.tar_headers import TarError
 from data_prep.tar_sample_source import form_of_tars, label_extension, names_in_tars
+from data_prep.tasks import Work, run_tasks
 
 _THREADS = 16
 """That look at the tars' beginnings."""
@@ -232,7 +232,8 @@ def _make_corpus(folder: Folder, plan: IndexPlan, settings: IndexSettings) -> Co
     }  # fmt: skip
     progress = Progress(len(names), "tars", "indexing")
     progress.skip(len(records))
-    records |= run_tasks(index_tar, tasks, folder, settings.workers, progress, units=lambda name: 1)
+    work = Work(bytes=sum(tar.size for tar in plan.tars if tar.name in tasks))
+    records |= run_tasks(index_tar, tasks, folder, settings.workers, progress, units=lambda name: 1, work=work)
     in_order = [records[name] for name in names]
     if not any(record["samples"] for record in in_order):
         reasons = Counter(entry["reason"] for record in in_order for entry in record["quarantined"])

@@ -37,7 +37,6 @@ from data_prep.corpus_jobs import (
     reasons_in_words,
     remove_unfinished_corpus,
     remove_working_folders,
-    run_tasks,
     written,
 )
 from data_prep.duplicates import DEFAULT_DISTANCE, MAX_DISTANCE, DuplicateSearch, remove_duplicates
@@ -48,6 +47,7 @@ from data_prep.removed import UNCOMPARED
 from data_prep.shard_plan import Plan
 from data_prep.shard_task import finished_records, write_shard
 from data_prep.sources import SourceSettings, embedded_stamp, list_source, source_folder
+from data_prep.tasks import Work, run_tasks
 
 _INDEX_BYTES = 200
 """A sample's share of the files beside the tars, for an estimate of the room that is needed."""
@@ -267,9 +267,12 @@ def _write_shards(folder: Folder, plan: Plan, settings: ShardSettings) -> list[d
     progress = Progress(len(plan.listing), "images", "sharding")
     progress.skip(sum(plan.samples(shards[name]) for name in records))
     tasks = {name: partial(plan.task, shard, folder) for name, shard in missing.items()}
+    left = sum(plan.samples(shard) for shard in missing.values())
+    work = Work(left, plan.total_bytes * left / max(len(plan.listing), 1))
     records |= run_tasks(
-        write_shard, tasks, folder, settings.workers, progress, lambda name: plan.samples(shards[name]), failures.count
-    )
+        write_shard, tasks, folder, settings.workers, progress, lambda name: plan.samples(shards[name]),
+        failures.count, work=work,
+    )  # fmt: skip
     in_order = [records[name] for name in shards]
     if any(record["samples"] for record in in_order):
         failures.check_all(in_order)

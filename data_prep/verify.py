@@ -22,8 +22,8 @@ from cluster.folders import at_hand
 from cluster.settings import Settings, parse_command
 from data_prep.corpus import Corpus
 from data_prep.corpus_format import INDEX, PLACES, CorpusError, image_check
-from data_prep.sample_labels import LabelForm, forms_of
 from data_prep.corpus_jobs import in_megabytes
+from data_prep.sample_labels import LabelForm, forms_of
 from data_prep.shard_task import shard_file
 from data_prep.tar_headers import Member, TarError, iterate_members
 from data_prep.webdataset_tars import UnusableSample, dali_index, dali_index_line, iterate_samples

@@ -21,9 +21,10 @@ from cluster.folders import LocalFolder
 from cluster.settings import SettingsError, parse_command
 from cluster.storage import StorageError
 from data_prep.corpus import Corpus
-from data_prep.corpus_jobs import mark_working_folder, run_tasks
+from data_prep.corpus_jobs import mark_working_folder
 from data_prep.shard import ShardSettings, shard_corpus
 from data_prep.sources import SourceSettings, list_source
+from data_prep.tasks import Work, run_tasks
 from data_prep.verify import verify
 from tests.corpora import encoded, image_folder
 
@@ -433,4 +434,4 @@ def test_a_shard_on_which_every_worker_dies_is_one_error_that_names_it(ray, tmp_
     tasks = {"shard-000007.tar": lambda: 7}
     folder = LocalFolder(tmp_path)
     with pytest.raises(StorageError, match=r"shard-000007\.tar in .* cannot be made: its process ended 5 times"):
-        run_tasks(end_at_once, tasks, folder, 1, Progress(1, "images", "sharding"), lambda name: 1)
+        run_tasks(end_at_once, tasks, folder, 1, Progress(1, "images", "sharding"), lambda name: 1, work=Work())

@@ -45,12 +45,13 @@ def crashing_decoder(place: Path, signal: str = "SIGSEGV") -> str:
     return str(place)
 
 
-def test_an_image_on_which_the_decoder_crashes_is_found_and_left_out(tmp_path):
+@pytest.mark.parametrize("words", [[], pytest.param(["workers=2"], marks=pytest.mark.slow)])  # here, and on Ray
+def test_an_image_on_which_the_decoder_crashes_is_found_and_left_out(tmp_path, words):
     source = image_folder(tmp_path / "images", classes=2, images=10)
     victim = source / "c1" / "004.JPEG"
     victim.write_bytes(victim.read_bytes() + b"deadly")
     result = subprocess.run(
-        [sys.executable, "data_prep/shard.py", source, tmp_path / "corpus", "shard_mb=0.01", "dedup=true"],
+        [sys.executable, "data_prep/shard.py", source, tmp_path / "corpus", "shard_mb=0.01", "dedup=true", *words],
         cwd=REPOSITORY, env=environment(tmp_path / "home", PYTHONPATH=crashing_decoder(tmp_path / "decoder")),
         capture_output=True, text=True, check=False,
     )  # fmt: skip

@@ -23,6 +23,7 @@ from cluster.command import counted, in_unpacked_job, log
 from cluster.launch_environment import LaunchError, ray_address
 from cluster.redact import without_credentials
 from cluster.s3_connection import SECRETS
+from cluster.waiting import Waiting
 from cluster.worker_output import show_plainly
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -41,6 +42,7 @@ _ANSWERS_S = 10.0
 """Seconds in which a running one answers."""
 
 os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
+os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 # Ray warns on every start that it will one day stop hiding GPUs from tasks that ask for none; we want it so.
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
@@ -68,25 +70,23 @@ def ray_session(min_cpus: int = 1) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
+    address = ray_address()
     withheld = withheld_variables()
     variables = {
         name: value for name, value in os.environ.items() if name.startswith(FORWARDED) and name not in withheld
     }
-    if not in_unpacked_job():
+    if not in_unpacked_job() or address is None:
         # A submitted job's working folder is on every worker's path already, at a place that differs by node.
         path = [str(REPOSITORY), *filter(None, [os.environ.get("PYTHONPATH")])]
         variables["PYTHONPATH"] = os.pathsep.join(path)
-    common: dict[str, Any] = {
-        "runtime_env": {"env_vars": variables},
-        "log_to_driver": True,
-        "logging_level": logging.WARNING,
-    }
-    address = ray_address()
+    common: dict[str, Any] = {"log_to_driver": True, "logging_level": logging.WARNING}
     try:
-        if address is not None:
-            _attach(address, common)
-        else:
-            _start_private(max(min_cpus, os.cpu_count() or 1), common)
+        with Waiting(f"the Ray cluster at {address} to answer" if address else "Ray to start"):
+            if address is not None:
+                _attach(address, {**common, "runtime_env": {"env_vars": variables}})
+            else:
+                with _python_path(variables["PYTHONPATH"]):
+                    _start_private(max(min_cpus, os.cpu_count() or 1), common)
         show_plainly()
         resources = ray.cluster_resources()
         log.info(
@@ -99,6 +99,28 @@ def ray_session(min_cpus: int = 1) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def own_workers() -> bool:
+    """Whether Ray's workers are of a private cluster, and inherit this process's environment as it was at its start."""
+    return ray_address() is None
+
+
+@contextmanager
+def _python_path(value: str) -> Iterator[None]:
+    """In the block, processes that are started look for modules there.
+
+    A private cluster's workers inherit all that they need. An environment of a job's own would be another one than that
+    of the workers which Ray starts at once, and each of them would be ended and started again.
+    """
+    before = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = value
+    try:
+        yield
+    finally:
+        os.environ.pop("PYTHONPATH")
+        if before is not None:
+            os.environ["PYTHONPATH"] = before
 
 
 def withheld_variables() -> dict[str, str]:

@@ -17,13 +17,14 @@ from typing import Any, Literal
 import torch.distributed as dist
 
 from cluster.authenticated_channel import new_secret
-from cluster.command import NO_ROOM, USER_ERROR, leads, log
+from cluster.command import NO_ROOM, USER_ERROR, counted, leads, log
 from cluster.launch_environment import Launch, launch
 from cluster.marked_folders import temporary_folder
 from cluster.ray_runtime import ray_session, withheld_variables
 from cluster.settings import SettingsError
 from cluster.stop_signals import STOP
 from cluster.storage import StorageError
+from cluster.waiting import Waiting
 from pipeline.crew import Crew, Recruiter, Terms
 from pipeline.stopping import Control, Every, SignalControl, TimeLimit
 
@@ -212,7 +213,6 @@ class _Launcher:
 
     def _wait_for(self, crew: Crew, records: str) -> tuple[Literal["finished", "stopped", "crashed"], str]:
         os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")  # a crash is noticed sooner than in two s
-        os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
         os.environ.setdefault("RAY_TRAIN_ENABLE_CONTROLLER_STRUCTURED_LOGGING", "0")  # it is in this process
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # we watch the nodes ourselves
         import ray
@@ -254,7 +254,8 @@ class _Launcher:
             ),
         )
         STOP.begun = False
-        overseer = _Overseer(self, mailbox, crew)
+        waiting = Waiting(f"{counted(crew.ranks, 'rank')} to start")
+        overseer = _Overseer(self, mailbox, crew, waiting)
         watching = Every(1.0, overseer.look, "overseer")
         try:
             trainer.fit()
@@ -278,14 +279,16 @@ class _Launcher:
             return "crashed", hung or what or _last_line(error)
         finally:
             STOP.begun = False
+            waiting.close()
             watching.close()
 
 
 class _Overseer:
     """Watches a crew at work, from the driver, and tells it to stop when there is a reason."""
 
-    def __init__(self, launcher: _Launcher, mailbox: Any, crew: Crew) -> None:
+    def __init__(self, launcher: _Launcher, mailbox: Any, crew: Crew, waiting: Waiting) -> None:
         self.launcher, self.mailbox, self.crew = launcher, mailbox, crew
+        self._waiting = waiting
         self.asked: str | None = None
         self._places: dict[int, str] = {}
         self._checked = time.monotonic()
@@ -300,6 +303,8 @@ class _Overseer:
             self.launcher.limit.needs_s = ray.get(self.mailbox.needs_s.remote(), timeout=30)
         if len(self._places) < self.crew.ranks:
             self._places = ray.get(self.mailbox.places.remote(), timeout=30)
+        if self._places:
+            self._waiting.close()  # the first rank says what it waits for
         if self.asked is None:
             self.asked = self._reason()
             if self.asked and not STOP.requested:  # which has been said

@@ -7,6 +7,7 @@ from typing import Any
 
 from cluster.folders import Folder
 from cluster.lease import TTL_S, Watcher, end_process
+from cluster.waiting import Waiting
 from pipeline.heartbeat import Heartbeat
 from pipeline.stopping import Control, Every
 from pipeline.watch import Watch
@@ -33,6 +34,8 @@ class Oversight:
         self._watch = Watch(worker, limit_s, control.hung, control.secret)
         self.needs_s: Callable[[], float] = lambda: 0.0
         self._threads = [Every(0.5, self._ask, "stop")]
+        self._waiting = Waiting("the model and the data to be ready") if worker.leads else None
+        """Until the first step is done."""
         self.heartbeat: Heartbeat | None = None
         if worker.leads:
             self.heartbeat = Heartbeat(folder, run, ranks=worker.world_size, restarts=control.attempt, pid=os.getpid())
@@ -51,6 +54,10 @@ class Oversight:
 
     def at(self, phase: str, step: int) -> None:
         """Say what the rank does now; all ranks go through the same phases in the same order."""
+        if self._waiting and phase == "first step":
+            self._waiting.what = "the first step"
+        elif self._waiting and self._waiting.what == "the first step":
+            self._waiting.close()
         self._watch.at(phase, step)
 
     def update(self, **values: Any) -> None:
@@ -69,6 +76,8 @@ class Oversight:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if self._waiting:
+            self._waiting.close()
         for thread in self._threads:
             thread.close()
         self._watch.close()

@@ -16,7 +16,7 @@ from ray.train.v2._internal.execution.worker_group import WorkerGroup
 
 from cluster.command import NO_ROOM, shown
 from cluster.launch_environment import forget_other_launchers
-from cluster.ray_runtime import take_variables
+from cluster.ray_runtime import own_workers, take_variables
 from pipeline.workers import LOOPBACK, choose_interface
 
 
@@ -93,6 +93,10 @@ class _AsAsked(FixedScalingPolicy):
 
 class _Workers(WorkerGroup):
     """Ranks whose controller is no actor: they never ask it for the checkpoints that Ray Train keeps."""
+
+    def _get_worker_runtime_env(self, custom_runtime_env: Any) -> Any:
+        """None on a cluster of our own, whose workers have the driver's environment: those that are there are taken."""
+        return {} if own_workers() else super()._get_worker_runtime_env(custom_runtime_env)
 
     def _init_train_context_on_workers(self, workers: list[Any], sync_actor: Any, arguments: dict[str, Any]) -> None:
         ray.get(

@@ -224,10 +224,9 @@ def log_summary(corpus: Corpus, seconds: float) -> None:
     )  # fmt: skip
     if manifest["quarantined"]:
         reasons = Counter(entry["reason"] for entry in corpus.quarantined())
-        log.warning(
-            "%s images are left out, listed in %s: %s",
-            f"{manifest['quarantined']:,}", f"{corpus}/{corpus.file_name(QUARANTINE)}", reasons_in_words(reasons),
-        )  # fmt: skip
+        are = f"{counted(manifest['quarantined'], 'image')} {'is' if manifest['quarantined'] == 1 else 'are'}"
+        place = f"{corpus}/{corpus.file_name(QUARANTINE)}"
+        log.warning("%s left out, listed in %s: %s", are, place, reasons_in_words(reasons))
     if "removed" in manifest:
         log.info("%s; see %s/%s", removed_in_words(manifest["removed"]), corpus, corpus.file_name(REMOVED))
     empty = [name for name, count in zip(corpus.classes, corpus.class_counts, strict=True) if not count]

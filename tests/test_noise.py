@@ -9,6 +9,7 @@ import pytest
 
 from cluster import worker_output
 from cluster.command import LogFormatter, Progress, in_figures
+from cluster.waiting import Waiting
 from pipeline.throughput import Meter
 
 
@@ -67,3 +68,16 @@ def test_lines_of_ranks_are_shown_as_they_are_and_colors_on_terminals_alone(monk
         "09:21:56 step 1/20, loss 2.3\n(RayTrainWorker pid=7) Segmentation fault here\n09:21:57 step 2/20\n"
     )
     assert "\x1b[" in terminal.getvalue()
+
+
+def test_a_long_wait_says_what_for(caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("vitforge"), "propagate", True)
+    with caplog.at_level(logging.INFO, "vitforge"), Waiting("Ray to start", every=0.05) as waiting:
+        time.sleep(0.2)
+        waiting.what = "2 ranks to start"
+        time.sleep(0.2)
+    said = [record.getMessage() for record in caplog.records]
+    assert "waiting for Ray to start (0 s)" in said
+    assert "waiting for 2 ranks to start (0 s)" in said
+    time.sleep(0.1)
+    assert len(caplog.records) == len(said)

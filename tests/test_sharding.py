@@ -147,7 +147,7 @@ def test_images_that_do_not_decode_are_quarantined(ray, source, tmp_path, messag
     assert list(verify(corpus)) == []
     assert "15 images are left out" in messages()
     assert "13 x no image: begins with zeros" in messages()
-    assert "1 classes have no image: c2" in messages()
+    assert "1 class has no image: c2" in messages()
     # a shard without quarantined images is the same as before: keys count planned positions
     before, after = content(whole.path), content(corpus.path)
     same = [name for name in after if name.endswith(".tar") and after[name] == before[name]]

@@ -101,7 +101,10 @@ def test_errors_of_its_processes_are_those_of_ray(tmp_path, monkeypatch):
 def test_a_signal_ends_it_with_its_processes_and_it_goes_on_when_started_again(tmp_path, number):
     source = image_folder(tmp_path / "images", classes=4, images=250)
     words = [sys.executable, "data_prep/shard.py", str(source), str(tmp_path / "corpus"), "shard_mb=0.02"]
-    process = subprocess.Popen(words, cwd=REPOSITORY, env=environment(tmp_path), stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        words, cwd=REPOSITORY, env=environment(tmp_path), stderr=subprocess.DEVNULL,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # the background ignores it
+    )  # fmt: skip
     deadline = time.monotonic() + 60
     while not list((tmp_path / "corpus").glob("*.record.json")):
         assert process.poll() is None

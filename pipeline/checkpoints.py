@@ -10,6 +10,8 @@ What a restart needs beside these files is a function of the step: the data posi
 rate, the average's decay and the seed of dropout.
 """
 
+import contextlib
+import math
 import re
 from dataclasses import dataclass
 from typing import Any
@@ -26,6 +28,7 @@ from cluster.storage import StorageError, json_bytes, parse_json
 from models.vit import VitConfig
 from pipeline import elastic
 from pipeline.checkpoint_records import CheckpointManifest, ResumableState, check_part_files, elements
+from pipeline.config import LOWER_IS_BETTER
 from pipeline.optimizer import EMA
 from pipeline.parts import DamagedCheckpointError, Parts, part_name
 
@@ -115,6 +118,47 @@ def newest(folder: Folder, *, before: Checkpoint | None = None, verify_from: int
             "use another run.name to begin anew"
         )
     return None
+
+
+def best(folder: Folder, score: str) -> Checkpoint | None:
+    """The whole checkpoint of a run that is best by a score; None where none has it. Of equal ones the newest.
+
+    Args:
+        folder: the run's `checkpoints` folder.
+
+    Raises:
+        UnreadableError: the storage fails.
+    """
+    opened = []
+    try:
+        for name in _committed(folder):
+            with contextlib.suppress(DamagedCheckpointError):
+                opened.append(_open(folder.child(name)))
+        for checkpoint in reversed(_by_score(opened, score)):
+            try:
+                checkpoint.parts().verify()
+                return checkpoint
+            except DamagedCheckpointError as error:
+                log.warning("%s; falling back to the next best", error)
+    except (OSError, StorageError) as error:
+        raise UnreadableError(
+            f"the checkpoints in {folder} cannot be read now ({error}): the storage fails. Put that right, then run "
+            "the same command again"
+        ) from error
+    return None
+
+
+def is_better(score: str, value: float, than: float) -> bool:
+    """Whether one value of a score is better than another: more, or less of a loss."""
+    return value < than if score in LOWER_IS_BETTER else value > than
+
+
+def _by_score(opened: list[Checkpoint], score: str) -> list[Checkpoint]:
+    """Those that have the score, the best last."""
+    sign = -1 if score in LOWER_IS_BETTER else 1
+    scored = [checkpoint for checkpoint in opened if score in checkpoint.state.get("scores", {})]
+    finite = [checkpoint for checkpoint in scored if math.isfinite(checkpoint.state["scores"][score])]
+    return sorted(finite, key=lambda checkpoint: sign * checkpoint.state["scores"][score])
 
 
 def newest_name(folder: Folder) -> str:
@@ -243,9 +287,7 @@ def retain(folder: Folder, newest: Folder, keep: int, keep_every: int | None, ke
     if keep_every is not None:
         stay += [checkpoint for checkpoint in opened if checkpoint.step % keep_every == 0]
     if keep_best is not None:
-        sign = -1 if keep_best == "heldout/loss" else 1
-        scored = [checkpoint for checkpoint in opened if keep_best in checkpoint.state.get("scores", {})]
-        stay += sorted(scored, key=lambda checkpoint: sign * checkpoint.state["scores"][keep_best])[-1:]
+        stay += _by_score(opened, keep_best)[-1:]
     for checkpoint in opened:
         if checkpoint not in stay:
             _remove(checkpoint.folder)

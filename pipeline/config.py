@@ -262,6 +262,12 @@ class TrainingSettings(Settings):
     """Decay of an exponential moving average of the weights, which is then scored and handed over; 0 keeps none."""
 
 
+HeldoutScore = Literal["heldout/top1", "heldout/top5", "heldout/loss"]
+"""What a run's held-out scores are called in its metrics."""
+LOWER_IS_BETTER = frozenset({"heldout/loss"})
+"""Those that should fall."""
+
+
 class CheckpointSettings(Settings):
     """Saving the state that training resumes from."""
 
@@ -271,7 +277,7 @@ class CheckpointSettings(Settings):
     """How many of the newest stay."""
     keep_every: Length | None = None
     """Those at multiples of this stay too."""
-    keep_best: Literal["heldout/top1", "heldout/top5", "heldout/loss"] | None = None
+    keep_best: HeldoutScore | None = None
     """The one that scored best by this stays too (highest share, lowest loss): every step that is scored is saved."""
     scratch: str = ""
     """Folder on each node's own disk for checkpoints and packages on their way. Empty: one of this user alone in the
@@ -287,6 +293,22 @@ class EvaluationSettings(Settings):
     """How often during training; null only at the end."""
     batch: Batch = 64
     """Images a forward pass on one rank."""
+
+
+class EarlyStoppingSettings(Settings):
+    """Ending a run whose held-out scores no longer improve. The schedule is that of the whole duration."""
+
+    patience: PositiveInt | None = None
+    """Evaluations in a row without improvement after which training ends; null trains for the whole duration."""
+    min_delta: Annotated[float, Field(ge=0)] = 0.0
+    """By how much the score must be better than the best one to be an improvement."""
+    monitor: HeldoutScore = "heldout/loss"
+    """The score: a share that should rise, or the loss, which should fall. With an average of the weights, its."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "EarlyStoppingSettings":
+        refuse_unread(self, "early_stopping", "patience", self.patience is not None, ("min_delta", "monitor"))
+        return self
 
 
 class LogSettings(Settings):
@@ -366,9 +388,12 @@ class RegistrySettings(Settings):
     """Registered model; null does not register."""
     alias: str | None = None
     """Alias that is moved to the new version, such as champion."""
+    checkpoint: Literal["last", "best"] = "last"
+    """Which one is handed over: the last, or the best of those that checkpoint.keep_best keeps."""
 
     @model_validator(mode="after")
     def _check(self) -> "RegistrySettings":
+        refuse_unread(self, "registry", "name", self.name is not None, ("checkpoint",))
         if self.alias is not None and self.name is None:
             raise SettingsError(
                 f"registry.alias = {self.alias!r} needs registry.name, the registered model it points at"
@@ -385,6 +410,7 @@ class StageSettings(Settings):
     training: TrainingSettings
     checkpoint: CheckpointSettings = CheckpointSettings()
     evaluation: EvaluationSettings = EvaluationSettings()
+    early_stopping: EarlyStoppingSettings = EarlyStoppingSettings()
     log: LogSettings = LogSettings()
     health: HealthSettings = HealthSettings()
     run: RunSettings
@@ -399,6 +425,16 @@ class StageSettings(Settings):
         if self.checkpoint.keep_best is not None and self.data.heldout is None:
             raise SettingsError(
                 f"checkpoint.keep_best = {self.checkpoint.keep_best!r} has no scores to go by: set data.heldout"
+            )
+        if self.registry.checkpoint == "best" and self.checkpoint.keep_best is None:
+            raise SettingsError(
+                "registry.checkpoint = 'best' needs checkpoint.keep_best, the score that it is best by: heldout/top1, "
+                "heldout/top5 or heldout/loss"
+            )
+        if self.early_stopping.patience is not None and self.evaluation.every is None:
+            raise SettingsError(
+                f"early_stopping.patience = {self.early_stopping.patience} counts evaluations, of which there is one, "
+                'at the end: set evaluation.every, such as "1 epochs"'
             )
         if self.data.heldout is None and self.evaluation.batch != EvaluationSettings().batch:
             raise SettingsError("evaluation.batch has no effect without data.heldout: set that, or take it out")

@@ -132,7 +132,7 @@ def main() -> None:
             antialias=settings.position_antialias,
         )
         start = Start(config, weights, parent.uri, parent.tags.get("vitforge.mlflow_run"), colors, checks)
-    print_result(run_stage("finetune", settings, start, corpus))
+    print_result(run_stage("finetune", settings, start, corpus, heldout))
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ def as_begun(settings: Stage, state: Mapping[str, Any]) -> Stage:
 def settings_that_decide(settings: StageSettings) -> dict[str, Any]:
     """The settings that change what a run computes; a run continues only with the same ones."""
     values = settings.model_dump(mode="json")
-    for section in ("checkpoint", "evaluation", "health", "log", "run", "registry"):
+    for section in ("checkpoint", "evaluation", "early_stopping", "health", "log", "run", "registry"):
         del values[section]
     for key in (
         "corpus",

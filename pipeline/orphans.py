@@ -43,7 +43,7 @@ def remove(run_id: str, experiment_id: str) -> None:
                 continue
             versions = client.search_model_versions(f"run_id = '{model.source_run_id}'")
             place = _PLACE.fullmatch(model.artifact_location)
-            if model.model_id in set().union(*map(_models_of, versions)):
+            if model.model_id in set().union(*map(models_of, versions)):
                 continue
             if place is None or place[1] != model.model_id:  # what a server says decides no path
                 continue
@@ -57,7 +57,7 @@ def remove(run_id: str, experiment_id: str) -> None:
 def keep(version: ModelVersion) -> None:
     """Take the mark from what was published: it stays, whatever becomes of its version."""
     client = mlflow.MlflowClient()
-    for model_id in _models_of(version):
+    for model_id in models_of(version):
         try:
             if _OWNER in client.get_logged_model(model_id).tags:
                 client.delete_logged_model_tag(model_id, _OWNER)
@@ -65,7 +65,7 @@ def keep(version: ModelVersion) -> None:
             log.warning("MLflow did not take a tag from %s (%s)", model_id, error.message)
 
 
-def _models_of(version: ModelVersion) -> set[str]:
+def models_of(version: ModelVersion) -> set[str]:
     """The logged model that a version is made of. (MLflow 3.17's own stores say it in its source alone.)"""
     return {*_MODEL.findall(version.source or ""), *filter(None, [version.model_id])}
 

@@ -88,7 +88,7 @@ def main() -> None:
     settings = settings.model_copy(update={"data": data})
     check_stage(settings, corpus)
     start = Start(architecture(settings, len(corpus.classes)), None, checks=checks_of(corpus, heldout))
-    print_result(run_stage("pretrain", settings, start, corpus))
+    print_result(run_stage("pretrain", settings, start, corpus, heldout))
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,12 +26,13 @@ from data_prep.checked_rows import Checks
 from data_prep.mixture import Mixture
 from models.vit import VitConfig
 from models.weights import save_safetensors
-from pipeline import checkpoints, layout, packages, pictures, tracking
+from pipeline import checkpoints, layout, mlflow_pages, tracking
 from pipeline.agreement import SHARED, code_hash
 from pipeline.config import RunSettings, StageSettings, duration_in_steps, seconds_of
 from pipeline.corpora import some
 from pipeline.crew import Terms
-from pipeline.decoding import preprocessing_of
+from pipeline.early_stopping import ended
+from pipeline.hand_over import hand_over
 from pipeline.identity import Stage, as_begun, identity_of
 from pipeline.launch import run_ranks
 from pipeline.proportions import check_proportions
@@ -174,12 +175,15 @@ def resumed_settings(settings: Stage) -> Stage:
     return as_begun(settings, newest.state)
 
 
-def run_stage(stage: str, settings: StageSettings, start: "Start", corpus: Mixture) -> dict[str, Any]:
+def run_stage(
+    stage: str, settings: StageSettings, start: "Start", corpus: Mixture, heldout: Mixture | None
+) -> dict[str, Any]:
     """Train on all ranks and hand the model over. A rerun resumes, and repeats nothing that was finished.
 
     Args:
         stage: pretrain or finetune.
         settings: with absolute paths, mean and std filled in.
+        corpus, heldout: what it trains on, and what it is scored on.
 
     Returns:
         The content of RUN/result.json: the model's URI, held-out scores, images/s.
@@ -201,7 +205,9 @@ def run_stage(stage: str, settings: StageSettings, start: "Start", corpus: Mixtu
         settings, newest = _resumed(settings, start, corpus, folder)
         uri = tracking.connect(home)
         values = cleaned(settings.model_dump(mode="json"))
-        run = _tracked(settings, record, folder, values, _lineage(stage, corpus, start), start.parent_run)
+        lineage = _lineage(stage, corpus, start)
+        run = _tracked(settings, record, folder, values, lineage, start.parent_run)
+        mlflow_pages.name_inputs(run.run_id, corpus, heldout, start.parent)
         log.info("run %s in %s, tracked at %s", settings.run.name, folder, uri)
         if start.weights is not None and folder.size(INITIAL_WEIGHTS) is None:
             with temporary_files(settings.checkpoint.scratch, "weights"), producing(folder, INITIAL_WEIGHTS) as path:
@@ -210,7 +216,7 @@ def run_stage(stage: str, settings: StageSettings, start: "Start", corpus: Mixtu
             _train(settings, start, corpus, newest, folder, home, lease, uri, run.run_id)
             scratch = settings.checkpoint.scratch
             with room_for_hand_over(scratch, weights, home), temporary_files(scratch, "hand-over"):
-                return _hand_over(stage, settings, start, corpus, folder, run)
+                return hand_over(settings, start.architecture, corpus, heldout, folder, run, lineage)
 
 
 def _tracked(
@@ -252,6 +258,8 @@ def _resumed(
     total = duration_in_steps(settings.training.duration, settings.training.global_batch, corpus.num_samples)
     # One that is handed over without a rank that would load it and fall back is verified here.
     newest = checkpoints.newest(folder.child("checkpoints"), verify_from=total)
+    if newest is not None and newest.step < total and ended(settings.early_stopping, newest.state):
+        newest = checkpoints.newest(folder.child("checkpoints"), verify_from=newest.step)
     if newest is not None:
         settings = as_begun(settings, newest.state)
         identity = identity_of(settings, start.architecture, corpus)
@@ -271,11 +279,12 @@ def _train(
     run_id: str,
 ) -> None:
     total = duration_in_steps(settings.training.duration, settings.training.global_batch, corpus.num_samples)
-    rows = tracking.metrics_of(folder)
-    scored = settings.data.heldout is None or any(row["step"] == total and "heldout/top1" in row for row in rows)
-    if newest is not None and newest.step >= total and scored:
-        log.info("training is finished already (%s)", newest.folder)
-        return
+    if newest is not None and (newest.step >= total or ended(settings.early_stopping, newest.state)):
+        rows = tracking.metrics_of(folder)
+        scores = [row for row in rows if row["step"] == newest.step and "heldout/top1" in row]
+        if settings.data.heldout is None or scores:
+            log.info("training is finished already (%s)", newest.folder)
+            return
     job = Job(
         settings,
         start.architecture.to_json(),
@@ -318,80 +327,6 @@ def _splits(settings: StageSettings, ranks: int) -> bool:
 def _check_batch(settings: StageSettings, ranks: int) -> None:
     training = settings.training
     layout.check_batch(training.global_batch, training.micro_batch, ranks, settings.data.augment.mixes)
-
-
-def _hand_over(
-    stage: str, settings: StageSettings, start: Start, corpus: Mixture, folder: Folder, run: tracking.Run
-) -> dict[str, Any]:
-    """Send MLflow what it lacks, publish the newest checkpoint's weights, write down how the run went.
-
-    Raises:
-        TrackingError: MLflow does not answer; the run's folder has its result then, without the model.
-    """
-    checkpoint = checkpoints.newest(folder.child("checkpoints"))
-    assert checkpoint is not None
-    rows = tracking.metrics_of(folder)
-    with producing(folder, "curves.png") as path:
-        pictures.draw_curves(rows, path)
-    result = _result(settings, folder, checkpoint, rows)
-    try:
-        run.complete(rows)
-    except tracking.TrackingError as error:
-        folder.write_json("result.json", result)
-        also = f", and {settings.registry.name!r} has no version of this model yet" if settings.registry.name else ""
-        raise tracking.TrackingError(
-            f"the model is trained, and saved in {folder}, but {error}{also}. Run the same command again once it "
-            "answers: that sends what is missing"
-        ) from error
-    run.missing_artifacts(folder, ("settings.json", "first_batch.png"))
-    with at_hand(folder, "curves.png") as path:
-        run.artifact(path)
-    if settings.registry.name:
-        published = packages.publish(
-            settings.registry.name,
-            checkpoints.full_weights(checkpoint),
-            start.architecture,
-            preprocessing_of(settings.data),
-            corpus.names,
-            settings.loss.kind,
-            tags={
-                **_lineage(stage, corpus, start),
-                "vitforge.mlflow_run": run.run_id,
-                "vitforge.run": settings.run.name,
-                "vitforge.steps": str(checkpoint.step),
-            },
-            run_id=run.run_id,
-            alias=settings.registry.alias,
-        )
-        result["model"] = published.uri
-    folder.write_json("result.json", result)
-    return result
-
-
-def _result(
-    settings: StageSettings, folder: Folder, checkpoint: checkpoints.Checkpoint, rows: Sequence[Mapping[str, Any]]
-) -> dict[str, Any]:
-    """How a run went, but for the model that it registers."""
-    scores = [row for row in rows if "heldout/top1" in row]
-    rates = [row["images_per_second"] for row in rows if "images_per_second" in row]
-    waits = [row["data_wait"] for row in rows if "data_wait" in row]
-    # The first line of a run holds the warm-up of everything.
-    rates, waits = rates[1:] or rates, waits[1:] or waits
-    rate = sorted(rates)[len(rates) // 2] if rates else None
-    spent = checkpoint.state.get("throughput", {"images": 0})
-    return {
-        "run": settings.run.name,
-        "folder": str(folder),
-        "steps": checkpoint.step,
-        "images_per_second": rate,  # as it was called before there were two
-        # The median of the windows between log lines, without evaluations and checkpoints.
-        "images_per_second_training": rate,
-        # All images by all of the time in the loop, with evaluations and with every checkpoint before this one.
-        "images_per_second_overall": spent["images"] / spent["seconds"] if spent["images"] else None,
-        "data_wait": sorted(waits)[len(waits) // 2] if waits else None,
-        "heldout_top1": scores[-1]["heldout/top1"] if scores else None,
-        "model": None,
-    }
 
 
 @contextmanager

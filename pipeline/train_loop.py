@@ -44,6 +44,7 @@ from pipeline import (
 from pipeline.config import StageSettings, duration_in_steps
 from pipeline.consensus import Consensus
 from pipeline.corpora import describe_order, open_corpora
+from pipeline.early_stopping import STATE, EarlyStopping
 from pipeline.elastic import begin_with, swap_average
 from pipeline.engine import (
     build_engine,
@@ -222,6 +223,7 @@ def _train(job: Job, worker: workers.Worker, oversight: Oversight) -> bool:
     unscored = heldout is not None and resume is not None and (resume.state.get("unscored", False) or step >= total)
     """Whether scores are due that a wish to stop, or a crash, left no time for."""
     scored: dict[int, dict[str, float]] = {}
+    early_stopping = EarlyStopping(settings.early_stopping, resume.state if resume else {})
 
     def save() -> None:
         nonlocal saved_step
@@ -241,6 +243,7 @@ def _train(job: Job, worker: workers.Worker, oversight: Oversight) -> bool:
             "memory": machine.memory,
             "versions": agreement.versions(),
             "scores": scored.get(step, {}),
+            STATE: early_stopping.to_json(),
             "save_seconds": saved.longest_s,
             "throughput": meter.total(step - began, resume.state.get("throughput") if resume else None),
         }
@@ -282,6 +285,7 @@ def _train(job: Job, worker: workers.Worker, oversight: Oversight) -> bool:
         )
         named = {f"heldout/{key}": value for key, value in scores.as_metrics().items()}
         scored[step] = named
+        early_stopping.judge(step, named)
         if run and metrics_file:
             metrics_file.write(step, named)
             run.metrics(step, named)
@@ -319,7 +323,7 @@ def _train(job: Job, worker: workers.Worker, oversight: Oversight) -> bool:
         if keeps_best and not unscored:
             save()  # in place of the one without scores
     trouble: Trouble | None = None
-    while step < total and not stop:
+    while step < total and not stop and not early_stopping.ended:
         trouble = listen()
         if stop:
             break
@@ -341,8 +345,6 @@ def _train(job: Job, worker: workers.Worker, oversight: Oversight) -> bool:
                 oversight.at("first step" if step == began else "waiting for data", step + 1)
                 with meter.waiting():
                     batch = next(batches)
-                if step == 0 and worker.leads and run and not losses:
-                    _show_batch(batch, corpus, settings, folder, run)
                 oversight.at("first step" if step == began else "computing", step + 1)
                 step_ids.append(batch.ids)
                 images = batch.images
@@ -351,6 +353,8 @@ def _train(job: Job, worker: workers.Worker, oversight: Oversight) -> bool:
                 )
                 if mixing is not None:
                     images, targets = pixels.mix(images, targets, mixing)
+                if step == 0 and worker.leads and run and not losses:
+                    _show_batch(images, targets, corpus, settings, folder, run)
                 logits = engine(images.to(plan.dtype))
                 if settings.loss.kind == "softmax":
                     loss = softmax_cross_entropy(logits, targets, settings.loss.label_smoothing)
@@ -381,6 +385,7 @@ def _train(job: Job, worker: workers.Worker, oversight: Oversight) -> bool:
             began = step = saved_step = resume.step if resume else 0
             consensus.settle()
             health.begin_again(resume.state.get("usual_losses", []) if resume else [])
+            early_stopping.begin_again(resume.state if resume else {})
             losses.clear()
             if metrics_file:
                 metrics_file.go_back(step)
@@ -408,7 +413,7 @@ def _train(job: Job, worker: workers.Worker, oversight: Oversight) -> bool:
             # Before the checkpoint: a restart from it must not find the scores missing.
             with meter.paused():
                 evaluate()
-        if saves:
+        if saves or early_stopping.ended:
             with meter.stalled():
                 save()
             losses.clear()  # so that a restart from here averages over the same steps
@@ -434,7 +439,7 @@ def _train(job: Job, worker: workers.Worker, oversight: Oversight) -> bool:
     batches.close()
     destroy(engine)
     dist.barrier()
-    finished = step >= total and not unscored
+    finished = (step >= total or early_stopping.ended) and not unscored
     if not finished:
         log.info("stopped at step %d of %d, which is saved; the same command goes on from there", step, total)
     elif step > began:
@@ -456,14 +461,20 @@ def _mean_over_ranks(losses: list[torch.Tensor]) -> float:
     return float(mean) / dist.get_world_size()
 
 
-def _show_batch(batch: Batch, corpus: Mixture, settings: StageSettings, folder: Folder, run: tracking.Run) -> None:
-    names = [""] * len(batch.images)
-    for row, label in zip(batch.rows, batch.classes, strict=True):
-        names[int(row)] = names[int(row)] or corpus.classes[int(label)]
+def _show_batch(
+    images: torch.Tensor,
+    targets: torch.Tensor,
+    corpus: Mixture,
+    settings: StageSettings,
+    folder: Folder,
+    run: tracking.Run,
+) -> None:
+    """A picture of what the model gets: images [B, 3, S, S] and targets [B, C], after mixing."""
+    names = pictures.label_lines(targets, corpus.classes)
     assert settings.data.mean is not None
     assert settings.data.std is not None
     with producing(folder, "first_batch.png") as path:
-        pictures.draw_batch(batch.images, settings.data.mean, settings.data.std, names, path)
+        pictures.draw_batch(images, settings.data.mean, settings.data.std, names, path)
         run.artifact(path)
 
 

@@ -1,5 +1,6 @@
 """Checkpoints on disk: committed whole or not there, found when damaged, kept and removed by rule."""
 
+import math
 import os
 import re
 import shutil
@@ -208,6 +209,23 @@ def test_the_last_ones_every_so_many_and_the_best_stay(open_checkpoints, folder)
     for step in range(1, 11):
         save_steps(saved, step, engine=engine, scores={"heldout/loss": abs(step - 3.0)} if step > 1 else {})
     assert steps_in(folder) == [3, 4, 8, 9, 10]
+
+
+def test_the_best_is_found_and_a_damaged_one_passed_over_loudly(open_checkpoints, folder, caplog):
+    saved = open_checkpoints(keep=9)
+    engine, scores = make_engine(), {1: 0.2, 2: 0.9, 3: 0.9, 4: math.nan, 5: 0.5}
+    for step, score in scores.items():
+        save_steps(saved, step, engine=engine, scores={"heldout/top1": score, "heldout/loss": score})
+    save_steps(saved, 6, engine=engine)
+    found = [checkpoints.best(folder, score) for score in ("heldout/top1", "heldout/loss", "heldout/top5")]
+    assert [one and one.step for one in found] == [3, 1, None]
+    part = next(path for path in (folder.local / folder.folders()[2]).glob("*.bin"))
+    part.write_bytes(bytes(part.stat().st_size))
+    (folder.local / folder.folders()[4] / "rank-00000.bin").unlink()
+    second = checkpoints.best(folder, "heldout/top1")
+    assert second is not None
+    assert second.step == 2
+    assert "falling back to the next best" in caplog.text
 
 
 class SlowFolder(LocalFolder):

@@ -41,7 +41,8 @@ def hand_over(
     rows = tracking.metrics_of(folder)
     handed = _chosen(settings, newest, folder, rows)
     with producing(folder, "curves.png") as path:
-        pictures.draw_curves(rows, path, corpus.num_samples / settings.training.global_batch, handed.step)
+        marked = handed.step if settings.registry.checkpoint == "best" else None
+        pictures.draw_curves(rows, path, corpus.num_samples / settings.training.global_batch, marked)
     result = _result(settings, folder, newest, handed, rows)
     try:
         run.complete(rows)
@@ -89,22 +90,39 @@ def _chosen(
 ) -> Checkpoint:
     """The checkpoint that is handed over: the newest, or the best that is there."""
     score = settings.checkpoint.keep_best
-    if settings.registry.checkpoint != "best" or score is None:
+    if score is None or settings.registry.name is None:
+        return newest
+    if settings.registry.checkpoint != "best":
+        last = newest.state.get("scores", {}).get(score)
+        if last is not None and (row := _better(rows, score, last)):
+            log.info(
+                "handing over the last checkpoint (%s %.4f), though step %d had %.4f: registry.checkpoint=best hands "
+                "that one over",
+                score, last, row["step"], row[score],
+            )  # fmt: skip
         return newest
     best = checkpoints.best(folder.child("checkpoints"), score)
     if best is None:
         log.warning("no checkpoint in %s has a %s: handing over the last one, of step %d", folder, score, newest.step)
         return newest
     kept = best.state["scores"][score]
-    missed = [row for row in rows if score in row and checkpoints.is_better(score, row[score], kept)]
-    for row in missed[-1:]:
+    if row := _better(rows, score, kept):
         log.warning(
-            "step %d scored better (%s %.4f), but its checkpoint is gone: checkpoint.keep_best was not set then",
+            "step %d scored better (%s %.4f), but its checkpoint is not there any more, or damaged",
             row["step"],
             score,
             row[score],
         )
     log.info("handing over the checkpoint of step %d, the best by %s: %.4f", best.step, score, kept)
+    return best
+
+
+def _better(rows: Sequence[Mapping[str, Any]], score: str, than: float) -> Mapping[str, Any] | None:
+    """The step that scored best, if it did better than that."""
+    best = None
+    for row in rows:
+        if score in row and checkpoints.is_better(score, row[score], than if best is None else best[score]):
+            best = row
     return best
 
 

@@ -16,6 +16,7 @@ from data_prep.mixture import Mixture
 from models.presets import count_parameters
 from models.vit import VitConfig
 from pipeline import orphans
+from pipeline.mlflow_environment import EXPERIMENT
 from pipeline.run_description import model_name
 
 KIND = ("mlflow.experimentKind", "custom_model_development")
@@ -68,7 +69,7 @@ def name_inputs(run_id: str, corpus: Mixture, heldout: Mixture | None, parent: s
 
     client = mlflow.MlflowClient()
     experiment = client.get_experiment(client.get_run(run_id).info.experiment_id)
-    if KIND[0] not in experiment.tags:
+    if experiment.name == EXPERIMENT and KIND[0] not in experiment.tags:  # others are somebody's
         client.set_experiment_tag(experiment.experiment_id, *KIND)
     inputs = [
         DatasetInput(_dataset(part), [InputTag("mlflow.data.context", context)])

@@ -43,6 +43,7 @@ from data_prep.corpus_jobs import (
 )
 from data_prep.image_tars import refuse_compression
 from data_prep.index_task import IndexTask, Tar, index_tar
+from data_prep.label_cells import LabelCells
 from data_prep.label_report import report_corpus
 from data_prep.listing import SourceError
 from data_prep.sample_labels import LabelForm, described
@@ -90,6 +91,9 @@ class IndexSettings(Settings):
     """Which member is the label: cls, json, or what the first sample has (cls of both)."""
     label_column: str | None = None
     """Key of the label in .json, such as class_id; usual keys are recognised."""
+    label_delimiter: str | None = Field(None, min_length=1)
+    """What stands between labels where a text holds several: a character such as ';', or space, tab, comma, semicolon,
+    pipe, slash; list for lists in text; none where each text is one label as it stands."""
     labels_per_image: LabelKind = "auto"
     """One class, or many weighted labels; auto is one where the first samples have one each, and not as a list under
     `labels`."""
@@ -272,9 +276,9 @@ def _make_plan(settings: IndexSettings, source: str) -> IndexPlan:
             refuse_compression(beginning, str(tar), gzip=False)
     extension = settings.labels if settings.labels != "auto" else _label_extension(tars[0])
     places = [(tar.folder, tar.name) for tar in tars]
-    form = form_of_tars(
-        places, LabelForm(extension, key=settings.label_column, no_label=settings.no_label), settings.labels_per_image
-    )
+    cells = LabelCells.of(settings.label_delimiter)
+    form = LabelForm(extension, key=settings.label_column, no_label=settings.no_label, cells=cells)
+    form = form_of_tars(places, form, settings.labels_per_image)
     if form.names is not None:
         named = named or (names_in_tars(places, form), None)
         form = replace(form, names=tuple(named[0]))

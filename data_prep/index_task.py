@@ -17,7 +17,7 @@ from data_prep.decoder_process import refuse_deadly
 from data_prep.image_check import MAX_BYTES, TOO_MANY_BYTES, UnusableImage, check_image
 from data_prep.label_weights import scaled
 from data_prep.listing import SourceError
-from data_prep.sample_labels import LabelForm
+from data_prep.sample_labels import LabelForm, NoClass
 from data_prep.shard_task import commit_shard, one_line
 from data_prep.tar_headers import TarError, iterate_members
 from data_prep.webdataset_tars import (
@@ -88,6 +88,8 @@ def _index(task: IndexTask, path: Path) -> dict[str, Any]:
         for sample in iterate_samples(iterate_members(descriptor, 0, size, str(task.source))):
             try:
                 row, pairs, line = _read_sample(descriptor, sample, task)
+            except NoClass as reason:
+                raise SourceError(f"{task.source}, sample {one_line(sample.key)}: {reason}") from None
             except (UnusableSample, UnusableImage) as reason:
                 quarantined.append((f"{task.source.name}/{one_line(sample.members[0][1].name)}", str(reason)))
                 continue

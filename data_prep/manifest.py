@@ -98,6 +98,7 @@ class _LabelForm(Record):
     key: str | None = None
     names: bool = False
     no_label: list[str] = Field(default_factory=list)
+    delimiter: str | None = None
 
 
 class Manifest(Record):

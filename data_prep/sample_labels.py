@@ -10,13 +10,14 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
 from data_prep.columns import MAX_WEIGHT
 from data_prep.corpus_format import LABEL_FORM
-from data_prep.label_numbers import class_number, number_of, same_label, why_no_class
+from data_prep.label_cells import LabelCells
+from data_prep.label_numbers import EMPTY, class_number, number_of, same_label, why_no_class
 from data_prep.table_labels import NO_LABEL, LabelKind
 from data_prep.tar_headers import Member
 from data_prep.webdataset_tars import MAX_CLASS, TarSample, UnusableSample
@@ -32,6 +33,10 @@ _LONGEST_CLS = 200
 """Bytes of a .cls member."""
 
 
+class NoClass(UnusableSample):
+    """A sample with a label that can be none of the classes, such as -1."""
+
+
 @dataclass(frozen=True)
 class LabelForm:
     """How labels stand in the members of tars."""
@@ -45,6 +50,8 @@ class LabelForm:
     """Where labels are names: those that there are, in the order of their numbers; None where they are numbers."""
     no_label: tuple[str, ...] = ()
     """Labels that are none."""
+    cells: LabelCells = field(default_factory=LabelCells)
+    """How a text of several labels is split, where one may be."""
 
     @classmethod
     def of(cls, manifest: Mapping[str, Any]) -> "LabelForm":
@@ -52,14 +59,16 @@ class LabelForm:
         many = manifest["label_kind"] == "multi"
         said = manifest.get(LABEL_FORM) or {"member": "json" if many else "cls"}
         names = tuple(manifest["classes"]) if said.get("names") else None
-        return cls(said["member"], many, said.get("key"), names, tuple(said.get("no_label", ())))
+        cells = LabelCells(said.get("delimiter"))
+        return cls(said["member"], many, said.get("key"), names, tuple(said.get("no_label", ())), cells)
 
     def describe(self) -> dict[str, Any] | None:
         """What a manifest says of it, by which `of` knows it again; None for the form of our own shards."""
         if self == LabelForm("json" if self.many else "cls", self.many):
             return None
         return {
-            "member": self.extension, "key": self.key, "names": self.names is not None, "no_label": list(self.no_label)
+            "member": self.extension, "key": self.key, "names": self.names is not None,
+            "no_label": list(self.no_label), **({"delimiter": self.cells.delimiter} if self.cells.splits else {}),
         }  # fmt: skip
 
     @cached_property
@@ -74,6 +83,7 @@ class LabelForm:
 
         Raises:
             UnusableSample: of another form, a class that does not exist, or not one label where one is read.
+            NoClass: what people write for "no label", where nobody has said that it is none.
         """
         texts = self.texts(content)
         numbers: list[tuple[int, float]] = []
@@ -96,13 +106,14 @@ class LabelForm:
 
         Raises:
             UnusableSample: of another form.
+            NoClass: as `labels`.
         """
         pairs, _ = read_labels(content, self)
         left = [(text, weight) for text, weight in pairs if not any(same_label(text, none) for none in self.no_label)]
         for text, _ in left:
             why = why_no_class(text)
             if why is not None:
-                raise UnusableSample(f"label {text!r} {why}, and so no class (no_label={text or 'empty'})")
+                raise NoClass(f"label {text!r} {why}, and so no class: no_label={text or EMPTY} takes it as no label")
         if not self.many and len(left) > 1:
             raise UnusableSample(f"{len(left)} labels where one is read (labels_per_image=many reads all)")
         if not self.many and not left:
@@ -116,7 +127,7 @@ def read_labels(content: bytes, form: LabelForm) -> tuple[list[tuple[str, float]
         text = content[:_LONGEST_CLS].decode("utf-8", "replace").strip()
         if len(content) > _LONGEST_CLS or not text.isprintable():
             raise UnusableSample(f".cls is no class number but {text[:40]!r}")
-        return [(text, 1.0)], False
+        return [(label, 1.0) for label in _split(text, form)], False
     try:
         value = json.loads(content)
     except (ValueError, RecursionError) as error:
@@ -125,6 +136,8 @@ def read_labels(content: bytes, form: LabelForm) -> tuple[list[tuple[str, float]
     if not isinstance(value, dict) or key is None or key not in value:
         raise UnusableSample(_why_no_label(value, form.key))
     labels = value[key] if isinstance(value[key], list) else [value[key]]
+    if isinstance(value[key], str):
+        labels = _split(value[key].strip(), form)
     texts = [_text(label) for label in labels]
     if None in texts:
         raise UnusableSample(f".json: {key} is neither a class number nor a name, nor a list of them")
@@ -137,6 +150,13 @@ def read_labels(content: bytes, form: LabelForm) -> tuple[list[tuple[str, float]
         raise UnusableSample(".json: `weights` must be as many numbers as there are `labels`, none below 0")
     says_many = (isinstance(value[key], list) and key == MANY) or "weights" in value
     return [(str(text), float(weight)) for text, weight in zip(texts, weights, strict=True)], says_many
+
+
+def _split(text: str, form: LabelForm) -> list[str]:
+    try:
+        return form.cells.split(text)
+    except ValueError as error:
+        raise UnusableSample(f".{form.extension}: {text[:40]!r}: {error}") from None
 
 
 def _text(label: Any) -> str | None:
@@ -193,8 +213,12 @@ def _key_of(content: bytes, form: LabelForm) -> str:
 def described(form: LabelForm) -> str:
     """A form in words, for the log."""
     what = "names" if form.names is not None else "numbers"
-    where = f".{form.extension}" + (f" under {form.key!r}" if form.key else "")
-    return f"labels are {what} in {where}, {'many' if form.many else 'one'} an image"
+    return f"labels are {what} in {described_member(form)}, {'many' if form.many else 'one'} an image"
+
+
+def described_member(form: LabelForm) -> str:
+    """Where labels stand, in words."""
+    return f".{form.extension}" + (f" under {form.key!r}" if form.key else "")
 
 
 def forms_of(manifest: Mapping[str, Any]) -> tuple[LabelForm, ...]:

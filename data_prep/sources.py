@@ -50,7 +50,7 @@ _READ_BY: dict[str, set[str]] = {
         "weight_scale", "image_column", "labels_per_image", "image_kb", "fetch_timeout_s", "fetch_attempts",
         "fetch_public_only",
     },
-    "webdataset": {"label_column", "labels_per_image", "no_label", "weight_scale"},
+    "webdataset": {"label_column", "label_delimiter", "labels_per_image", "no_label", "weight_scale"},
     "corpus": {"weight_scale"},
 }  # fmt: skip
 """Settings that only some kinds of source read."""
@@ -230,7 +230,8 @@ def _list(kind: str, place: str, settings: SourceSettings, workers: int, destina
     if kind == "corpus":
         return list_corpus(place)
     if kind == "webdataset":
-        form = LabelForm("", key=settings.label_column, no_label=settings.no_label)
+        cells = LabelCells.of(settings.label_delimiter)
+        form = LabelForm("", key=settings.label_column, no_label=settings.no_label, cells=cells)
         return list_samples(*matching_tars(place), place, form, settings.labels_per_image)
     if kind == "tar":
         folder, name = file_at(place, "source")

@@ -96,7 +96,7 @@ def read_labels(
         raise SourceError(f"{place.table} gives no image a label")
     _refuse_no_classes(raw, complain)
     if raw.are_cells and options.cells.delimiter is None and names is None:
-        _refuse_delimited(raw.texts, place)
+        refuse_delimited(raw.texts, place.column, f"{place.table}: column {place.column!r}")
     classes, number_of_text = _classes(raw.texts, names, place.table)
     numbers = number_of_text[raw.text]
     if options.weight_scale != 1 and not raw.are_weighted:
@@ -146,23 +146,32 @@ def _refuse_no_classes(raw: RawLabels, complain: Callable[[int, str], NoReturn])
             )
 
 
-def _refuse_delimited(texts: Sequence[str], place: Place) -> None:
-    """Refuse a column that seems to hold several labels in a cell, and say it where it might."""
+def refuse_delimited(texts: Sequence[str], column: str, where: str) -> None:
+    """Refuse labels that seem to be several in a cell, and say it where they might.
+
+    Args:
+        texts: the different ones.
+        column: its name, or that of what holds them.
+        where: what holds them, in words.
+
+    Raises:
+        SourceError: they seem to be.
+    """
     asked = f"label_delimiter={AS_IS} takes each cell as one label as it stands"
-    found = why_delimited(texts, place.column)
+    found = why_delimited(texts, column)
     if found is not None:
         cell, delimiter = found
         raise SourceError(
-            f"{place.table}: column {place.column!r} seems to hold several labels in a cell, such as "
-            f"{shown_cell(cell)}: label_delimiter={delimiter} splits them, {asked}"
+            f"{where} seems to hold several labels in a cell, such as {shown_cell(cell)}: label_delimiter={delimiter} "
+            f"splits them, {asked}"
         )
     found = perhaps_delimited(texts)
     if found is not None:
         cell, delimiter = found
         log.warning(
-            "%s: each cell of column %r is taken as one label, though a part of %s is a label, too: if cells hold "
-            "several labels, label_delimiter=%s splits them (%s, without this warning)",
-            place.table, place.column, shown_cell(cell), delimiter, asked,
+            "%s: each cell is taken as one label, though a part of %s is a label, too: if cells hold several labels, "
+            "label_delimiter=%s splits them (%s, without this warning)",
+            where, shown_cell(cell), delimiter, asked,
         )  # fmt: skip
 
 

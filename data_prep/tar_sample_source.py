@@ -18,9 +18,9 @@ from data_prep.corpus import Corpus
 from data_prep.corpus_format import MANIFEST
 from data_prep.corpus_jobs import reasons_in_words
 from data_prep.listing import Listing, SourceError
-from data_prep.sample_labels import LabelForm, described, read_labels, told_by
+from data_prep.sample_labels import LabelForm, NoClass, described, described_member, read_labels, told_by
 from data_prep.source_reader import Stream, StreamImages, reader_of
-from data_prep.table_labels import LabelKind
+from data_prep.table_labels import LabelKind, refuse_delimited
 from data_prep.tar_headers import TarError, iterate_members
 from data_prep.webdataset_tars import UnusableSample, iterate_samples
 
@@ -165,7 +165,7 @@ def names_in_tars(tars: Sequence[tuple[Folder, str]], form: LabelForm) -> list[s
     """The names that labels in tars are, in the order of their numbers.
 
     Raises:
-        SourceError: a tar is damaged.
+        SourceError: a tar is damaged, or labels seem to be several in one text.
     """
     progress = Progress(len(tars), "tars", "reading the names of classes")
     found: set[str] = set()
@@ -184,6 +184,8 @@ def names_in_tars(tars: Sequence[tuple[Folder, str]], form: LabelForm) -> list[s
         for names in pool.map(names_in, tars):
             found |= names
             progress.update(1, f"{len(found):,} classes")
+    if form.cells.delimiter is None:
+        refuse_delimited(sorted(found), form.key or "", f"{tars[0][0]}: {described_member(form)}")
     return sorted(found)
 
 
@@ -205,6 +207,8 @@ def _list_tar(folder: Folder, tar: str, form: LabelForm) -> list[tuple[bytes, in
             try:
                 image, label = sample.image(), sample.label(form.extension)
                 labels = form.labels(read_at(label.size, label.offset))
+            except NoClass as reason:
+                raise SourceError(f"{folder}/{tar}, {os.fsdecode(label.name)}: {reason}") from None
             except UnusableSample as reason:
                 found.append((sample.members[0][1].name, 0, 0, [], str(reason)))
                 continue

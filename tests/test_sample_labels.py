@@ -84,13 +84,46 @@ def test_a_list_of_labels_is_many(tmp_path, labels, expected):
         ([[3]], "json", r"\.json is no object with a label"),
         ([b"{"], "json", r"\.json is damaged"),
         ([{"label": {"a": 1}}], "json", r"label is neither a class number nor a name"),
-        ([{"label": -1}], "json", r"label '-1' is negative, and so no class \(no_label=-1\)"),
         ([b"\x80\x04K\x03."], "cls", r"\.cls is no class number but"),
     ],
 )
 def test_what_is_no_label_is_refused_with_the_reason(tmp_path, labels, extension, reason):
     with pytest.raises(SourceError, match=rf"has a label: 2 x .*{reason}"):
         list_source(SourceSettings(source=str(write_tar(tmp_path / "a.tar", labels * 2, extension))))
+
+
+@pytest.mark.parametrize(
+    ("labels", "extension", "reason"),
+    [
+        ([b"1", b"-1", b"0"], "cls", "'-1' is negative, and so no class: no_label=-1 takes it as no label"),
+        ([{"label": 1}, {"label": -1.0}, {"label": 0}], "json", "no_label=-1.0 takes"),
+        ([{"label": "cat"}, {"label": ""}], "json", "no_label=empty takes"),
+    ],
+)
+def test_what_others_write_for_no_label_is_asked_about(ray, tmp_path, labels, extension, reason):
+    tar = write_tar(tmp_path / "a.tar", labels, extension)
+    with pytest.raises(SourceError, match=rf"a\.tar, 0001\..*{reason}"):
+        list_source(SourceSettings(source=str(tar)))
+    with pytest.raises(SourceError, match=rf"a\.tar, sample 0001: .*{reason}"):
+        index_corpus(IndexSettings(source=str(tar), destination=str(tmp_path / "index")))
+
+
+@pytest.mark.parametrize(
+    ("labels", "extension"),
+    [([b"cat;dog", b"dog", b"bird"], "cls"), ([{"tags": "cat;dog"}, {"tags": "dog"}, {"tags": "bird"}], "json")],
+)
+def test_several_labels_in_one_text_are_refused_and_split(ray, tmp_path, labels, extension):
+    tar = write_tar(tmp_path / "a.tar", labels, extension)
+    with pytest.raises(SourceError, match=r"seems to hold several labels in a cell, such as 'cat;dog'.*delimiter=';'"):
+        list_source(SourceSettings(source=str(tar)))
+    listing = list_source(SourceSettings(source=str(tar), label_delimiter=";"))
+    expected = [["cat", "dog"], ["dog"], ["bird"]]
+    assert labels_of(listing) == expected
+    assert listing.classes == ["bird", "cat", "dog"]
+    corpus = index(tar, tmp_path / "index", label_delimiter=";")
+    assert corpus_labels(corpus) == expected
+    kept = list_source(SourceSettings(source=str(tar), label_delimiter="none"))
+    assert kept.classes == ["bird", "cat;dog", "dog"]
 
 
 def test_a_key_of_ones_own_and_labels_that_are_none(tmp_path):

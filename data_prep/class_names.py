@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from cluster.command import log
 from cluster.storage import StorageError, parse_json
 from data_prep.columns import Labels
-from data_prep.label_numbers import class_number, number_of
+from data_prep.label_numbers import class_number, sorted_names
 from data_prep.listing import Listing, SourceError
 
 _NUMBER = re.compile("0|[1-9][0-9]{0,8}")
@@ -108,7 +108,7 @@ def relabel(listing: Listing, path: Path) -> Listing:
             f"relabel = {path} has none of the {len(listing.classes)} classes, for example not {listing.classes[0]!r}"
         )
     renamed = [new_names.get(name, name) for name in listing.classes]
-    classes = sorted(set(renamed))
+    classes = sorted_names(renamed)
     numbers = {name: number for number, name in enumerate(classes)}
     descriptions = None
     if listing.class_descriptions is not None:
@@ -123,17 +123,12 @@ def relabel(listing: Listing, path: Path) -> Listing:
 
 def by_value(listing: Listing) -> Listing:
     """Where all classes of a listing are called by numbers, these in the order of their values: 2 before 10."""
-    values = [number_of(name) for name in listing.classes]
-    known = [value for value in values if value is not None]
-    if len(known) < len(values):
-        return listing
-    order = sorted(range(len(known)), key=lambda number: (known[number], listing.classes[number]))
-    if order == list(range(len(order))):
+    classes = sorted_names(listing.classes)
+    if classes == listing.classes or classes == sorted(classes):
         return listing
     log.info("the classes of %s are numbers: they are in the order of their values", listing.place)
-    mapping = np.empty(len(order), np.int64)
-    mapping[order] = np.arange(len(order))
-    classes = [listing.classes[number] for number in order]
+    places = {name: place for place, name in enumerate(classes)}
+    mapping = np.array([places[name] for name in listing.classes], np.int64)
     return replace(listing, classes=classes, labels=_mapped(listing.labels, mapping))
 
 
@@ -235,8 +230,8 @@ def _mapped(labels: NDArray[np.int32] | Labels, mapping: NDArray[np.int64]) -> N
 
 
 def after(known: Sequence[str], found: Sequence[str]) -> list[str]:
-    """Classes with those that are new at the end, sorted."""
-    return [*known, *sorted(set(found) - set(known))]
+    """Classes with those that are new at the end, sorted: numbers by their values."""
+    return [*known, *sorted_names(set(found) - set(known))]
 
 
 def _pairs(path: Path, key: str, form: str) -> list[tuple[str, str]]:

@@ -4,7 +4,7 @@ Numbers stay numbers however they are written: 2, 2.0 and 2e0 are one class, whi
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from decimal import Decimal
 
 import numpy as np
@@ -45,6 +45,14 @@ def same_label(text: str, other: str) -> bool:
     return text.lower() == other.lower() == "nan"
 
 
+def sorted_names(names: Iterable[str]) -> list[str]:
+    """Different names of classes: by their values where all are numbers, else by their bytes."""
+    different = sorted(set(names))
+    values = [number_of(name) for name in different]
+    numbers = [value for value in values if value is not None]
+    return [n for _, n in sorted(zip(numbers, different, strict=True))] if len(numbers) == len(values) else different
+
+
 def in_order(labels: Sequence[str]) -> tuple[list[str], NDArray[np.int64]]:
     """Names of classes in the order of their numbers, and which class each of some different labels is, int64 [labels].
 
@@ -54,12 +62,9 @@ def in_order(labels: Sequence[str]) -> tuple[list[str], NDArray[np.int64]]:
     """
     numbers = [number_of(label) for label in labels]
     values = [number for number in numbers if number is not None]
-    if not labels or len(values) < len(labels):
-        names = sorted(labels)
-    elif any(map(_PADDED.fullmatch, labels)):
-        names = [label for _, label in sorted(zip(values, labels, strict=True))]
-    else:
+    if labels and len(values) == len(labels) and not any(map(_PADDED.fullmatch, labels)):
         return _by_value(values)
+    names = sorted_names(labels)
     places = {name: place for place, name in enumerate(names)}
     return names, np.array([places[label] for label in labels], np.int64)
 

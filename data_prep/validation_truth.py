@@ -5,12 +5,14 @@ that of the names; here they come out as the names (WordNet ids) in sorted order
 """
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from data_prep.columns import Strings
+from data_prep.label_numbers import EMPTY, in_order, why_no_class
 from data_prep.listing import Listing, SourceError
 from data_prep.source_reader import Images
 
@@ -41,6 +43,7 @@ def with_truth(
             raise SourceError(f"truth = {truth}: its numbers are not within 1 to {len(order)}, the classes of synsets")
         found = [order[number - 1] for number in numbers.tolist()]
         classes = sorted(order)
+        numbers_of = {name: number for number, name in enumerate(classes)}
         by_line = True
     else:
         if synsets is not None:
@@ -56,18 +59,31 @@ def with_truth(
             if missing:
                 raise SourceError(f"truth = {truth} has no class for {len(missing)} images, for example {missing[0]!r}")
             found = [by_name[stem] for stem in stems]
-        classes = sorted(set(found))
+        classes, numbers_of = _named_classes(found, truth)
     if by_line and len(found) != len(names):
         raise SourceError(
             f"truth = {truth} has {len(found):,} classes for {len(names):,} images in {place}: one line for each "
             f"image, in the order of their names, is needed"
         )
-    numbers_of = {name: number for number, name in enumerate(classes)}
     labels = np.array([numbers_of[name] for name in found], np.int32)
     # as if the images lay in class folders: in the order of the classes, with the class in their names
     rows = np.lexsort((np.arange(len(names)), labels))
     in_folders = Strings.of([f"{found[row]}/".encode() + names[row] for row in rows.tolist()])
     return Listing(kind, place, classes, in_folders, sizes[rows], images.take(rows), labels[rows])
+
+
+def _named_classes(found: Sequence[str], truth: Path) -> tuple[list[str], dict[str, int]]:
+    """Classes in the order of their numbers, and the number of each label; labels that can be no class are refused."""
+    labels = sorted(set(found))
+    for label in labels:
+        why = why_no_class(label)
+        if why is not None:
+            raise SourceError(
+                f"truth = {truth}: label {label!r} {why}, and so no class. Images without a class are left out of a "
+                f"table `path,label`, given as labels=TABLE no_label={label or EMPTY}"
+            )
+    classes, numbers = in_order(labels)
+    return classes, dict(zip(labels, numbers.tolist(), strict=True))
 
 
 def _order(truth: Path, synsets: Path | None) -> list[str]:

@@ -492,3 +492,27 @@ def test_what_a_person_would_find_odd_about_labels_is_said(messages, classes, co
 def test_nothing_is_found_odd_about_usual_classes(messages):
     assert "odd" not in reported(messages, ["bear", "polar bear", "n01440764", "red_car", "x-ray"], [5, 5, 9, 7, 5])
     assert "odd" not in reported(messages, [str(number) for number in range(10)], [50] * 10)
+
+
+# ---------------------------------------------------------------------------------------- files beside images
+
+
+def test_a_file_of_truth_has_the_same_numbers(tmp_path):
+    source = tmp_path / "images"
+    source.mkdir()
+    for number in range(4):
+        (source / f"{number}.jpg").write_bytes(encoded(number, (16, 16)))
+    truth = tmp_path / "truth.txt"
+    truth.write_text("0.jpg 10\n1.jpg 2\n2.jpg 0\n3.jpg 2.0\n")
+    listing = listed(source, f"truth={truth}")
+    assert listing.classes == [str(number) for number in range(11)]
+    assert labels_of(listing) == {"10/0.jpg": ["10"], "2/1.jpg": ["2"], "0/2.jpg": ["0"], "2.0/3.jpg": ["2"]}
+    truth.write_text("0.jpg -1\n1.jpg 2\n2.jpg 0\n3.jpg 2\n")
+    with pytest.raises(SourceError, match=r"label '-1' is negative, and so no class.* labels=TABLE no_label=-1"):
+        listed(source, f"truth={truth}")
+
+
+def test_classes_that_are_renamed_to_numbers_are_in_the_order_of_their_values(tmp_path):
+    source = class_folders(tmp_path / "source", "cat", "dog", "ant")
+    (tmp_path / "new.txt").write_text("cat\t10\ndog\t2\nant\t7\n")
+    assert listed(source, f"relabel={tmp_path / 'new.txt'}").classes == ["2", "7", "10"]

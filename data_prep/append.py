@@ -25,6 +25,7 @@ from data_prep.corpus_format import (
     manifest_of_version,
     needs_own_shards,
 )
+from data_prep.label_report import alike
 from data_prep.left_out import RemovedImage, read_lines
 from data_prep.listing import Listing, SourceError
 from data_prep.manifest import newest_version, read_manifest, read_plan
@@ -33,10 +34,13 @@ from data_prep.removed import REMOVED, UNCOMPARED
 from data_prep.shard_plan import Appended, Plan
 from data_prep.shard_task import one_line, remove_shard
 from data_prep.source_reader import DANGLING, UNREADABLE
+from data_prep.table_labels import NO_LABEL
+from data_prep.target_weights import check_corpus_weights
 
 NewClasses = Literal["append", "refuse"]
-_MAY_COME = ("named in the table", NOT_FETCHED, UNCOMPARED, UNREADABLE, DANGLING)
-"""How the reasons begin for which an image was left out that was missing: it may be there now."""
+_MAY_COME = ("named in the table", NOT_FETCHED, UNCOMPARED, UNREADABLE, DANGLING, NO_LABEL)
+"""How the reasons begin for which an image was left out that was missing, or its label: they may be there now."""
+_SHOWN = 5
 _SHARD_NAME = re.compile(r"shard-(\d{6,})\.tar")
 
 
@@ -61,8 +65,11 @@ def what_is_new(listing: Listing, folder: Folder, conversion: Conversion) -> tup
     if many != (before.label_kind == "multi"):
         raise SourceError(
             f"{listing.place} has {'many labels' if many else 'one label'} an image, the corpus {folder} has "
-            f"{'one' if many else 'many'}: that cannot be appended"
+            f"{'one' if many else 'many'}: that cannot be appended "
+            f"(labels_per_image={'one' if many else 'many'} reads a table so, where it can be)"
         )
+    if many:  # or the weights of old and new images would be of two scales
+        check_corpus_weights(before)
     return _not_there_yet(listing, before, conversion), before
 
 
@@ -90,6 +97,11 @@ def plan_append(
         )
     if found:
         log.info("%d new classes at the end of the list: %s", len(found), ", ".join(found[:5]))
+        for new_name, known_name in alike(found, before.classes)[:_SHOWN]:
+            log.warning(
+                "the new class %r is nearly called like %r, which the corpus has: relabel=FILE with a line "
+                "%s<tab>%s makes them one", new_name, known_name, new_name, known_name,
+            )  # fmt: skip
     said = dict(zip(new.classes, new.class_descriptions or new.classes, strict=True))
     if before.class_descriptions is not None or new.class_descriptions is not None:
         known = dict(zip(before.classes, before.names, strict=True))

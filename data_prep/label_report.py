@@ -125,18 +125,33 @@ def _odd_names(names: Sequence[str]) -> Iterator[str]:
         yield f"some class names are numbers ({_some(numbers)}), and some are not ({_some(others)})"
 
 
-def _alike(classes: Sequence[str]) -> Iterator[str]:
-    """Names that a person would take for one."""
+def _groups(classes: Sequence[str]) -> list[list[str]]:
+    """Names that a person would take for one: that differ in case, white space, zeros or the form of letters."""
     groups: dict[str, list[str]] = defaultdict(list)
     for name in classes:
         text = unicodedata.normalize("NFKC", name).casefold()
         words = re.sub(r"[\s_-]+", " ", text).strip()
-        groups[words.lstrip("0") or "0" if words.isdigit() else words].append(name)
-    alike = [group for group in groups.values() if len(group) > 1]
-    if alike:
-        shown = "; ".join(" and ".join(map(repr, group[:_SHOWN])) for group in alike[:_SHOWN])
+        number = number_of(words)
+        groups[words if number is None else f"{number.normalize():f}"].append(name)
+    return [group for group in groups.values() if len(group) > 1]
+
+
+def alike(new: Sequence[str], known: Sequence[str]) -> list[tuple[str, str]]:
+    """Pairs of a new and a known class that a person would take for one."""
+    theirs = set(known)
+    found = []
+    for group in _groups([*known, *new]):
+        old = next((name for name in group if name in theirs), None)
+        found += [(name, old) for name in group if old is not None and name not in theirs]
+    return found
+
+
+def _alike(classes: Sequence[str]) -> Iterator[str]:
+    groups = _groups(classes)
+    if groups:
+        shown = "; ".join(" and ".join(map(repr, group[:_SHOWN])) for group in groups[:_SHOWN])
         yield (
-            f"{_count(len(alike), 'group', 'groups')} of classes differ only in case, spaces, zeros or the form of "
+            f"{_count(len(groups), 'group', 'groups')} of classes differ only in case, spaces, zeros or the form of "
             f"letters: {shown} (relabel= makes them one)"
         )
 

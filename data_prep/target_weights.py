@@ -32,10 +32,11 @@ def check_weights(corpus: Mixture) -> None:
     """
     for part in corpus.parts:
         if part.label_kind == "multi":
-            _check_part(part)
+            check_corpus_weights(part)
 
 
-def _check_part(corpus: Corpus) -> None:
+def check_corpus_weights(corpus: Corpus) -> None:
+    """As `check_weights`, of one corpus with many labels an image."""
     first: tuple[int, int, float] | None = None
     largest = 0.0
     for start in range(0, corpus.num_samples, _AT_ONCE):

@@ -260,6 +260,14 @@ def _make_tables(base: Path) -> Path:
     (base / "t.csv").write_text(
         "path,label,weight\n" + "".join(f"{r['path']},{r['label']},{r['weight']}\n" for r in rows)
     )
+    (base / "t.json").write_text(json.dumps(rows))
+    hot = [f"{row['path']}, {n % 2}, {1 - n % 2}" for n, row in enumerate(rows)]
+    (base / "hot.csv").write_text("\n".join(["filename, a, b", *hot]))
+    (base / "cells.csv.gz").write_bytes(
+        gzip.compress(
+            "".join(["path\tlabel\n", *(f"{r['path']}\t['{r['label']}', \"x\", 3]\n" for r in rows)]).encode()
+        )
+    )
     (base / "classes.json").write_text(json.dumps({"0": ["l0", "a"], "1": ["l1", "b"]}))
     (base / "classes.txt").write_text("l0\ta\nl1\tb\n")
     return images.parent
@@ -281,7 +289,9 @@ def _odd_column(chance: random.Random, count: int) -> pa.Array:
 
 
 def _table(chance: random.Random, base: Path, place: Path) -> None:
-    kind = chance.choice(("t.csv", "t.jsonl", "t.parquet", "images.parquet", "classes"))
+    kind = chance.choice(
+        ("t.csv", "t.jsonl", "t.json", "hot.csv", "cells.csv.gz", "t.parquet", "images.parquet", "classes")
+    )
     settings: dict[str, Any] = {"source": str(base / "images"), "labels": str(place / kind)}
     if kind == "classes":
         name = chance.choice(("classes.json", "classes.txt"))
@@ -300,8 +310,14 @@ def _table(chance: random.Random, base: Path, place: Path) -> None:
         lines[chance.randrange(6)] = json.dumps(mutate_json(chance, json.loads(lines[0])))
         content = "\n".join(lines).encode("utf-8", "surrogatepass")
         content = mutate_text(chance, content) if chance.random() < 0.3 else content
-    elif kind == "t.csv":
+    elif kind == "t.json" and chance.random() < 0.7:
+        content = json.dumps(mutate_json(chance, json.loads((base / kind).read_bytes()))).encode()
+    elif kind in ("t.csv", "t.json", "hot.csv"):
         content = mutate_text(chance, (base / kind).read_bytes())
+    elif kind == "cells.csv.gz":
+        content = gzip.compress(mutate_text(chance, gzip.decompress((base / kind).read_bytes())))
+        content = mutate_bytes(chance, content) if chance.random() < 0.2 else content
+        settings["label_delimiter"] = chance.choice(("list", "space", ","))
     else:
         columns: dict[str, Any] = {
             "path": pa.array([f"c{n % 2}/00{n % 3}.JPEG" for n in range(6)]), "label": pa.array([0, 1] * 3),

@@ -151,6 +151,19 @@ def test_many_labels_are_appended(tmp_path):
         assert {second.classes[number] for number in classes} == {"x", second.origin(sample).split("/")[0]}
 
 
+def test_an_image_that_had_no_label_is_appended_once_it_has_one(tmp_path, messages):
+    root = image_folder(tmp_path / "images", classes=1, images=6)
+    table = tmp_path / "labels.csv"
+    table.write_text("path,label\n" + "".join(f"c0/00{n}.JPEG,{('ant', 'bee', '')[n % 3]}\n" for n in range(6)))
+    first = shard(root, tmp_path / "corpus", labels=table, no_label=("empty",))
+    assert [entry["reason"] for entry in first.quarantined()] == ["left out: no label"] * 2
+    table.write_text("path,label\n" + "".join(f"c0/00{n}.JPEG,{('ant', 'bee', 'Bee ')[n % 3]}\n" for n in range(6)))
+    second = shard(root, tmp_path / "corpus", labels=table, append=True)
+    assert (second.classes, second.class_counts) == (["ant", "bee", "Bee"], [2, 2, 2])
+    assert "the new class 'Bee' is nearly called like 'bee', which the corpus has" in messages()
+    assert list(verify(second)) == []
+
+
 def test_what_cannot_be_appended_is_refused(tmp_path):
     root = image_folder(tmp_path / "images")
     with pytest.raises(ValueError, match="there is no finished corpus"):

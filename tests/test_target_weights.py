@@ -8,10 +8,13 @@ import pytest
 import torch
 
 from cluster.folders import LocalFolder
+from data_prep.append import what_is_new
 from data_prep.columns import Labels
+from data_prep.convert import Conversion
 from data_prep.corpus import Corpus
 from data_prep.corpus_assembly import assemble
 from data_prep.corpus_format import PLAN
+from data_prep.listing import SourceError
 from data_prep.mixture import Mixture
 from data_prep.shard_plan import Plan
 from data_prep.shard_task import write_shard
@@ -69,6 +72,17 @@ def error_of(monkeypatch, module, *words):
     with pytest.raises(ValueError) as caught:  # noqa: PT011 the message is what the tests are about
         module.main()
     return str(caught.value)
+
+
+def test_nothing_is_appended_to_a_corpus_of_per_cent(per_cent, usual):
+    listing = list_source(SourceSettings(source=usual.url))
+    with pytest.raises(LabelWeightError, match=r"weight 25\. .*weight_scale=0\.01"):
+        what_is_new(listing, LocalFolder(per_cent.path), Conversion())
+    with pytest.raises(SourceError, match=r"label 'c[01]' of '.*' has weight (25|75): .*weight_scale=0\.01"):
+        list_source(SourceSettings(source=per_cent.url))
+    scaled = list_source(SourceSettings(source=per_cent.url, weight_scale=0.01))
+    assert isinstance(scaled.labels, Labels)
+    assert sorted(scaled.labels.rows["weight"].tolist()) == pytest.approx([0.01, 0.01, 0.25, 0.75])
 
 
 def test_beyond_one_the_loss_has_no_bound():

@@ -82,6 +82,18 @@ def _items(cell: str) -> list[str]:
     return items
 
 
+def _is_list(cell: str) -> bool:
+    """Whether a cell is a list in text, and not a name in brackets such as "(unknown)"."""
+    if len(cell) < 2 or _BRACKETS.get(cell[0]) != cell[-1]:
+        return False
+    inner = cell[1:-1].strip()
+    return not inner or any(mark in inner for mark in ",'\"") or all(_is_number(part) for part in inner.split())
+
+
+def _is_number(text: str) -> bool:
+    return text.lstrip("+-").replace(".", "", 1).isdigit()
+
+
 def why_delimited(cells: Sequence[str], column: str) -> tuple[str, str] | None:
     """A cell that seems to hold several labels, and the setting that splits it; None where all seem to be one label.
 
@@ -93,7 +105,7 @@ def why_delimited(cells: Sequence[str], column: str) -> tuple[str, str] | None:
         column: its name.
     """
     cells = cells[:_LOOKED_AT]
-    listed = next((cell for cell in cells if _BRACKETS.get(cell.strip()[:1]) == cell.strip()[-1:]), None)
+    listed = next((cell for cell in cells if _is_list(cell.strip())), None)
     if listed is not None:
         return listed, LIST
     for delimiter in (";", "|"):
@@ -114,7 +126,7 @@ def _with_parts_in_common(cells: Sequence[str], split: LabelCells, is_plural: bo
     if not several:
         return None
     example = cells[several[0]]
-    if all(part.lstrip("+-").replace(".", "").isdigit() for number in several for part in parts[number]):
+    if all(_is_number(part) for number in several for part in parts[number]):
         return example
     uses = Counter(part for found in parts for part in set(found))
     common = [number for number in several if any(uses[part] > 1 for part in parts[number])]

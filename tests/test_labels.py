@@ -1,8 +1,8 @@
 """What cells and labels mean: no label is decided in silence, numbers stay numbers, and refusals say what to give."""
 
-import gzip
 import json
 import re
+import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -12,51 +12,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from cluster.folders import LocalFolder
-from cluster.settings import parse_command
-from data_prep import embedded_images
 from data_prep.columns import Labels
 from data_prep.label_report import report_classes, report_labels
 from data_prep.listing import Listing, SourceError
-from data_prep.sources import SourceSettings, list_source
-from data_prep.table_files import ColumnNames, class_names_of, columns_of, table_files
-from data_prep.table_labels import LabelOptions
 from tests.corpora import encoded
-
-SPACE = "path,tags\na/0.jpg,haze primary\na/1.jpg,primary\na/2.jpg,clear primary water\na/3.jpg,haze primary\n"
+from tests.labelled_tables import csv, embedded, image_files, images, labels_of, listed
 
 
 @pytest.fixture
 def folder(tmp_path):
-    (tmp_path / "a").mkdir()
-    for number in range(12):
-        (tmp_path / "a" / f"{number}.jpg").write_bytes(encoded(number, (16, 16)))
-    return tmp_path
-
-
-def listed(source: Path, *words: str) -> Listing:
-    """As a command line says it."""
-    settings = parse_command(
-        SourceSettings, prog="x", description="", positionals=("source",), argv=[str(source), *words]
-    )
-    return list_source(settings)
-
-
-def labels_of(listing: Listing) -> dict[str, list[str]]:
-    """Names of the labels of each image."""
-    found = {}
-    for row in range(len(listing)):
-        numbers = listing.labels[row]["class"] if isinstance(listing.labels, Labels) else [listing.labels[row]]
-        found[listing.names[row].decode()] = [listing.classes[int(number)] for number in numbers]
-    return found
-
-
-def csv(folder: Path, *labels: str, column: str = "label") -> Path:
-    """A table of a/0.jpg, a/1.jpg, ..., each with its label."""
-    path = folder / "table.csv"
-    rows = [[f"a/{number}.jpg", label] for number, label in enumerate(labels)]
-    path.write_text(pandas.DataFrame(rows, columns=["path", column]).to_csv(index=False))
-    return path
+    return image_files(tmp_path)
 
 
 # ---------------------------------------------------------------------------------- several labels in a cell
@@ -116,7 +81,14 @@ def test_a_delimiter_splits_cells_into_labels(folder, delimiter, cells, expected
 
 
 def test_names_of_several_words_stay_names_and_what_is_in_doubt_is_said(folder, messages):
-    names = ["golden retriever", "labrador retriever", "tench, Tinca tinca", "great white shark", "New York/Harlem"]
+    names = [
+        "golden retriever",
+        "labrador retriever",
+        "tench, Tinca tinca",
+        "great white shark",
+        "New York/Harlem",
+        "(unknown)",
+    ]
     assert listed(csv(folder, *names)).classes == sorted(names)
     assert "label_delimiter" not in messages()
     listed(csv(folder, "primary", "haze primary", "clear primary water"))
@@ -213,22 +185,6 @@ def test_what_is_no_class_is_refused_with_its_row_and_taken_as_no_label(folder, 
     assert [reason for _, reason in listing.left_out] == ["left out: no label"]
 
 
-def images(folder: Path, form: str, paths: list[str]) -> dict[str, Any]:
-    """A column of images, where these stand in the table."""
-    return {"image": [(folder / path).read_bytes() for path in paths]} if form == "images" else {}
-
-
-def embedded(folder: Path, *words: str) -> Listing:
-    """What sharding makes of table.parquet, in this process."""
-    settings = parse_command(SourceSettings, prog="x", description="", positionals=("source",), argv=["x", *words])
-    (file,) = table_files(LocalFolder(folder), "table.parquet")
-    columns = columns_of([file], ColumnNames(indicators=settings.label_columns, unset=settings.no_label))
-    laid_down = LocalFolder(folder / "laid")
-    embedded_images._lay_down_file(embedded_images._FileTask(file, laid_down, "0", columns, ""))
-    options = LabelOptions(settings.labels_per_image, no_label=settings.no_label, weight_scale=settings.weight_scale)
-    return embedded_images.list_laid_down(laid_down, ["0"], str(file), columns, class_names_of(file, columns), options)
-
-
 def test_an_image_without_a_label_is_one_of_no_class_where_others_have_many(folder, messages):
     table = csv(folder, "1;2", "2", "-1")
     listing = listed(table, "label_delimiter=;", "no_label=-1")
@@ -262,6 +218,18 @@ def test_class_folders_that_are_numbers_are_in_the_order_of_their_values(tmp_pat
     assert labels_of(named) == {f"{number}/x.jpg": [f"n1{number:07d}"] for number in range(12)}
     called = listed(source, f"words={index}")
     assert called.class_descriptions == named.class_descriptions
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_class_folders_in_a_tar_are_in_the_same_order(tmp_path, packed, monkeypatch):
+    monkeypatch.setenv("VITFORGE_CACHE", str(tmp_path / "cache"))
+    source = class_folders(tmp_path / "source", *map(str, range(12)))
+    tar = tmp_path / ("a.tar.gz" if packed else "a.tar")
+    with tarfile.open(tar, "w:gz" if packed else "w") as file:
+        file.add(source, "train")
+    listing = listed(tar)
+    assert listing.classes == [str(number) for number in range(12)]
+    assert labels_of(listing) == {f"{number}/x.jpg": [str(number)] for number in range(12)}
 
 
 def test_class_folders_that_are_some_of_the_numbers_get_their_names(tmp_path):
@@ -311,148 +279,6 @@ def test_a_scale_of_weights_that_are_not_there_is_refused(folder):
     (folder / "table.csv").write_text("path,label,weight\na/0.jpg,a,255\n")
     with pytest.raises(ValueError, match=r"weight_scale=0\.00392 brings the largest, 255, to 1"):
         listed(folder / "table.csv")
-
-
-# ------------------------------------------------------------------------------------------ forms of tables
-
-
-@pytest.mark.parametrize(
-    ("name", "text"),
-    [
-        ("t.CSV", "path,label\na/0.jpg,cat\na/1.jpg,dog\n"),
-        ("t.csv", "\ufeffpath;label\r\na/0.jpg;cat\r\na/1.jpg;dog\r\n"),
-        ("t.csv", "path, label\na/0.jpg, cat\na/1.jpg, dog\n"),
-        ("t.csv", '"File Path" ,"Label"\n"a/0.jpg","cat "\n"a/1.jpg",dog\n'),
-        ("t.csv", 'path, label\n"a/0.jpg", "cat"\n"a/1.jpg", "dog"\n'),
-        ("t.csv", "path|label\na/0.jpg|cat\na/1.jpg|dog\n"),
-        ("t.csv", ",path,label\n0,a/0.jpg,cat\n1,a/1.jpg,dog\n"),
-        ("t.tsv", "path\tlabel\na/0.jpg\tcat\na/1.jpg\tdog\n"),
-        ("t.csv", "path\tlabel\na/0.jpg\tcat\na/1.jpg\tdog\n"),
-        ("t.json", '[{"path": "a/0.jpg", "label": "cat"}, {"path": "a/1.jpg", "label": "dog"}]'),
-        ("t.json", '{"path": "a/0.jpg", "label": "cat"}\n{"path": "a/1.jpg", "label": "dog"}\n'),
-        ("t.JSON", '{"a/0.jpg": "cat", "a/1.jpg": "dog"}'),
-        ("t.json", '{"labels": [["a/0.jpg", "cat"], ["a/1.jpg", "dog"]]}'),
-        ("t.json", '{"path": ["a/0.jpg", "a/1.jpg"], "label": ["cat", "dog"]}'),
-        ("t.ndjson", '{"path": "a/0.jpg", "label": "cat"}\n\n{"path": "a/1.jpg", "label": "dog"}\n'),
-    ],
-)
-@pytest.mark.parametrize("packed", [False, True])
-def test_a_table_is_read_in_the_forms_in_which_people_write_it(folder, name, text, packed):
-    table = folder / (f"{name}.gz" if packed else name)
-    table.write_bytes(gzip.compress(text.encode()) if packed else text.encode())
-    assert labels_of(listed(table)) == {"a/0.jpg": ["cat"], "a/1.jpg": ["dog"]}
-
-
-@pytest.mark.parametrize("orient", ["records", "split", "table", "columns", "index"])
-def test_what_pandas_writes_as_json_is_read(folder, orient):
-    rows = pandas.DataFrame({"path": ["a/0.jpg", "a/1.jpg"], "label": [10.0, 2.0]})
-    rows.to_json(folder / "t.json", orient=orient)
-    assert labels_of(listed(folder / "t.json")) == {"a/0.jpg": ["10"], "a/1.jpg": ["2"]}
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "message"),
-    [
-        ("t.json", b'{"a": 1}', r"is JSON, but no table that is known: \[\{\"path\""),
-        ("t.json", b"[1, 2]", "is JSON, but no table"),
-        ("t.json", b"{", "it is not JSON"),
-        ("t.csv", b"path;label\na/0.jpg;caf\xe9\n", "is not UTF-8"),
-        ("t.csv", b'path,label\na/0.jpg,"cat\na/1.jpg,dog\n', "line 3: a value goes over several lines"),
-        ("t.csv", b"path,label,label\na/0.jpg,cat,dog\n", "two columns called 'label'"),
-        ("t.csv", b"path,label\na/0.jpg,cat,dog\n", "line 2: has 3 fields where the header has 2"),
-        ("t.csv.gz", gzip.compress(b"path,label\na/0.jpg,cat\n")[:-9], "cannot be read: Compressed file ended"),
-        ("t.csv.gz", b"path,label\na/0.jpg,cat\n", "cannot be read: Not a gzipped file"),
-        ("t.jsonl", b'{"path": "a/0.jpg", "label": {"a": 1}}\n', "line 1: label must be a name, a number, or a list"),
-    ],
-)
-def test_a_table_that_cannot_be_read_says_why_and_where(folder, name, content, message):
-    (folder / name).write_bytes(content)
-    with pytest.raises(SourceError, match=message):
-        listed(folder / name)
-
-
-def _view(values: list[Any]) -> pa.Array:
-    return pa.array(values, pa.string_view())
-
-
-@pytest.mark.parametrize(
-    ("paths", "labels"),
-    [
-        (_view, _view),
-        (lambda v: pa.array(v, pa.large_string()), lambda v: pa.array(v, pa.large_string())),
-        (lambda v: pa.array(v).dictionary_encode(), lambda v: pa.array(v).dictionary_encode()),
-        (pa.array, lambda v: pa.array([[x] for x in v], pa.list_(pa.dictionary(pa.int8(), pa.string())))),
-        (pa.array, lambda v: pa.array([[x] for x in v], pa.large_list(pa.large_string()))),
-        (pa.array, lambda v: pa.array([[x] for x in v], pa.list_(pa.string(), 1))),
-        (pa.array, lambda v: pa.array([[x] for x in v], pa.list_(pa.string_view()))),
-    ],
-)
-def test_every_type_of_text_that_arrow_has_is_read(folder, paths, labels):
-    pq.write_table(
-        pa.table({"path": paths(["a/0.jpg", "a/1.jpg"]), "label": labels(["cat", "dog"])}), folder / "t.parquet"
-    )
-    assert labels_of(listed(folder / "t.parquet")) == {"a/0.jpg": ["cat"], "a/1.jpg": ["dog"]}
-
-
-@pytest.mark.parametrize("kind", [pa.binary(), pa.large_binary(), pa.binary_view()])
-@pytest.mark.parametrize("nested", [False, True])
-def test_every_type_of_bytes_that_arrow_has_is_an_image(folder, kind, nested):
-    content = pa.array([(folder / "a" / f"{number}.jpg").read_bytes() for number in range(2)], kind)
-    paths = _view(["0.jpg", "1.jpg"])
-    image = pa.StructArray.from_arrays([content, paths], ["bytes", "path"]) if nested else content
-    pq.write_table(pa.table({"image": image, "label": pa.array([1, 0])}), folder / "table.parquet")
-    assert [labels for _, labels in sorted(labels_of(embedded(folder)).items())] == [["1"], ["0"]]
-
-
-# ------------------------------------------------------------------------------------- columns of 0 and 1
-
-
-@pytest.mark.parametrize("form", ["csv", "parquet", "images", "bool"])
-def test_columns_of_zero_and_one_are_classes(folder, form):
-    paths = [f"a/{number}.jpg" for number in range(3)]
-    header = {"filename": paths}
-    columns: dict[str, list[Any]] = {"bird": [1, 0, 0], "cat": [0, 0, 1], "dog": [0, 1, 0]}
-    table = folder / "table.parquet"
-    if form == "csv":  # as Roboflow writes it
-        table = folder / "_classes.csv"
-        table.write_text(
-            "filename, bird, cat, dog\n"
-            + "".join(
-                f"{path}, {', '.join(str(column[row]) for column in columns.values())}\n"
-                for row, path in enumerate(paths)
-            )
-        )
-    else:
-        columns = {k: [bool(x) for x in v] if form == "bool" else v for k, v in columns.items()}
-        pq.write_table(
-            pa.table({**(header if form != "images" else {}), **columns, **images(folder, form, paths)}), table
-        )
-    listing = embedded(folder) if form == "images" else listed(table)
-    assert listing.classes == ["bird", "cat", "dog"]
-    assert [labels for _, labels in sorted(labels_of(listing).items())] == [["bird"], ["dog"], ["cat"]]
-
-
-def test_columns_of_zero_and_one_are_many_labels_where_a_row_has_several(folder):
-    (folder / "t.csv").write_text("filename,b,a\na/0.jpg,1,1\na/1.jpg,0,0\na/2.jpg,0,1\n")
-    listing = listed(folder / "t.csv")
-    assert isinstance(listing.labels, Labels)
-    assert labels_of(listing) == {"a/0.jpg": ["b", "a"], "a/1.jpg": [], "a/2.jpg": ["a"]}
-    (folder / "t.csv").write_text("filename,b,a\na/0.jpg,1,0\na/1.jpg,0,0\n")
-    with pytest.raises(SourceError, match=r"gives 'a/1.jpg' no label"):
-        listed(folder / "t.csv")
-    (folder / "t.csv").write_text("filename,b,a\na/0.jpg,1,-1\na/1.jpg,-1,1\n")
-    with pytest.raises(SourceError, match=r"line 2: a is '-1', and 0 or 1 is needed: no_label=-1 takes it as 0"):
-        listed(folder / "t.csv")
-    assert labels_of(listed(folder / "t.csv", "no_label=-1")) == {"a/0.jpg": ["b"], "a/1.jpg": ["a"]}
-
-
-def test_columns_of_zero_and_one_beside_others_must_be_named(folder):
-    (folder / "t.csv").write_text("path,width,b,a\na/0.jpg,64,1,0\na/1.jpg,32,0,1\n")
-    with pytest.raises(SourceError, match=r"no column of labels: .* label_columns=\[b,a\] takes those of 0 and 1"):
-        listed(folder / "t.csv")
-    assert labels_of(listed(folder / "t.csv", "label_columns=[b,a]")) == {"a/0.jpg": ["b"], "a/1.jpg": ["a"]}
-    with pytest.raises(SourceError, match=r"line 2: width is '64', and 0 or 1 is needed"):
-        listed(folder / "t.csv", "label_columns=[width,a]")
 
 
 # --------------------------------------------------------------------------------------------- the report

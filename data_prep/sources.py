@@ -291,7 +291,7 @@ def _list_table(place: str, settings: SourceSettings, workers: int, destination:
     table = place if settings.labels is None else absolute_path(settings.labels, "labels")
     files = _table_at(table)
     if not files:
-        raise SourceError(f"{key} = {table} must be a table ({TABLES}), or a folder of .parquet files: there is none")
+        raise SourceError(f"{key} = {table} must be a {TABLES} file, or a folder of .parquet files: there is none")
     columns = columns_of(files, _column_names(settings))
     if columns.image is not None and settings.path_column is None:
         return _list_embedded(files, columns, place, settings, workers, destination)

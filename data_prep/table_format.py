@@ -19,7 +19,7 @@ TEXT_SUFFIXES = (".csv", ".tsv", ".jsonl", ".ndjson", ".json")
 """Of tables as text, which may be gzip, too; in small letters."""
 PARQUET = ".parquet"
 _SET = {"0": False, "1": True, "0.0": False, "1.0": True, "false": False, "true": True}
-TABLES = ".csv, .tsv, .jsonl, .json, each perhaps with .gz, .parquet"
+TABLES = ".csv, .tsv, .jsonl, .json (each of them also .gz) or .parquet"
 BATCH = 65536
 """Rows that are read at a time."""
 

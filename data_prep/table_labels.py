@@ -183,8 +183,11 @@ def _classes(texts: Sequence[str], names: Sequence[str] | None, table: str) -> t
     if all(number is not None and number < len(names) for number in numbers):
         return list(names), np.array(numbers, np.int64)
     places = {name: place for place, name in enumerate(names)}
-    strange = [text for text in texts if text not in places]
-    if strange:
+    if any(text not in places for text in texts):
+        strange = [
+            text for text, number in zip(texts, numbers, strict=True)
+            if text not in places and (number is None or number >= len(names))
+        ] or list(texts)  # fmt: skip
         raise SourceError(
             f"{table}: its labels are not numbers of the {len(names)} classes it names, for example not {strange[0]!r}"
         )

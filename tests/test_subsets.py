@@ -160,7 +160,7 @@ def test_many_labels_an_image(tmp_path):
     source = image_folder(tmp_path / "images", classes=1, images=24)
     lines = ["path,label,weight"]
     for place in range(24):
-        lines += [f"c0/{place:03d}.JPEG,{name},{w}" for name, w in (("a", 1), ("b", place % 5)) if w or name == "b"]
+        lines += [f"c0/{place:03d}.JPEG,{name},{w}" for name, w in (("a", 1), ("b", place % 5 / 4)) if w or name == "b"]
     (tmp_path / "labels.csv").write_text("\n".join(lines) + "\n")
     base = make_corpus(source, tmp_path / "corpus", labels=tmp_path / "labels.csv")
     assert base.label_kind == "multi"

@@ -36,6 +36,7 @@ bench: $(READY)
 	$(BIN)/python -m tests.bench_s3
 	$(BIN)/python -m tests.bench_duplicates 500000
 	$(BIN)/python -m tests.bench_checkpoints
+	$(BIN)/python -m tests.bench_startup
 
 $(READY): requirements.lock
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \

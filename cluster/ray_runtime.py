@@ -11,6 +11,7 @@ import os
 import re
 import secrets
 import socket
+import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -44,6 +45,8 @@ _ANSWERS_S = 10.0
 os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
 os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+if not (sys.stdout.isatty() and sys.stderr.isatty()):
+    os.environ.setdefault("RAY_COLOR_PREFIX", "0")  # of messages that do not come by cluster/worker_output.py
 # Ray warns on every start that it will one day stop hiding GPUs from tasks that ask for none; we want it so.
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 if ray_address() is None and "RAY_AUTH_MODE" not in os.environ:

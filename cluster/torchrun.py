@@ -38,6 +38,9 @@ def main() -> None:
         # What they report of ranks that end is said below, or by the ranks.
         for name in ("multiprocessing.api", "agent.server.api"):
             logging.getLogger(f"torch.distributed.elastic.{name}").setLevel(logging.CRITICAL)
+    if words.nproc_per_node != "1":
+        # What torchrun 2.13 sets, and says in a banner of four lines.
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
     words.signals_to_handle = "SIGQUIT"  # those that are left to it end the ranks after 30 s
     hand_on_to_children()
     try:

@@ -18,11 +18,12 @@ if __package__ in (None, ""):  # run as a script: the repository root belongs on
 
     STOP.install(early=True)  # the imports take seconds
 
+import os
 import time
 
 import torch
 
-from cluster.command import absolute_path, log, run_command, set_up_logging
+from cluster.command import absolute_path, counted, log, run_command, set_up_logging
 from cluster.folders import Folder
 from cluster.launch_environment import leads
 from cluster.marked_folders import temporary_folder
@@ -32,6 +33,8 @@ from data_prep.checked_rows import Checks
 from data_prep.corpus import Corpus
 from data_prep.mixture import Mixture
 from data_prep.target_weights import check_weights
+from data_prep.tasks import Work, takes_ray
+from models.presets import train_flops
 from models.vit import VisionTransformer
 from models.weights import load_into
 from pipeline import decoder_choice, packages, tracking, workers
@@ -43,6 +46,11 @@ from pipeline.loader import EvalLoader, check_bad
 from pipeline.scoring import score
 from pipeline.stage import home_folder
 from pipeline.stopping import Control
+
+_CPU_FLOPS, _GPU_FLOPS = 50e9, 20e12
+"""FLOP/s that a forward pass reaches at least."""
+_SMALL_S = 20.0
+"""Seconds of computing that are less than the start of Ray and of a rank on two busy cores."""
 
 
 @dataclass(frozen=True)
@@ -81,12 +89,16 @@ def evaluate(job: Job, control: Control) -> bool:
     verdict = decoder_choice.Verdict.for_all(workers.from_all(decoder_choice.choose_backend(data, worker.gpu)))
     backend = verdict.backend
     loader = EvalLoader(corpus, data, worker, settings.batch, backend, package.preprocessing)
-    log.info("scoring %d images on %d rank(s), decoding on %s", corpus.num_samples, worker.world_size, backend)
+    log.info(
+        "scoring %s on %s, decoding on %s", counted(corpus.num_samples, "image"), counted(worker.world_size, "rank"),
+        backend,
+    )  # fmt: skip
     began = time.perf_counter()
     scores = score(model, loader, package.activation, dtype)
     assert scores is not None
     if bad := check_bad(loader, corpus.num_samples, data.max_bad_share):
-        log.warning("%d images cannot be read or decoded and were left out: %s", bad, "; ".join(loader.bad.described))
+        what = f"{counted(bad, 'image')} cannot be read or decoded and {'was' if bad == 1 else 'were'} left out"
+        log.warning("%s: %s", what, "; ".join(loader.bad.described))
     if worker.leads:
         rate = scores.images / (time.perf_counter() - began)
         write_json(Path(job.result), {**asdict(scores), "images_per_second": rate})
@@ -108,6 +120,19 @@ def data_settings(package: packages.Package, settings: EvaluateSettings) -> Data
         cache_gb=settings.cache_gb,
         max_bad_share=settings.max_bad_share,
     )
+
+
+def _is_small(settings: EvaluateSettings, package: packages.Package, corpus: Corpus) -> bool:
+    """Whether one rank, in this process, scores the corpus in less time than Ray takes to start its ranks twice."""
+    if torch.cuda.device_count() > 1:
+        return False
+    work = Work(corpus.num_samples, corpus.manifest["num_bytes"])
+    forward = train_flops(package.config) / 3
+    computing = corpus.num_samples * forward / (_GPU_FLOPS if torch.cuda.is_available() else _CPU_FLOPS)
+    small = not takes_ray(work, settings.workers or 0) and computing < _SMALL_S
+    if small and "OMP_NUM_THREADS" not in os.environ and not torch.cuda.is_available():
+        torch.set_num_threads(os.cpu_count() or 1)  # as a rank under Ray has: the sums are the same to the last digit
+    return small
 
 
 def main() -> None:
@@ -146,6 +171,7 @@ def main() -> None:
                 section="",
             ),
             check=lambda ranks: None,
+            here=_is_small(settings, package, corpus),
         )
         if not leads():
             return

@@ -47,6 +47,7 @@ def run_ranks(
     check: Callable[[int], None],
     progress: Callable[[], str] = lambda: "",
     limit_s: float | None = None,
+    here: bool = False,
 ) -> None:
     """Call `target(argument, control)` on every rank and wait for all of them.
 
@@ -58,6 +59,7 @@ def run_ranks(
         check: refuses a number of ranks by raising ValueError, before any of them starts.
         progress: a number that has grown when work was saved since it was asked last; crashes are counted anew then.
         limit_s: seconds after the command's start in which it must have saved and stopped.
+        here: one rank is enough, and this process is it, without Ray.
 
     Raises:
         ValueError: from `check`, from a rank, or for ranks that the cluster has no room for.
@@ -70,7 +72,35 @@ def run_ranks(
         if limit_s is not None and leads():
             limit = TimeLimit(limit_s, STOP, os.getppid() if launch().torchrun else os.getpid())
             stack.enter_context(closing(Every(1.0, limit.look, "time-limit")))
-        _run_ranks(target, argument, name, terms, check, progress, limit)
+        if here or launch().torchrun:
+            _run_this_rank(target, argument, terms, check, limit)
+        else:
+            _run_ranks(target, argument, name, terms, check, progress, limit)
+
+
+def _run_this_rank(
+    target: Target, argument: Any, terms: Terms, check: Callable[[int], None], limit: TimeLimit | None
+) -> None:
+    """This process is a rank: one of those that torchrun started, or the only one."""
+    started = launch()
+    world = started.world_size
+    if terms.workers is not None and not terms.workers[0] <= world <= terms.workers[1]:
+        asked = _range(*terms.workers)
+        raise SettingsError(f"torchrun started {world} ranks, the settings ask for {asked}: make them agree")
+    check(world)
+    try:
+        finished = target(argument, SignalControl(STOP, limit))
+    except Exception as error:
+        if _is_said_by_rank_0(error, started):
+            raise _silent_end(started, USER_ERROR) from None
+        raise
+    finally:
+        STOP.begun = False
+    if dist.is_initialized():
+        dist.destroy_process_group()  # left to the interpreter's end, its threads may abort a finished process
+    if not finished:
+        status = STOP.status or 128 + signal.SIGTERM
+        raise SystemExit(status) if started.rank == 0 else _silent_end(started, status)
 
 
 def _run_ranks(
@@ -82,27 +112,6 @@ def _run_ranks(
     progress: Callable[[], str],
     limit: TimeLimit | None,
 ) -> None:
-    started = launch()
-    if started.torchrun:
-        world = started.world_size
-        if terms.workers is not None and not terms.workers[0] <= world <= terms.workers[1]:
-            asked = _range(*terms.workers)
-            raise SettingsError(f"torchrun started {world} ranks, the settings ask for {asked}: make them agree")
-        check(world)
-        try:
-            finished = target(argument, SignalControl(STOP, limit))
-        except Exception as error:
-            if _is_said_by_rank_0(error, started):
-                raise _silent_end(started, USER_ERROR) from None
-            raise
-        finally:
-            STOP.begun = False
-        if dist.is_initialized():
-            dist.destroy_process_group()  # left to the interpreter's end, its threads may abort a finished process
-        if not finished:
-            status = STOP.status or 128 + signal.SIGTERM
-            raise SystemExit(status) if started.rank == 0 else _silent_end(started, status)
-        return
     if terms.workers is not None and terms.workers[0] == terms.workers[1]:
         check(terms.workers[0])
     with ray_session(min_cpus=(terms.workers or (1, 1))[0] * (terms.cpus_per_worker or 1)):

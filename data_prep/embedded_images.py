@@ -25,7 +25,7 @@ from data_prep.columns import Strings
 from data_prep.corpus_jobs import LAID_DOWN_FILES, mark_working_folder
 from data_prep.listing import Listing, SourceError
 from data_prep.source_reader import Stream, StreamImages
-from data_prep.table_files import parquet_batches
+from data_prep.table_files import parquet_batches, rows_of_splits
 from data_prep.table_format import Columns, TableFile
 from data_prep.table_labels import NO_LABEL, LabelOptions, Place, RawLabels, read_labels
 from data_prep.tasks import Work, run_tasks
@@ -167,7 +167,7 @@ def list_laid_down(
 def _lay_down_file(task: _FileTask) -> dict[str, Any]:
     columns = task.columns
     try:
-        batches = parquet_batches(task.file, _ROWS, columns.names)
+        batches = (rows_of_splits(batch, columns)[0] for batch in parquet_batches(task.file, _ROWS, columns.names))
         size = _lay_down(batches, columns, task.folder, task.part, f"{task.file.name}/", str(task.file), task.stamp)
     except pa.ArrowException as error:  # of its columns' types
         raise SourceError(f"table {task.file} cannot be read: {error}") from error

@@ -15,10 +15,9 @@ from cluster import storage
 from cluster.command import Progress, log
 from cluster.folders import Folder
 from data_prep.columns import Strings
-from data_prep.listing import Listing, SourceError, looks_like_image
+from data_prep.listing import Listing, SourceError, is_junk, looks_like_image
 from data_prep.source_reader import FileImages
 
-_SPLIT_NAMES = {"train", "training", "val", "valid", "validation", "test", "dev", "eval"}
 _LISTING_THREADS = 16
 """Listing waits for the file system most of the time, on network storage nearly all of it."""
 
@@ -41,7 +40,7 @@ def list_image_folder(folder: Folder) -> Listing:
         SourceError: it is empty, or no sub-folder has an image.
     """
     root = folder.url
-    folders = [name for name in folder.folders() if not name.startswith(".") and name != "__MACOSX"]
+    folders = [name for name in folder.folders() if not is_junk(os.fsencode(name))]
     loose = [name for name in folder.names() if not name.startswith(".")]
     if not folders and not loose:
         raise SourceError(f"source {root} is empty")
@@ -61,7 +60,6 @@ def list_image_folder(folder: Folder) -> Listing:
             "left out: %d images directly in %s, outside any class folder, for example %s",
             len(loose_images), root, loose_images[0],
         )  # fmt: skip
-    warn_of_splits(classes, root)
     names = Strings.join([part.names for part in listed])
     return Listing(
         "image folder", root, classes, names, np.concatenate([part.sizes for part in listed]),
@@ -107,7 +105,7 @@ def _list_local(root: Path, name: bytes) -> ClassListing:
         with os.scandir(base + b"/" + folder) as entries:
             for entry in entries:
                 path = folder + b"/" + entry.name
-                if entry.name.startswith(b"."):
+                if is_junk(entry.name):
                     continue
                 if storage.is_folder(entry):
                     waiting.append(path)
@@ -129,9 +127,9 @@ def _list_remote(folder: Folder, name: str) -> ClassListing:
     found: list[tuple[bytes, int]] = []
     others: list[bytes] = []
     for path, size in folder.child(name).tree().items():
-        if any(part.startswith(".") for part in path.split("/")):
-            continue
         encoded = os.fsencode(f"{name}/{path}")
+        if is_junk(encoded):
+            continue
         if looks_like_image(encoded):
             found.append((encoded, size))
         else:
@@ -164,15 +162,6 @@ def class_names(names: Sequence[bytes], source: str) -> list[str]:
     if twice:
         raise SourceError(f"{source} has two tars for class {twice[0]!r}: join or rename them")
     return decoded
-
-
-def warn_of_splits(classes: Sequence[str], source: str) -> None:
-    """Say it where the classes look like the splits of a data set."""
-    if {name.lower() for name in classes} <= _SPLIT_NAMES:
-        log.warning(
-            "the classes are named %s: if these are splits, give inside=%s (the folder in %s that holds the class "
-            "folders)", ", ".join(classes), classes[0], source,
-        )  # fmt: skip
 
 
 def collect(classes: Sequence[str], jobs: Iterable[Callable[[], ClassListing]]) -> list[ClassListing]:

@@ -1,10 +1,8 @@
 """Listing tables: in each row an image's path or address and its labels, perhaps with weights (the JFT style)."""
 
 import os
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 import numpy as np
@@ -13,17 +11,14 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from cluster.command import Progress, log
-from cluster.folders import Folder, LocalFolder
-from cluster.paths import shown, why_not_inside
-from cluster.redact import address_without_credentials
-from cluster.storage import NOT_THERE, unreadable
+from cluster.folders import Folder
+from data_prep.coco import CocoTable
 from data_prep.columns import Strings
 from data_prep.listing import Listing, SourceError
-from data_prep.remote_images import FetchPolicy, RemoteImages
-from data_prep.source_reader import FileImages, Images
 from data_prep.table_files import class_names_of, read_rows_of, say_columns
 from data_prep.table_format import Columns, TableFile, TableRows
 from data_prep.table_labels import NO_LABEL, LabelOptions, Place, RawLabels, read_labels
+from data_prep.table_paths import Fetching, as_files, check_paths, locate, why_none
 
 _THREADS = 16
 _CHUNK = 4096
@@ -46,9 +41,7 @@ class TableOptions:
     """What a user may say about a table."""
 
     labels: LabelOptions = field(default_factory=LabelOptions)
-    assumed_bytes: int = 100_000
-    """Of an image that must be fetched to know."""
-    policy: FetchPolicy = field(default_factory=FetchPolicy)
+    fetching: Fetching = field(default_factory=Fetching)
 
 
 def list_table(files: Sequence[TableFile], root: Folder, columns: Columns, options: TableOptions) -> Listing:
@@ -66,20 +59,31 @@ def list_table(files: Sequence[TableFile], root: Folder, columns: Columns, optio
     """
     where = f"table {files[0]}" if len(files) == 1 else f"table {files[0].folder}"
     say_columns(columns, where)
-    rows = _gather(files, columns, where)
+    rows = _gather(_batches(files, columns), columns.weight is not None, root, where, columns.holds_paths)
+    return _listing(rows, class_names_of(files[0], columns), columns.label, root, options, where)
+
+
+def list_coco(table: CocoTable, file: TableFile, root: Folder, options: TableOptions) -> Listing:
+    """List the images that a file of COCO's names. Args, errors: as `list_table`."""
+    where = f"table {file}"
+    log.info("%s is COCO's JSON: the %d categories of its annotations are classes", where, len(table.classes))
+    rows = _gather([table.rows], False, root, where)
+    return _listing(rows, table.classes, "category_id", root, options, where)
+
+
+def _listing(
+    rows: _Rows, names: Sequence[str] | None, column: str, root: Folder, options: TableOptions, where: str
+) -> Listing:
     place = Place(
-        where, columns.label,
+        where, column,
         line=lambda label: f"{where}, line {rows.lines[rows.row_of_label[label]]}",
         image=lambda image: rows.paths[image],
     )  # fmt: skip
-    found = read_labels(rows.raw, len(rows.paths), class_names_of(files[0], columns), options.labels, place)
-    paths, sizes, images, missing = _locate(rows.paths, root, options)
+    found = read_labels(rows.raw, len(rows.paths), names, options.labels, place)
+    paths, sizes, images, missing = locate(rows.paths, root, options.fetching)
     left_out = [(paths[row], "named in the table, but there is no such file") for row in np.flatnonzero(missing)]
     if missing.all():
-        raise SourceError(
-            f"none of the {len(paths)} images named in {where} is in {root.url}, for example not {paths[0]!r}: "
-            f"relative paths are relative to the folder given as the source (with labels=TABLE), or to the table's own"
-        )
+        raise SourceError(why_none(paths, root, where))
     without = found.without[~missing[found.without]]
     left_out += [(paths[row], NO_LABEL) for row in without]
     listing = Listing(
@@ -90,16 +94,21 @@ def list_table(files: Sequence[TableFile], root: Folder, columns: Columns, optio
     return listing if not left_out else listing.take(np.flatnonzero(~missing), left_out)
 
 
-def _gather(files: Sequence[TableFile], columns: Columns, where: str) -> _Rows:
-    batches: list[TableRows] = []
+def _batches(files: Sequence[TableFile], columns: Columns) -> Iterator[TableRows]:
     progress = Progress(len(files), "files", "reading the table")
     total = 0
     for file in files:
         for batch in read_rows_of(file, columns):
-            batches.append(batch)
+            yield batch
             total += len(batch.counts)
         progress.update(1, f"{total:,} rows")
-    if not total:
+
+
+def _gather(
+    parts: Iterable[TableRows], are_weighted: bool, root: Folder, where: str, inside_only: bool = False
+) -> _Rows:
+    batches = list(parts)
+    if not sum(len(batch.counts) for batch in batches):
         raise SourceError(f"{where} names no image")
     paths = pa.chunked_array([batch.paths for batch in batches], pa.string())
     lines = np.concatenate([batch.lines for batch in batches])
@@ -107,12 +116,12 @@ def _gather(files: Sequence[TableFile], columns: Columns, where: str) -> _Rows:
     labels = pa.chunked_array([batch.labels.cast(pa.large_string()) for batch in batches], pa.large_string())
     weights = np.concatenate([batch.weights for batch in batches])
     unique, image_of_row = _sorted_codes(paths)
-    _check_paths(unique, image_of_row, lines, where)
-    unique, image_of_row = _normal(unique, image_of_row)
+    check_paths(unique, image_of_row, lines, where, inside_only=inside_only)
+    unique, image_of_row = as_files(unique, image_of_row, root)
     row_of_label = np.repeat(np.arange(len(counts)), counts)
     texts, numbers = _sorted_codes(labels) if len(labels) else ([], np.zeros(0, np.int64))
     are_cells = any(batch.are_cells for batch in batches)
-    raw = RawLabels(image_of_row[row_of_label], numbers, weights, texts, are_cells, columns.weight is not None)
+    raw = RawLabels(image_of_row[row_of_label], numbers, weights, texts, are_cells, are_weighted)
     return _Rows(unique, raw, row_of_label, lines)
 
 
@@ -126,92 +135,3 @@ def _sorted_codes(values: pa.ChunkedArray) -> tuple[list[str], NDArray[np.int64]
     place = np.empty(len(order), np.int64)
     place[order] = np.arange(len(order))
     return encoded.dictionary.take(pa.array(order)).to_pylist(), place[encoded.indices.to_numpy().astype(np.int64)]
-
-
-def _normal(paths: list[str], image_of_row: NDArray[np.int64]) -> tuple[list[str], NDArray[np.int64]]:
-    """Paths that are written in several ways (a/x, ./a/x, a//x) as one; sorted, with which one each row names."""
-    normal = [path if "://" in path else str(PurePosixPath(path)) for path in paths]
-    if normal == paths:
-        return paths, image_of_row
-    unique = sorted(set(normal), key=str.encode)
-    numbers = {path: number for number, path in enumerate(unique)}
-    return unique, np.array([numbers[path] for path in normal], np.int64)[image_of_row]
-
-
-def _check_paths(paths: Sequence[str], image_of_row: NDArray[np.int64], lines: NDArray[np.int64], where: str) -> None:
-    for number, path in enumerate(paths):
-        if not PurePosixPath(path).parts:
-            problem: str | None = "is empty"
-        elif "://" in path or path.startswith("/"):
-            problem = "has a zero character" if "\0" in path else None
-        else:
-            problem = why_not_inside(path)
-        if problem is not None:
-            line = lines[np.flatnonzero(image_of_row == number)[0]]
-            raise SourceError(
-                f"{where}, line {line}: path {shown(path)} {problem}: it must be an address, an absolute path, or "
-                f"relative to the source and inside it"
-            )
-
-
-def _locate(
-    paths: list[str], root: Folder, options: TableOptions
-) -> tuple[list[str], NDArray[np.uint64], Images, NDArray[np.bool_]]:
-    """Paths as they are written down, sizes, where the images are, and which are missing."""
-    far = np.array(["://" in path for path in paths], np.bool_)
-    absolute = np.array([path.startswith("/") for path in paths], np.bool_)
-    if not far.any() and not absolute.any():
-        sizes = _sizes(root, paths)
-        images: Images = FileImages(root, Strings.of([os.fsencode(path) for path in paths]))
-        return paths, np.maximum(sizes, 0).astype(np.uint64), images, sizes < 0
-    if absolute.all():
-        inner = [path.lstrip("/") for path in paths]
-        sizes = _sizes(LocalFolder(Path("/")), inner)
-        images = FileImages(LocalFolder(Path("/")), Strings.of([os.fsencode(path) for path in inner]))
-        return paths, np.maximum(sizes, 0).astype(np.uint64), images, sizes < 0
-    addresses = [
-        path if is_far or is_absolute else f"{root.url}/{path}"
-        for path, is_far, is_absolute in zip(paths, far, absolute, strict=True)
-    ]
-    images = RemoteImages.at(addresses, options.policy)
-    assumed = np.full(len(paths), options.assumed_bytes, np.uint64)
-    log.info(
-        "%s of %s images are fetched where the table says; shards are cut as if each had %s bytes (image_kb)",
-        f"{int(far.sum()):,}", f"{len(paths):,}", f"{options.assumed_bytes:,}",
-    )  # fmt: skip
-    names = [address_without_credentials(path) for path in paths]
-    if indistinct := len(paths) - len(set(names)):
-        log.warning(
-            "%s addresses differ from others only in what is not written down (a key, a token, what follows a #): "
-            "nothing in the corpus will tell their images apart",
-            f"{indistinct:,}",
-        )
-    return names, assumed, images, np.zeros(len(paths), np.bool_)
-
-
-def _sizes(root: Folder, paths: Sequence[str]) -> NDArray[np.int64]:
-    """Bytes of files in a folder, -1 for those that are not there."""
-    local = root.local
-    if local is None:
-        known = root.tree()
-        return np.array([known.get(path, -1) for path in paths], np.int64)
-    progress = Progress(len(paths), "images", "listing")
-
-    def sizes_of(chunk: Sequence[str]) -> list[int]:
-        found = []
-        for path in chunk:
-            try:
-                found.append(Path(local, path).stat().st_size)
-            except OSError as error:
-                if error.errno not in NOT_THERE:
-                    raise unreadable(Path(local, path), error) from error
-                found.append(-1)
-        return found
-
-    sizes: list[int] = []
-    with ThreadPoolExecutor(_THREADS) as pool:
-        chunks = [paths[start : start + _CHUNK] for start in range(0, len(paths), _CHUNK)]
-        for part in pool.map(sizes_of, chunks):
-            sizes.extend(part)
-            progress.update(len(part))
-    return np.array(sizes, np.int64)

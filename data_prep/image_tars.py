@@ -5,42 +5,37 @@ points from which its images are read later (gzip_points.py); what that gave is 
 same command given again does not decode it again.
 """
 
-import hashlib
-import io
-import json
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from cluster import storage
 from cluster.command import Progress, log
 from cluster.folders import Folder
 from data_prep.columns import Strings
-from data_prep.corpus_cache import cache_folder
-from data_prep.gzip_points import GzipError, GzipPoints, Slice, find_points
+from data_prep.decoded_tars import TarPart, keep_parts, kept_parts
+from data_prep.gzip_points import GzipError, Slice, find_points
 from data_prep.image_folders import (
     ClassListing,
     class_names,
     collect,
     labels_of,
     warn_of_others,
-    warn_of_splits,
 )
-from data_prep.listing import Listing, SourceError, looks_like_image
+from data_prep.listing import Listing, SourceError, is_junk, looks_like_image
 from data_prep.source_reader import Stream, StreamImages, reader_of
+from data_prep.split_names import are_splits
+from data_prep.tar_class_folders import InsideTar, list_class_folders, top_of
 from data_prep.tar_headers import Member, ReadAt, TarError, iterate_members
 
 _COMPRESSED = ((b"BZh", "bzip2"), (b"\xfd7zXZ", "xz"), (b"\x28\xb5\x2f\xfd", "zstd"))
 _GZIP = b"\x1f\x8b"
 _TAR_NAMES = (b".tar", b".tar.gz", b".tgz")
 _UNKNOWN_END = 1 << 62
-_CACHE_VERSION = 2
 _READERS = 16
 """Requests at a time for a gzip tar on an object store, 1 MiB each, while it is decoded once."""
 
@@ -50,21 +45,15 @@ def is_tar_name(name: str) -> bool:
     return name.encode("utf-8", "replace").endswith(_TAR_NAMES)
 
 
-@dataclass(frozen=True)
-class _Part:
-    """One tar: a class, or the whole where there are no class tars."""
-
-    class_name: bytes
-    listed: ClassListing
-    stream: Stream
+_WHOLE = InsideTar()
 
 
-def list_tar(folder: Folder, name: str, inside: str | None) -> Listing:
+def list_tar(folder: Folder, name: str, part: InsideTar = _WHOLE) -> Listing:
     """List a tar of one tar for each class, or one that holds class folders.
 
     Args:
         folder, name: of the tar.
-        inside: a folder in the tar that holds the class folders, or None.
+        part: which part of it.
 
     Raises:
         SourceError: it is none of these, damaged, compressed in another way than gzip, or has no image.
@@ -72,11 +61,17 @@ def list_tar(folder: Folder, name: str, inside: str | None) -> Listing:
     where = f"source {folder.url}/{name}"
     parts = _walk(folder, name, where)
     if len(parts) == 1 and not parts[0].class_name:
-        return _list_class_folders(folder, name, parts[0], inside, where)
-    if inside is not None:
-        raise SourceError(f"inside = {inside!r}: {where} holds class tars, not folders")
+        return list_class_folders(folder, name, parts[0], part, where)
+    if part.inside is not None or part.split is not None:
+        key, value = ("inside", part.inside) if part.inside is not None else ("split", part.split)
+        raise SourceError(f"{key} = {value!r}: {where} holds tars, not folders: unpack it, and give one of them")
     parts = sorted(parts, key=lambda part: part.class_name)
     classes = class_names([part.class_name for part in parts], where)
+    if part.checked and are_splits(classes):
+        raise SourceError(
+            f"{where} holds the tars {', '.join(classes[:4])}, which are splits and no classes: unpack it (tar -xf), "
+            f"and give one of them (kind=tar takes them for classes all the same)"
+        )
     listed = [part.listed for part in parts]
     if not any(len(part.names) for part in listed):
         raise SourceError(f"{where} has no images in its {len(parts)} class tars")
@@ -96,8 +91,8 @@ def list_tar(folder: Folder, name: str, inside: str | None) -> Listing:
     )  # fmt: skip
 
 
-def list_flat_tar(folder: Folder, name: str) -> tuple[ClassListing, StreamImages]:
-    """The images of a tar that has no classes, sorted by name.
+def list_flat_tar(folder: Folder, name: str, part: InsideTar = _WHOLE) -> tuple[ClassListing, StreamImages]:
+    """The images of a tar that has no classes, or of a folder in it, sorted by name.
 
     Raises:
         SourceError: it is damaged, holds tars, or has no image.
@@ -107,60 +102,19 @@ def list_flat_tar(folder: Folder, name: str) -> tuple[ClassListing, StreamImages
     if len(parts) != 1 or parts[0].class_name:
         raise SourceError(f"{where} holds class tars: truth= is for images without classes")
     listed = parts[0].listed
+    top = top_of([listed.names[row] for row in range(len(listed.names))], part, where)
+    if top:
+        rows = np.array([row for row in range(len(listed.names)) if listed.names[row].startswith(top)], np.int64)
+        names = Strings.of([listed.names[row][len(top) :] for row in rows.tolist()])
+        listed = ClassListing(names, listed.sizes[rows], listed.offsets[rows], listed.others)
     images = StreamImages(folder, (parts[0].stream,), np.zeros(len(listed.sizes), np.int32), listed.offsets)
     return listed, images
-
-
-def _list_class_folders(folder: Folder, name: str, part: _Part, inside: str | None, where: str) -> Listing:
-    """Split the members of a tar by the folder they lie in."""
-    listed = part.listed
-    paths = [listed.names[row] for row in range(len(listed.names))]
-    top = b"" if inside is None else inside.strip("/").encode() + b"/"
-    if inside is None:
-        while (shared := _shared_top(paths, top)) is not None:
-            top += shared + b"/"
-    rows = [row for row, path in enumerate(paths) if path.startswith(top)]
-    below = [(paths[row][len(top) :], row) for row in rows]
-    in_folders = sorted((path.partition(b"/")[0], path, row) for path, row in below if b"/" in path)
-    loose = len(below) - len(in_folders)
-    if not in_folders:
-        if inside is not None:
-            raise SourceError(f"inside = {inside!r}: {where} has no class folders with images there")
-        example = (
-            f": its members are like {os.fsdecode((paths + listed.others)[0])!r}" if paths or listed.others else ""
-        )
-        raise SourceError(
-            f"{where} is neither a tar of one tar per class nor one of class folders{example}"
-            + ("; give truth=FILE if these are ImageNet's validation images" if loose else "")
-        )
-    warn_of_others([listed])
-    if loose:
-        log.warning("left out: %d images in %s outside any class folder", loose, where)
-    order = np.array([row for _, _, row in in_folders], np.int64)
-    found = sorted({class_name for class_name, _, _ in in_folders})
-    classes = class_names(found, where)
-    warn_of_splits(classes, where)
-    numbers = {class_name: number for number, class_name in enumerate(found)}
-    return Listing(
-        "tar of class folders", f"{folder.url}/{name}", classes, Strings.of([path for _, path, _ in in_folders]),
-        listed.sizes[order],
-        StreamImages(folder, (part.stream,), np.zeros(len(order), np.int32), listed.offsets[order]),
-        np.array([numbers[class_name] for class_name, _, _ in in_folders], np.int32),
-    )  # fmt: skip
-
-
-def _shared_top(paths: Sequence[bytes], top: bytes) -> bytes | None:
-    """The one folder below `top` in which all images lie, if they lie in folders of that folder."""
-    below = [path[len(top) :].split(b"/", 2) for path in paths]
-    if below and all(len(parts) == 3 for parts in below) and len({parts[0] for parts in below}) == 1:
-        return below[0][0]
-    return None
 
 
 # ------------------------------------------------------------------------------------------ reading tars' headers
 
 
-def _walk(folder: Folder, name: str, where: str) -> list[_Part]:
+def _walk(folder: Folder, name: str, where: str) -> list[TarPart]:
     """The class tars of a tar, or the tar itself as one part without a class name."""
     try:
         read_at, size = reader_of(folder, name)
@@ -168,23 +122,23 @@ def _walk(folder: Folder, name: str, where: str) -> list[_Part]:
         if read_at(2, 0) != _GZIP:
             return _walk_plain(read_at, size, folder, name, where)
         key = f"{folder.url}/{name} {folder.stamp(name)}"
-        kept = _from_cache(key, name)
+        kept = kept_parts(key, name)
         if kept is not None:
             return kept
         parts = _walk_gzip(folder, name, size, where)
-        _to_cache(key, parts)
+        keep_parts(key, parts)
         return parts
     except (TarError, GzipError) as error:
         raise SourceError(str(error)) from error
 
 
-def _walk_plain(read_at: ReadAt, size: int, folder: Folder, name: str, where: str) -> list[_Part]:
+def _walk_plain(read_at: ReadAt, size: int, folder: Folder, name: str, where: str) -> list[TarPart]:
     members = [member for member in iterate_members(read_at, 0, size, where) if member.kind != b"5"]
     tars = [member for member in members if _is_class_tar(member)]
     whole = Stream(name)
     if not tars:
         _refuse_compression_of_members([member.name for member in members], where)
-        return [_Part(b"", _listed(members, b"", where), whole)]
+        return [TarPart(b"", _listed(members, b"", where), whole)]
     place = f"{folder.url}/{name}"
     if not any(read_at(2, member.offset) == _GZIP for member in tars):
 
@@ -194,19 +148,19 @@ def _walk_plain(read_at: ReadAt, size: int, folder: Folder, name: str, where: st
 
         classes = [os.fsdecode(class_of_tar(member.name)) for member in tars]
         listed = collect(classes, [partial(list_plain, member) for member in tars])
-        return [_Part(class_of_tar(m.name), part, whole) for m, part in zip(tars, listed, strict=True)]
+        return [TarPart(class_of_tar(m.name), part, whole) for m, part in zip(tars, listed, strict=True)]
     key = f"{place} {folder.stamp(name)}"
-    kept = _from_cache(key, name)
+    kept = kept_parts(key, name)
     if kept is not None:
         return kept
     progress = Progress(len(tars), "class tars", "decoding")
 
-    def list_class_tar(member: Member) -> _Part:
+    def list_class_tar(member: Member) -> TarPart:
         own = read_at if folder.local is not None else reader_of(folder, name)[0]
         class_name = class_of_tar(member.name)
         if own(2, member.offset) == _GZIP:
             return _list_gzip_class_tar(own, member, class_name, name, place)
-        return _Part(class_name, _list_plain_class_tar(own, member, place), whole)
+        return TarPart(class_name, _list_plain_class_tar(own, member, place), whole)
 
     parts = []
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
@@ -214,11 +168,11 @@ def _walk_plain(read_at: ReadAt, size: int, folder: Folder, name: str, where: st
             parts.append(part)
             progress.update(1)
     warn_of_others([part.listed for part in parts])
-    _to_cache(key, parts)
+    keep_parts(key, parts)
     return parts
 
 
-def _walk_gzip(folder: Folder, name: str, size: int, where: str) -> list[_Part]:
+def _walk_gzip(folder: Folder, name: str, size: int, where: str) -> list[TarPart]:
     """Decode a whole tar once: its members, those of its class tars, and the points for reading them."""
     place = f"{folder.url}/{name}"
     found: list[tuple[bytes, ClassListing]] = []
@@ -251,9 +205,9 @@ def _walk_gzip(folder: Folder, name: str, size: int, where: str) -> list[_Part]:
     points = find_points(source, where, visit, os.cpu_count() or 1)
     stream = Stream(name, 0, points)
     if not found:
-        return [_Part(b"", _listed(members, b"", where), stream)]
+        return [TarPart(b"", _listed(members, b"", where), stream)]
     warn_of_others([part for _, part in found])
-    return [_Part(class_name, part, stream) for class_name, part in found]
+    return [TarPart(class_name, part, stream) for class_name, part in found]
 
 
 def _is_class_tar(member: Member) -> bool:
@@ -276,7 +230,7 @@ def _list_plain_class_tar(read_at: ReadAt, member: Member, place: str) -> ClassL
     return _listed(iterate_members(read_at, member.offset, member.offset + member.size, where), class_name, where)
 
 
-def _list_gzip_class_tar(read_at: ReadAt, member: Member, class_name: bytes, name: str, place: str) -> _Part:
+def _list_gzip_class_tar(read_at: ReadAt, member: Member, class_name: bytes, name: str, place: str) -> TarPart:
     where = f"class tar {os.fsdecode(class_name)}.tar.gz in {place}"
     listed: list[ClassListing] = []
 
@@ -284,7 +238,7 @@ def _list_gzip_class_tar(read_at: ReadAt, member: Member, class_name: bytes, nam
         listed.append(_listed(iterate_members(inner, 0, _UNKNOWN_END, where), class_name, where))
 
     points = find_points(Slice(read_at, member.offset, member.size), where, visit, threads=1)
-    return _Part(class_name, listed[0], Stream(name, member.offset, points))
+    return TarPart(class_name, listed[0], Stream(name, member.offset, points))
 
 
 def _listed(members: Any, class_name: bytes, where: str) -> ClassListing:
@@ -297,6 +251,8 @@ def _listed(members: Any, class_name: bytes, where: str) -> ClassListing:
             continue
         # some class tars hold `CLASS/image`, some `./image`, most `image`
         path = begin + name.removeprefix(b"./").removeprefix(begin)
+        if is_junk(path):
+            continue
         if not looks_like_image(name):
             others.append(path)
         elif kind != b"0":
@@ -337,93 +293,3 @@ def _refuse_compression_of_members(names: Sequence[bytes], where: str) -> None:
             f"{where} holds compressed class tars ({os.fsdecode(compressed[0])}): images in them cannot be "
             f"reached by offset; decompress them first, or to gzip"
         )
-
-
-# ------------------------------------------------------------- what decoding a gzip file gave, kept for the next time
-
-
-def _cache_path(key: str) -> Path:
-    name = hashlib.sha256(f"{_CACHE_VERSION} {key}".encode("utf-8", "surrogateescape")).hexdigest()[:32]
-    return cache_folder("gzip") / f"{name}.npz"
-
-
-def _to_cache(key: str, parts: Sequence[_Part]) -> None:
-    streams: list[Stream] = []
-    numbers = []
-    for part in parts:
-        if not streams or part.stream is not streams[-1]:
-            known = next((k for k, stream in enumerate(streams) if stream is part.stream), None)
-            if known is not None:
-                numbers.append(known)
-                continue
-            streams.append(part.stream)
-        numbers.append(len(streams) - 1)
-    names = Strings.join([part.listed.names for part in parts])
-    classes = Strings.of([part.class_name for part in parts])
-    arrays: dict[str, Any] = {
-        "names": names.content, "name_pointers": names.pointers,
-        "classes": classes.content, "class_pointers": classes.pointers,
-        "counts": np.array([len(part.listed.sizes) for part in parts]),
-        "sizes": np.concatenate([part.listed.sizes for part in parts]),
-        "offsets": np.concatenate([part.listed.offsets for part in parts]),
-        "numbers": np.array(numbers),
-        "starts": np.array([stream.start if stream.points else -1 for stream in streams], np.int64),
-        "others": np.frombuffer(json.dumps([[n.hex() for n in p.listed.others] for p in parts]).encode(), np.uint8),
-    }  # fmt: skip
-    points = [stream.points for stream in streams if stream.points is not None]
-    windows = Strings.join([each.windows for each in points])
-    arrays |= {
-        "point_counts": np.array([len(each.decoded) for each in points]),
-        "decoded": np.concatenate([each.decoded for each in points]),
-        "encoded": np.concatenate([each.encoded for each in points]),
-        "bits": np.concatenate([each.bits for each in points]),
-        "windows": windows.content, "window_pointers": windows.pointers,
-    }  # fmt: skip
-    path = _cache_path(key)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    buffer = io.BytesIO()
-    np.savez(buffer, **arrays)
-    storage.write_bytes(path, buffer.getbuffer())
-    log.info("what decoding gave is kept in %s for when the command is given again", path)
-
-
-def _from_cache(key: str, name: str) -> list[_Part] | None:
-    path = _cache_path(key)
-    if not path.is_file():
-        return None
-    try:
-        parts = _parts_in(path, name)
-    except Exception as error:  # numpy's and zipfile's readers raise whatever their parsing runs into
-        log.warning("what decoding %s gave before is damaged in %s (%s): decoding it again", name, path, error)
-        return None
-    warn_of_others([part.listed for part in parts])
-    log.info("what decoding %s gave is known from before (%s)", name, path)
-    return parts
-
-
-def _parts_in(path: Path, name: str) -> list[_Part]:
-    with np.load(path, allow_pickle=False) as arrays:
-        a = {key: arrays[key] for key in arrays.files}
-    point_ends = np.concatenate([[0], np.cumsum(a["point_counts"])]).astype(int)
-    windows = Strings(a["windows"], a["window_pointers"])
-    streams: list[Stream] = []
-    used = 0
-    for start in a["starts"].tolist():
-        if start < 0:
-            streams.append(Stream(name))
-            continue
-        span = np.arange(point_ends[used], point_ends[used + 1])
-        used += 1
-        points = GzipPoints(a["decoded"][span], a["encoded"][span], a["bits"][span], windows.take(span))
-        streams.append(Stream(name, start, points))
-    names, classes = Strings(a["names"], a["name_pointers"]), Strings(a["classes"], a["class_pointers"])
-    others = json.loads(a["others"].tobytes())
-    ends = np.concatenate([[0], np.cumsum(a["counts"])]).astype(int)
-    parts = []
-    for number in range(len(classes)):
-        span = np.arange(ends[number], ends[number + 1])
-        listed = ClassListing(
-            names.take(span), a["sizes"][span], a["offsets"][span], [bytes.fromhex(text) for text in others[number]]
-        )
-        parts.append(_Part(classes[number], listed, streams[int(a["numbers"][number])]))
-    return parts

@@ -1,9 +1,7 @@
 """Make a corpus of WebDataset tars written by others: `python data_prep/index.py SOURCE DESTINATION`."""
 
-import glob
 import hashlib
 import json
-import os
 import sys
 import time
 from collections import Counter
@@ -21,9 +19,8 @@ if __package__ in (None, ""):  # run as a script: the repository root belongs on
 
 from pydantic import Field
 
-from cluster import storage
 from cluster.command import Progress, absolute_path, counted, log, run_command
-from cluster.folders import Folder, LocalFolder, folder_at
+from cluster.folders import Folder, folder_at
 from cluster.settings import Settings, parse_command
 from data_prep.class_names import read_classes
 from data_prep.corpus import Corpus
@@ -42,17 +39,18 @@ from data_prep.corpus_jobs import (
     written,
 )
 from data_prep.image_tars import refuse_compression
+from data_prep.index_tars import label_extension_of, list_tars
 from data_prep.index_task import IndexTask, Tar, index_tar
 from data_prep.label_cells import LabelCells
 from data_prep.label_report import report_corpus
 from data_prep.listing import SourceError
+from data_prep.recognition import source_folder
 from data_prep.sample_labels import LabelForm, described
 from data_prep.shard_task import finished_records, read_rows
 from data_prep.small_files import file_here
-from data_prep.sources import NoLabel, matching_tars, source_folder
+from data_prep.source_settings import NoLabel
 from data_prep.table_labels import LabelKind
-from data_prep.tar_headers import TarError
-from data_prep.tar_sample_source import form_of_tars, label_extension, names_in_tars
+from data_prep.tar_sample_source import form_of_tars, names_in_tars
 from data_prep.tasks import Work, run_tasks
 
 _THREADS = 16
@@ -84,6 +82,9 @@ class IndexSettings(Settings):
     """Folder of tars, a tar, or a pattern of tars."""
     destination: str
     """Folder of the corpus; made if it is not there."""
+    split: str | None = None
+    """Which split, where tars of several lie in one folder: train, validation, test, or another word of their names;
+    all takes the tars of all splits."""
     classes: str | None = None
     """File with one class a line, in the order of the class numbers: NAME, or NAME<tab>what people call it. Without it
     the classes are named 0, 1, ... up to the largest label."""
@@ -266,7 +267,7 @@ def _largest(folder: Folder, name: str) -> int:
 
 
 def _make_plan(settings: IndexSettings, source: str) -> IndexPlan:
-    tars = _list_tars(source)
+    tars = list_tars(source, settings.split)
     named = None
     if settings.classes is not None:
         named = read_classes(file_here(settings.classes, "classes"))
@@ -274,7 +275,7 @@ def _make_plan(settings: IndexSettings, source: str) -> IndexPlan:
         beginnings = pool.map(lambda tar: tar.folder.read_bytes(tar.name, 0, min(tar.size, 8)), tars)
         for tar, beginning in zip(tars, beginnings, strict=True):
             refuse_compression(beginning, str(tar), gzip=False)
-    extension = settings.labels if settings.labels != "auto" else _label_extension(tars[0])
+    extension = settings.labels if settings.labels != "auto" else label_extension_of(tars)
     places = [(tar.folder, tar.name) for tar in tars]
     cells = LabelCells.of(settings.label_delimiter)
     form = LabelForm(extension, key=settings.label_column, no_label=settings.no_label, cells=cells)
@@ -285,46 +286,6 @@ def _make_plan(settings: IndexSettings, source: str) -> IndexPlan:
     size = sum(tar.size for tar in tars)
     log.info("%s in %s, %s, %s", counted(len(tars), "tar"), source, in_megabytes(size), described(form))
     return IndexPlan(source, tars, form, named, named[0] if named else [])
-
-
-def _list_tars(place: str) -> tuple[Tar, ...]:
-    """Sorted by their names."""
-    if "://" in place:
-        folder, names = matching_tars(place)
-        sizes = folder.tree()
-        return tuple(Tar(folder, name, sizes[name]) for name in names)
-    source = storage.local_path(place, "source")
-    if source.is_dir():
-        found = [path for path in source.iterdir() if path.suffix == ".tar" and not path.name.startswith(".")]
-        if not found:
-            packed = next((path.name for path in source.iterdir() if path.name.endswith((".tar.gz", ".tgz"))), None)
-            hint = f"; it has compressed ones ({packed}): decompress them first (gunzip)" if packed else ""
-            raise SourceError(f"source {source} has no .tar file{hint}")
-    elif source.is_file():
-        found = [source]
-    else:
-        found = [Path(path) for path in glob.glob(str(source)) if Path(path).is_file()]  # noqa: PTH207 - absolute
-        if not found:
-            raise SourceError(f"source {source}: there is no such file or folder, and no file matches it as a pattern")
-    wrong = next((path for path in found if path.suffix != ".tar"), None)
-    if wrong is not None:
-        raise SourceError(f"source {source}: {wrong.name} is no .tar file")
-    twice = [name for name, count in Counter(path.name for path in found).items() if count > 1]
-    if twice:
-        raise SourceError(f"source {source} has two tars of the name {twice[0]}: rename one, the corpus is one folder")
-    in_order = sorted(found, key=lambda path: os.fsencode(path.name))
-    return tuple(Tar(LocalFolder(path.parent), path.name, path.stat().st_size) for path in in_order)
-
-
-def _label_extension(tar: Tar) -> str:
-    """ "cls" or "json", by the first sample of a tar that has one of them."""
-    try:
-        extension = label_extension(tar.folder, tar.name)
-    except TarError as error:
-        raise SourceError(str(error)) from error
-    if extension is None:
-        raise SourceError(f"{tar} has no label: neither .cls nor .json members")
-    return extension
 
 
 if __name__ == "__main__":

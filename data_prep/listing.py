@@ -59,6 +59,15 @@ class Listing:
         )
 
 
+_JUNK = frozenset((b"__MACOSX", b"@eaDir", b"$RECYCLE.BIN", b"System Volume Information", b"lost+found"))
+"""Folders that systems leave among people's files; some hold small copies of the images."""
+
+
+def is_junk(path: bytes) -> bool:
+    """Whether a file or folder is hidden, or lies in a hidden folder or one that a system left there."""
+    return any(part in _JUNK or (part.startswith(b".") and part != b".") for part in path.split(b"/"))
+
+
 def looks_like_image(name: bytes) -> bool:
     """Whether a file's name is that of an image, or says nothing; hidden files are never images."""
     base = name.rsplit(b"/", 1)[-1]

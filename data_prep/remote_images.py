@@ -6,9 +6,11 @@ what cannot be had (no such object, no permission, a server that stays broken) i
 
 import os
 import random
+import re
 import stat
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -17,11 +19,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from cluster.command import log
 from cluster.folders import Folder, folder_at
+from cluster.paths import shown
 from cluster.storage import MissingError, StorageError, TooLargeError
 from data_prep.columns import Strings
 from data_prep.image_check import MAX_BYTES, TOO_MANY_BYTES, UnusableImage
-from data_prep.source_reader import UNREADABLE, Images
+from data_prep.source_reader import UNREADABLE, Images, SourceError
 
 if TYPE_CHECKING:
     from data_prep.image_download import Answer, ImageDownloads
@@ -180,6 +184,29 @@ class _Fetcher:
         except OSError as error:
             passing = not isinstance(error, FileNotFoundError)
             raise UnusableImage(f"{UNREADABLE}: {error.strerror}", may_pass=passing) from error
+
+
+def check_fetching(addresses: Iterable[str], fetch: bool) -> None:
+    """Say how many images are fetched over http(s) and from where, or refuse it where nobody asked for that.
+
+    Raises:
+        SourceError: there are such addresses, and `fetch` is false.
+    """
+    hosts: Counter[str] = Counter()
+    for address in addresses:
+        scheme, _, rest = address.partition("://")
+        if scheme.lower() in ("http", "https"):
+            hosts[re.split(r"[/?#]", rest, maxsplit=1)[0].rpartition("@")[2].lower()] += 1
+    if not hosts:
+        return
+    most = ", ".join(f"{shown(host)} ({count:,})" for host, count in hosts.most_common(3))
+    what = f"{hosts.total():,} images of {len(hosts):,} hosts: {most}{', ...' if len(hosts) > 3 else ''}"
+    if not fetch:
+        raise SourceError(
+            f"the table names addresses, and nothing is fetched unless you say so: with fetch=true it would be {what}. "
+            f"Where the images are here already, give their tars or their folder as the source instead"
+        )
+    log.info("fetching %s", what)
 
 
 def _bucket_and_name(address: str) -> tuple[str, str]:

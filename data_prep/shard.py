@@ -43,10 +43,12 @@ from data_prep.duplicates import DEFAULT_DISTANCE, MAX_DISTANCE, DuplicateSearch
 from data_prep.failure_share import FailureShare
 from data_prep.label_report import report_labels
 from data_prep.listing import Listing, SourceError
+from data_prep.recognition import source_folder
 from data_prep.removed import UNCOMPARED
 from data_prep.shard_plan import Plan
 from data_prep.shard_task import finished_records, write_shard
-from data_prep.sources import SourceSettings, embedded_stamp, list_source, source_folder
+from data_prep.source_settings import SourceSettings
+from data_prep.sources import embedded_stamp, find_source, list_source
 from data_prep.tasks import Work, run_tasks
 
 _INDEX_BYTES = 200
@@ -66,12 +68,13 @@ same command is given again, and a finished corpus is left as it is.
                a tar of one tar for each class (ImageNet-21k and ImageNet-1k as they are distributed), or of class
                folders; gzip too, the whole or each class tar: it is read as it is, and never unpacked to disk
                ImageNet's validation tar, or its images in one folder: with truth=FILE
-               a table (.csv, .tsv, .jsonl, .json, gzip too, .parquet, a folder of .parquet) with a column of paths
-               or of addresses (s3://, http://), or in Parquet of images, and one of labels, perhaps one of weights, or
-               columns of 0 and 1 for the classes;
-               with labels=TABLE the SOURCE is the folder that the table's paths are relative to
+               a table (.csv, .tsv, .jsonl, .json, gzip too, .parquet; several as a folder or a pattern) with a column
+               of paths or of addresses (s3://; http:// with fetch=true), or in Parquet of images, and one of labels,
+               perhaps one of weights, or columns of 0 and 1 for the classes;
+               with labels=TABLE the SOURCE is the folder that the table's paths are relative to; COCO's JSON is one
                WebDataset tars of others (a folder, a tar or a pattern in quotes, such as
                'tars/train-{0000..0146}.tar'), or a corpus: to shard them anew
+               split=train chooses one of splits that lie beside each other, which are never joined unasked
                any of them may be on S3 (s3://BUCKET/...)
   DESTINATION  a new folder, on storage that every node mounts or on S3 (s3://BUCKET/FOLDER)
 
@@ -151,7 +154,8 @@ def shard_corpus(settings: ShardSettings) -> Corpus:
 
 
 def _shard_into(folder: Folder, settings: ShardSettings) -> Corpus:
-    stamp = embedded_stamp(settings) if not settings.append else None
+    source = find_source(settings)
+    stamp = embedded_stamp(source) if not settings.append else None
     if stamp is not None:
         # such a table is copied before it is listed: not again if the corpus is finished
         stamp += f" {settings.seed} {settings.shard_mb} {_conversion(settings)}"
@@ -161,7 +165,7 @@ def _shard_into(folder: Folder, settings: ShardSettings) -> Corpus:
                 corpus = Corpus.open(folder, version=1)
                 log.info("%s is finished already (%s images): nothing to do", folder, f"{len(corpus):,}")
                 return corpus
-    corpus = shard_listing(lambda: list_source(settings, settings.workers, folder), folder, settings)
+    corpus = shard_listing(lambda: list_source(settings, settings.workers, folder, source), folder, settings)
     if stamp is not None:
         folder.write_json(_STAMP, stamp)
     return corpus

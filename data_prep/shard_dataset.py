@@ -12,7 +12,7 @@ from data_prep.corpus_jobs import LAID_DOWN, LAID_DOWN_FILES, check_working_fold
 from data_prep.embedded_images import lay_down_dataset, list_laid_down
 from data_prep.listing import Listing, SourceError
 from data_prep.shard import ShardSettings, check_settings, shard_listing
-from data_prep.sources import label_options
+from data_prep.source_settings import label_options
 from data_prep.table_format import Columns
 
 

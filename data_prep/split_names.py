@@ -12,8 +12,10 @@ SPLITS = {
 _SPLIT_OF = {name: split for split, names in SPLITS.items() for name in names} | {
     "trainval": "trainval", "unlabeled": "unlabeled", "unlabelled": "unlabeled", "unsup": "unlabeled",
 }  # fmt: skip
-_BESIDE = {"images", "image", "imgs", "img", "set", "data", "dataset", "split", "jpeg", "jpegimages", "jpg", "photos",
-           "pictures", "raw", "resized", "full", "small", "large"}  # fmt: skip
+_IMAGES = {"images", "image", "imgs", "img", "jpegimages", "jpeg", "jpegs", "jpg", "png", "photos", "pictures", "data",
+           "dataset", "files"}  # fmt: skip
+"""What folders are called that hold images of all classes."""
+_BESIDE = _IMAGES | {"set", "split", "raw", "resized", "full", "small", "large", "all", "original"}
 """What may stand beside the split in the name of a folder that holds nothing but it: train_images, test_set."""
 _WORDS = re.compile(r"[A-Za-z]+")
 _CAMEL = re.compile(r"(?<=[a-z])(?=[A-Z])")
@@ -28,6 +30,13 @@ def split_of_folder(name: str) -> str | None:
     words = [word.lower() for word in _words(name)]
     splits = {_SPLIT_OF[word] for word in words if word in _SPLIT_OF}
     return splits.pop() if len(splits) == 1 and all(word in _SPLIT_OF or word in _BESIDE for word in words) else None
+
+
+def names_no_class(name: str) -> bool:
+    """Whether a folder is called as those are that hold images of all classes: images, JPEGImages, raw-img, train."""
+    words = [word.lower() for word in _words(name)] + (["jpegimages"] if name.lower() == "jpegimages" else [])
+    known = all(word in _BESIDE or word in _SPLIT_OF for word in words)
+    return known and any(word in _IMAGES or word in _SPLIT_OF for word in words)
 
 
 def split_of_file(name: str) -> str | None:

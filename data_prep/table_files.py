@@ -4,20 +4,21 @@ import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 
 from cluster.command import log
 from cluster.folders import Folder
 from cluster.storage import StorageError
-from data_prep.arrow_columns import is_image, label_lists, text_column
+from data_prep.arrow_columns import is_image, label_lists, plain, text_column
 from data_prep.label_cells import LabelCells
 from data_prep.listing import SourceError
 from data_prep.table_format import BATCH, PARQUET, Columns, TableFile, TableRows, table_suffix, value_text
-from data_prep.text_tables import head, read_text
+from data_prep.text_tables import head, read_text, text_values
 
 _LOOKED_AT = 1000
 """Rows that tell what a column holds."""
@@ -28,7 +29,11 @@ _INDEX = re.compile(r"|Unnamed: \d+|index|__index_level_\d+__")
 _SPACES = re.compile(r"[\s-]+")
 
 # Usual names of columns, the likeliest first.
-_PATHS = ("path", "file_path", "filepath", "file_name", "filename", "file", "image_path", "uri", "url", "image_url")
+_PATHS = (
+    *("path", "file_path", "filepath", "filepaths", "file_name", "filename", "file", "image_path", "uri", "url"),
+    *("image_url", "image_name", "imagename", "image", "img", "picture", "image_id", "imageid", "img_id", "id_code"),
+    *("fname", "name", "id", "key"),
+)
 _IMAGES = ("image", "img", "jpg", "jpeg", "png", "image_bytes", "bytes", "content", "data")
 _LABELS = (
     "label",
@@ -42,7 +47,17 @@ _LABELS = (
     "wnid",
     "tags",
     "cls",
+    "label_name",
+    "labelname",
+    "category_name",
+    "species",
+    "breed",
+    "diagnosis",
 )
+_NO_LABEL = re.compile(
+    r"split|set|subset|partition|fold|phase|usage|captions?|text|title|description|url|width|height|size|md5|sha\d*|hash|date|time"
+)
+"""Columns that say something else than a label, where a table has no other one."""
 _WEIGHTS = ("weight", "weights", "score", "scores", "confidence", "confidences")
 
 
@@ -99,6 +114,8 @@ def columns_of(files: Sequence[TableFile], said: ColumnNames) -> Columns:
             f"must be like `path,label`, or name one with path_column= (image_column= where the images are in it)"
         )
     if label is None and not indicators:
+        label = _only_other(names, (path, image, weight))
+    if label is None and not indicators:
         hint = "name one with label_column="
         if len(zero_one) > 1:
             hint += f", or label_columns=[{','.join(zero_one)}] takes those of 0 and 1 for classes"
@@ -106,6 +123,49 @@ def columns_of(files: Sequence[TableFile], said: ColumnNames) -> Columns:
     if indicators:
         return Columns(path, "", said.weight, image, tuple(indicators), said.cells, said.unset)
     return Columns(path, label or "", weight, image, (), said.cells, said.unset)
+
+
+def with_paths_alone(file: TableFile, columns: Columns) -> Columns:
+    """The columns of a table whose images are not in it: {"bytes": null, "path": ...} in its first rows."""
+    if columns.image is None:
+        return columns
+    kind = _schema(file).field(columns.image).type
+    if not pa.types.is_struct(kind) or "path" not in {part.name for part in kind}:
+        return columns
+    batch = next(parquet_batches(file, _LOOKED_AT, [columns.image]), None)
+    if batch is None or not len(batch):
+        return columns
+    images = plain(batch.column(columns.image))
+    if images.field("bytes").null_count < len(images) or images.field("path").null_count == len(images):
+        return columns
+    log.info("%s: its images are files, by their paths in column %r", file, columns.image)
+    return replace(columns, path=columns.image, image=None, holds_paths=True)
+
+
+def column_names(file: TableFile) -> list[str]:
+    """Names of a table's columns. Errors: as `columns_of`."""
+    return _header(file)[0]
+
+
+def column_values(file: TableFile, column: str) -> Iterator[str]:
+    """What a column says in each row, as text.
+
+    Raises:
+        SourceError: the file cannot be read.
+    """
+    if file.suffix != PARQUET:
+        yield from text_values(file, column)
+        return
+    for batch in parquet_batches(file, BATCH, [column]):
+        yield from ((value_text(value) or "") for value in batch.column(column).to_pylist())
+
+
+def rows_of_splits(batch: pa.RecordBatch, columns: Columns) -> tuple[pa.RecordBatch, NDArray[np.int64]]:
+    """The rows of the splits that are read, and which ones of the batch they are."""
+    if columns.split is None:
+        return batch, np.arange(len(batch))
+    chosen = np.array([value_text(value) in columns.splits for value in batch.column(columns.split).to_pylist()], bool)
+    return batch.filter(pa.array(chosen)), np.flatnonzero(chosen)
 
 
 def say_columns(columns: Columns, where: str) -> None:
@@ -116,6 +176,14 @@ def say_columns(columns: Columns, where: str) -> None:
         labels = f"labels are in column {columns.label!r}"
         labels += f", their weights in {columns.weight!r}" if columns.weight else ""
     log.info("%s: images are in column %r, %s", where, columns.image or columns.path, labels)
+
+
+def _only_other(names: Sequence[str], known: Sequence[str | None]) -> str | None:
+    """The column of labels of a table that has no other one beside its images: id_code, diagnosis."""
+    others = [name for name in names if name not in known and not _INDEX.fullmatch(name)]
+    if len(others) != 1 or _NO_LABEL.fullmatch(_SPACES.sub("_", others[0].strip().lower())):
+        return None
+    return others[0]
 
 
 def _shown(names: Sequence[str]) -> str:
@@ -234,9 +302,15 @@ def _parquet_errors(file: TableFile) -> Iterator[None]:
 def _read_parquet(file: TableFile, columns: Columns) -> Iterator[TableRows]:
     assert columns.path is not None
     row = 1
-    for batch in parquet_batches(file, BATCH, columns.names):
+    for whole in parquet_batches(file, BATCH, columns.names):
+        batch, kept = rows_of_splits(whole, columns)
         where = f"table {file}, rows from {row} on"
-        paths = text_column(batch.column(columns.path), columns.path, where)
+        column = plain(batch.column(columns.path))
+        if columns.holds_paths:
+            column = plain(column.field("path"))
+        elif pa.types.is_integer(column.type):  # ids
+            column = column.cast(pa.string())
+        paths = text_column(column, columns.path, where)
         counts, labels, values, are_cells = label_lists(batch, columns, where)
-        yield TableRows(paths, counts, labels, values, np.arange(row, row + len(paths)), are_cells)
-        row += len(paths)
+        yield TableRows(paths, counts, labels, values, row + kept, are_cells)
+        row += len(whole)

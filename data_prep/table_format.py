@@ -94,6 +94,12 @@ class Columns:
     cells: LabelCells = field(default_factory=LabelCells)
     unset: tuple[str, ...] = ()
     """What a column of 0 and 1 may hold instead of 0 (no_label)."""
+    split: str | None = None
+    """Column that names the split of each row, where not all are read."""
+    splits: tuple[str, ...] = ()
+    """What it says in the rows that are read."""
+    holds_paths: bool = False
+    """Whether the column of paths is one of images whose bytes are elsewhere: {"bytes": null, "path": ...}."""
 
     def is_set(self, text: str, column: str, where: str) -> bool:
         """Whether a cell of a column of 0 and 1 says that the image is of its class.
@@ -117,7 +123,7 @@ class Columns:
     @property
     def names(self) -> list[str]:
         """All of them, each once."""
-        every = (self.image, self.path, self.label, self.weight, *self.indicators)
+        every = (self.image, self.path, self.label, self.weight, *self.indicators, self.split)
         return list(dict.fromkeys(name for name in every if name))
 
 

@@ -22,7 +22,7 @@ from data_prep.sample_labels import LabelForm, NoClass, described, described_mem
 from data_prep.source_reader import Stream, StreamImages, reader_of
 from data_prep.table_labels import LabelKind, refuse_delimited
 from data_prep.tar_headers import TarError, iterate_members
-from data_prep.webdataset_tars import UnusableSample, iterate_samples
+from data_prep.webdataset_tars import IMAGE_EXTENSIONS, UnusableSample, iterate_samples
 
 _THREADS = 8
 _TELLING = 16
@@ -40,9 +40,27 @@ def tars_in(folder: Folder) -> list[str]:
     return sorted((n for n in folder.names() if n.endswith(".tar") and not n.startswith(".")), key=os.fsencode)
 
 
-def holds_samples(folder: Folder, tar: str) -> bool:
-    """Whether a tar begins as a WebDataset shard does: an image with a label of the same key."""
-    return _label_extension(folder, tar) is not None
+def telling_tar(folder: Folder, tars: Sequence[str]) -> str | None:
+    """How the labels of WebDataset shards end, "cls" or "json", by the first tar that tells.
+
+    Tars that are empty, damaged or cut before their first samples are passed over, and named in the log.
+
+    Returns:
+        "" where samples have images beside other members and no label; None where the tars hold no samples.
+    """
+    unusable: list[str] = []
+    seen: str | None = None
+    for tar in tars[:_TELLING]:
+        try:
+            seen = label_extension(folder, tar, among=100)
+        except (TarError, OSError) as error:
+            unusable.append(f"{tar} is empty" if not folder.size(tar) else str(error))
+            continue
+        if seen is not None:
+            break
+    for problem in unusable:
+        log.warning("%s: what the tars are is told by the others", problem)
+    return seen
 
 
 def list_corpus(place: str) -> Listing:
@@ -87,11 +105,9 @@ def list_samples(
     Raises:
         SourceError: a tar is damaged, or no sample has a label.
     """
-    extension = _label_extension(folder, tars[0])
-    if extension is None:
-        raise SourceError(
-            f"{folder}/{tars[0]} is no WebDataset tar: it has neither .cls nor .json members beside its images"
-        )
+    extension = telling_tar(folder, tars)
+    if not extension:
+        raise _no_samples(folder, tars)
     form = form_of_tars([(folder, tar) for tar in tars], replace(form or LabelForm(""), extension=extension), kind)
     if form.names is not None:
         form = replace(form, names=tuple(names_in_tars([(folder, tar) for tar in tars], form)))
@@ -202,6 +218,9 @@ def _list_tar(folder: Folder, tar: str, form: LabelForm) -> list[tuple[bytes, in
     """(name, size, offset, labels, why it is left out or "") of each sample."""
     found: list[tuple[bytes, int, int, list[tuple[int, float]], str]] = []
     read_at, size = reader_of(folder, tar)
+    if not size:
+        log.warning("%s/%s is empty: there is nothing in it to read", folder, tar)
+        return found
     try:
         for sample in iterate_samples(iterate_members(read_at, 0, size, f"{folder}/{tar}")):
             try:
@@ -218,24 +237,39 @@ def _list_tar(folder: Folder, tar: str, form: LabelForm) -> list[tuple[bytes, in
     return found
 
 
-def _label_extension(folder: Folder, tar: str) -> str | None:
-    """ "cls" or "json", by the first samples of a tar; None where it is no WebDataset tar."""
-    try:
-        return label_extension(folder, tar, among=100)
-    except (TarError, OSError):
-        return None
+def _no_samples(folder: Folder, tars: Sequence[str]) -> SourceError:
+    """Why tars are no WebDataset shards with labels: the first thing that is wrong with them."""
+    for tar in tars[:_TELLING]:
+        if not folder.size(tar):
+            continue
+        read_at, size = reader_of(folder, tar)
+        try:
+            sample = next(iterate_samples(iterate_members(read_at, 0, size, f"{folder}/{tar}")), None)
+        except TarError as error:
+            return SourceError(str(error))
+        if sample is not None:
+            return SourceError(
+                f"{folder}/{tar}: no label beside its images, neither .cls nor .json: its samples are of "
+                f"{', '.join('.' + extension for extension, _ in sample.members)}"
+            )
+    return SourceError(f"{folder}/{tars[0]} is empty" + (f", and so are {len(tars) - 1} more" if tars[1:] else ""))
 
 
 def label_extension(folder: Folder, tar: str, among: int | None = None) -> str | None:
-    """ "cls" or "json", by the first sample of a tar that has one of them; None where none of `among` samples has.
+    """ "cls" or "json", by the first sample of a tar that has one of them.
+
+    Returns:
+        "" where none of `among` samples has, but an image has other members beside it; None where none has.
 
     Raises:
         TarError: it is damaged.
     """
     read_at, size = reader_of(folder, tar)
+    beside = False
     for sample in islice(iterate_samples(iterate_members(read_at, 0, size, f"{folder}/{tar}")), among):
         extensions = {extension for extension, _ in sample.members}
         for extension in ("cls", "json"):
             if extension in extensions:
                 return extension
-    return None
+        beside |= len(extensions) > 1 and bool(extensions & set(IMAGE_EXTENSIONS))
+    return "" if beside else None

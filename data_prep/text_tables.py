@@ -55,6 +55,22 @@ def head(file: TableFile) -> list[dict[str, Any]]:
         return found or [dict.fromkeys(header, "")]
 
 
+def text_values(file: TableFile, column: str) -> Iterator[str]:
+    """What a column says in each row. Errors: as `read_text`."""
+    with _text_errors(file), file.lines() as lines:
+        if file.suffix == ".json":
+            entries: Iterable[Any] = (entry for _, entry in json_rows(lines, str(file)))
+        elif file.suffix not in _SEPARATORS:
+            entries = (entry for _, entry in _json_lines(lines, file))
+        else:
+            some = list(itertools.islice(lines, _LOOKED_AT))
+            rows = _dialect(file, some).rows(itertools.chain(some, lines))
+            header = _header(file, next(rows, []))
+            entries = (dict(zip(header, row, strict=False)) for row in rows if row)
+        for entry in entries:
+            yield (value_text(entry.get(column)) if isinstance(entry, dict) else None) or ""
+
+
 def read_text(file: TableFile, columns: Columns) -> Iterator[TableRows]:
     """The rows of a table, in batches.
 
@@ -186,6 +202,8 @@ def _batches(entries: Iterator[tuple[int, Any]], columns: Columns, where: str) -
     collector = _Collector()
     wanted = {name for name in (columns.path, columns.label) if name}
     for number, entry in entries:
+        if columns.split and isinstance(entry, dict) and value_text(entry.get(columns.split)) not in columns.splits:
+            continue
         row = f"{where} {number}"
         if not isinstance(entry, dict) or not wanted <= entry.keys():
             raise SourceError(f"{row}: must be an object with {' and '.join(sorted(wanted))}")

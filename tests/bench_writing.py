@@ -29,7 +29,8 @@ from cluster.folders import LocalFolder
 from data_prep.corpus_format import image_check
 from data_prep.image_check import check_image
 from data_prep.shard_plan import Plan
-from data_prep.sources import SourceSettings, list_source
+from data_prep.source_settings import SourceSettings
+from data_prep.sources import list_source
 from data_prep.tar_shards import ShardWriter
 
 ROUNDS = 5

@@ -12,7 +12,8 @@ from data_prep.corpus_assembly import assemble
 from data_prep.corpus_format import INDEX, PLAN, SAMPLE_DTYPE, image_check
 from data_prep.shard_plan import Plan
 from data_prep.shard_task import write_shard
-from data_prep.sources import SourceSettings, list_source
+from data_prep.source_settings import SourceSettings
+from data_prep.sources import list_source
 
 
 def encoded(seed: int, size: tuple[int, int] = (40, 30), image_format: str = "JPEG", **options) -> bytes:

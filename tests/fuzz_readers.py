@@ -36,7 +36,8 @@ from data_prep.sample_labels import LabelForm
 from data_prep.shard import ShardSettings, check_settings
 from data_prep.shard_task import finished_records, read_rows
 from data_prep.show import describe
-from data_prep.sources import SourceSettings, list_source
+from data_prep.source_settings import SourceSettings
+from data_prep.sources import list_source
 from data_prep.subset import SubsetSettings, choose
 from data_prep.table_files import ColumnNames, class_names_of, columns_of, table_files
 from data_prep.table_labels import LabelOptions

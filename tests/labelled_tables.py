@@ -10,7 +10,8 @@ from cluster.settings import parse_command
 from data_prep import embedded_images
 from data_prep.columns import Labels
 from data_prep.listing import Listing
-from data_prep.sources import SourceSettings, list_source
+from data_prep.source_settings import SourceSettings
+from data_prep.sources import list_source
 from data_prep.table_files import ColumnNames, class_names_of, columns_of, table_files
 from data_prep.table_labels import LabelOptions
 from tests.corpora import encoded

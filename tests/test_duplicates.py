@@ -24,7 +24,8 @@ from data_prep.duplicates import DuplicateSearch, decide, remove_duplicates
 from data_prep.perceptual_hash import MIRROR, SIMILAR, describe_images, similarity
 from data_prep.shard import ShardSettings, shard_corpus
 from data_prep.show import describe
-from data_prep.sources import SourceSettings, list_source
+from data_prep.source_settings import SourceSettings
+from data_prep.sources import list_source
 from data_prep.verify import verify
 from tests.corpora import encoded, image_folder, make_corpus
 from tests.s3_server import S3Server

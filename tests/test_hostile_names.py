@@ -16,7 +16,8 @@ from data_prep.copy_corpus import CopySettings, copy_corpus
 from data_prep.corpus import Corpus
 from data_prep.corpus_format import INDEX, MANIFEST, SHARDS_AT, CorpusError, manifest_hash
 from data_prep.shard import ShardSettings, shard_corpus
-from data_prep.sources import SourceSettings, list_source
+from data_prep.source_settings import SourceSettings
+from data_prep.sources import list_source
 from data_prep.subset import SubsetSettings, make_parts
 from pipeline.corpora import open_corpora
 from pipeline.data_config import DataSettings

@@ -26,7 +26,8 @@ from data_prep.listing import SourceError
 from data_prep.remote_images import FetchPolicy, RemoteImages
 from data_prep.sample_labels import parse_label
 from data_prep.shard import ShardSettings
-from data_prep.sources import SourceSettings, list_source
+from data_prep.source_settings import SourceSettings
+from data_prep.sources import list_source
 from data_prep.tar_headers import TarError, iterate_members
 from data_prep.webdataset_tars import UnusableSample
 from tests.corpora import encoded, image_folder

@@ -17,7 +17,8 @@ from data_prep.copy_corpus import CopySettings, copy_corpus
 from data_prep.index import IndexSettings, index_corpus
 from data_prep.listing import SourceError
 from data_prep.remote_images import FetchPolicy, RemoteImages
-from data_prep.sources import SourceSettings, list_source
+from data_prep.source_settings import SourceSettings
+from data_prep.sources import list_source
 from data_prep.verify import verify
 from tests.corpora import image_folder, make_corpus
 from tests.running import REPOSITORY
@@ -68,11 +69,11 @@ def test_tables_shards_and_corpora_on_s3_are_sources_too(tmp_path, s3, monkeypat
         found = {image for image, _ in contents(corpus).values()}
         assert found < images if "part-0" in place else found == images, place
     assert tars_of(shard(f"{bucket}/corpus", tmp_path / "again")) == tars_of(expected)
-    with pytest.raises(SourceError, match=r"no tar that matches shard-000777\.tar in s3://"):
+    with pytest.raises(SourceError, match=r"no file that matches shard-000777\.tar in s3://"):
         shard(f"{bucket}/tars/shard-{{000000,000777}}.tar", tmp_path / "none")
     shard(f"{bucket}/parquet", tmp_path / "1")
     assert "is finished already" in messages()
-    with pytest.raises(SourceError, match=r"labels = s3://.*/nothing\.csv must be a \.csv"):
+    with pytest.raises(SourceError, match=r"labels = s3://.*/nothing\.csv: there is no such file or folder"):
         shard(f"{bucket}/pictures", tmp_path / "none", labels=f"{bucket}/nothing.csv")
     assert s3.faults.injected.total() > 10
 
@@ -156,7 +157,7 @@ def test_tars_of_others_on_s3_become_a_corpus_as_they_are(tmp_path, s3, monkeypa
         assert {image for image, _ in contents(corpus).values()} == {image for image, _ in contents(expected).values()}
     with pytest.raises(SourceError, match=r"cannot be hard-linked into .* give tars=copy"):
         index_corpus(IndexSettings(source=source, destination=str(tmp_path / "linked")))
-    with pytest.raises(SourceError, match="there is no tar that matches nothing"):
+    with pytest.raises(SourceError, match="there is no file that matches nothing"):
         index_corpus(IndexSettings(source=f"{bucket}/tars/nothing-*.tar", destination=str(tmp_path / "none")))
 
 

@@ -13,7 +13,8 @@ from data_prep.copy_corpus import CopySettings, copy_corpus
 from data_prep.corpus import Corpus
 from data_prep.index import IndexSettings, index_corpus
 from data_prep.listing import Listing, SourceError
-from data_prep.sources import SourceSettings, list_source
+from data_prep.source_settings import SourceSettings
+from data_prep.sources import list_source
 from data_prep.subset import SubsetSettings, make_parts
 from data_prep.verify import verify
 from tests.corpora import encoded

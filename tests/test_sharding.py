@@ -23,7 +23,8 @@ from cluster.storage import StorageError
 from data_prep.corpus import Corpus
 from data_prep.corpus_jobs import mark_working_folder
 from data_prep.shard import ShardSettings, shard_corpus
-from data_prep.sources import SourceSettings, list_source
+from data_prep.source_settings import SourceSettings
+from data_prep.sources import list_source
 from data_prep.tasks import Work, run_tasks
 from data_prep.verify import verify
 from tests.corpora import encoded, image_folder

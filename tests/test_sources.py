@@ -18,7 +18,8 @@ import pytest
 from data_prep.corpus import Corpus
 from data_prep.listing import SourceError
 from data_prep.shard import ShardSettings, shard_corpus
-from data_prep.sources import SourceSettings, list_source
+from data_prep.source_settings import SourceSettings
+from data_prep.sources import list_source
 from data_prep.verify import verify
 from tests.corpora import encoded, image_folder
 
@@ -140,16 +141,17 @@ def test_what_decoding_a_gzip_tar_gave_is_made_again_where_it_is_damaged(folder,
         assert kept.read_bytes() == whole
 
 
-def test_a_folder_inside_the_source_can_be_named(folder, tmp_path, messages):
+def test_a_folder_inside_the_source_can_be_named(folder, tmp_path):
     with tarfile.open(tmp_path / "source.tar", "w") as tar:
         for path in sorted(folder.rglob("*.JPEG")):
             for split in ("train", "test") if path.parent.name == "c0" else ("train",):
                 add(tar, f"./{split}/{path.relative_to(folder)}", path.read_bytes())
     corpus = shard(tmp_path / "source.tar", tmp_path / "corpus", inside="train")
     assert tars_of(corpus) == tars_of(shard(folder, tmp_path / "expected"))
-    splits = shard(tmp_path / "source.tar", tmp_path / "splits")
-    assert splits.classes == ["test", "train"]
-    assert "if these are splits, give inside=test" in messages()
+    named = shard(tmp_path / "source.tar", tmp_path / "named", split="train")
+    assert tars_of(named) == tars_of(corpus)
+    with pytest.raises(SourceError, match=r"folders 'train', 'test' are splits and no classes"):
+        shard(tmp_path / "source.tar", tmp_path / "splits")
 
 
 # ------------------------------------------------------------------------------------------ validation and truth
@@ -297,7 +299,7 @@ def test_images_are_fetched_where_a_table_says(folder, server, tmp_path):
         lines.append(f"{server.address}/{path.relative_to(folder)}{ask},{path.parent.name}")
     lines += [f"{server.address}/c0/missing.jpg,c0", f"{folder}/c1/004.JPEG,c2", "c0/away.jpg,c0"]
     (tmp_path / "table.csv").write_text("\n".join(lines) + "\n")
-    corpus = shard(tmp_path / "table.csv", tmp_path / "corpus", image_kb=1)
+    corpus = shard(tmp_path / "table.csv", tmp_path / "corpus", image_kb=1, fetch=True)
     assert corpus.label_kind == "single"
     reasons = {entry["origin"].split("/")[-1]: entry["reason"] for entry in corpus.quarantined()}
     assert reasons == {
@@ -321,9 +323,9 @@ def test_a_server_that_stays_broken_stops_the_job_with_the_reasons(folder, tmp_p
     with pytest.raises(
         ValueError, match=r"20 of the first 32 images cannot be used, more than max_failures = 0.25"
     ) as no:
-        shard(tmp_path / "table.csv", tmp_path / "corpus", fetch_attempts=2)
+        shard(tmp_path / "table.csv", tmp_path / "corpus", fetch=True, fetch_attempts=2)
     assert "20 x could not be fetched: ConnectionError in 2 attempts" in str(no.value)
-    corpus = shard(tmp_path / "table.csv", tmp_path / "corpus", fetch_attempts=2, max_failures=0.9)
+    corpus = shard(tmp_path / "table.csv", tmp_path / "corpus", fetch=True, fetch_attempts=2, max_failures=0.9)
     assert corpus.num_samples == 12
 
 
@@ -336,7 +338,7 @@ def test_an_address_that_is_none_is_quarantined_and_does_not_stop_the_job(folder
         "s3://only-a-bucket": "the address names no object",
     }
     (tmp_path / "table.csv").write_text("".join(["path,label\n", *(f"{line},c0\n" for line in [*good, *bad])]))
-    corpus = shard(tmp_path / "table.csv", tmp_path / "corpus", image_kb=1)
+    corpus = shard(tmp_path / "table.csv", tmp_path / "corpus", image_kb=1, fetch=True)
     assert {entry["origin"]: entry["reason"] for entry in corpus.quarantined()} == bad
     assert corpus.num_samples == len(good)
 
@@ -349,7 +351,7 @@ def test_what_opens_an_address_is_not_written_down(folder, server, tmp_path, mes
         lines.append(f"http://me:hush4@{host}/{path.relative_to(folder)}{signed},{path.parent.name}")
     lines.append(f"http://me:hush4@{host}/missing.jpg?sig=hush3,c0")
     (tmp_path / "table.csv").write_text("\n".join(lines) + "\n")
-    corpus = shard(tmp_path / "table.csv", tmp_path / "corpus", image_kb=1)
+    corpus = shard(tmp_path / "table.csv", tmp_path / "corpus", image_kb=1, fetch=True)
     assert corpus.num_samples == 36
     assert {path.partition("?")[2] for path in corpus.origins()} == {"", *(f"version={n}" for n in range(1, 36, 2))}
     assert any("hush2" in path for path in server.asked)
@@ -366,15 +368,15 @@ def test_addresses_that_differ_in_a_key_alone_are_not_lost_in_silence(folder, se
         return tmp_path / "table.csv"
 
     first = [f"{images[0]}?key=1", f"{images[0]}?key=2", f"{images[1]}?size=1#hush", f"{images[2]}?size=2"]
-    corpus = shard(table(*first), tmp_path / "corpus", image_kb=1)
+    corpus = shard(table(*first), tmp_path / "corpus", image_kb=1, fetch=True)
     assert "1 addresses differ from others only in what is not written down" in messages()
     assert sorted(corpus.origins()) == sorted(
         f"{server.address}/{name}" for name in (images[0], images[0], f"{images[1]}?size=1", f"{images[2]}?size=2")
     )
-    again = shard(table(*first, str(images[3])), tmp_path / "corpus", image_kb=1, append=True)
+    again = shard(table(*first, str(images[3])), tmp_path / "corpus", image_kb=1, fetch=True, append=True)
     assert len(again) == 5
     with pytest.raises(SourceError, match="it cannot be told which of them"):
-        shard(table(*first, f"{images[0]}?key=3"), tmp_path / "corpus", image_kb=1, append=True)
+        shard(table(*first, f"{images[0]}?key=3"), tmp_path / "corpus", image_kb=1, fetch=True, append=True)
 
 
 def test_what_could_not_be_compared_is_left_out_until_an_append(folder, server, tmp_path):
@@ -383,7 +385,7 @@ def test_what_could_not_be_compared_is_left_out_until_an_append(folder, server, 
         ask = "?throttled" if number == 4 else ""
         lines.append(f"{server.address}/{path.relative_to(folder)}{ask},{path.parent.name}")
     (tmp_path / "table.csv").write_text("\n".join(lines) + "\n")
-    options: dict[str, Any] = {"image_kb": 1, "fetch_attempts": 2, "dedup": True}
+    options: dict[str, Any] = {"image_kb": 1, "fetch": True, "fetch_attempts": 2, "dedup": True}
     first = shard(tmp_path / "table.csv", tmp_path / "corpus", **options)
     (left,) = first.quarantined()
     assert left["reason"] == "could not be had when duplicates were looked for"

@@ -18,7 +18,8 @@ from data_prep.listing import SourceError
 from data_prep.mixture import Mixture
 from data_prep.shard_plan import Plan
 from data_prep.shard_task import write_shard
-from data_prep.sources import SourceSettings, list_source
+from data_prep.source_settings import SourceSettings
+from data_prep.sources import list_source
 from data_prep.target_weights import LabelWeightError, check_batch_weights, check_weights
 from models.losses import dense_targets, sigmoid_cross_entropy
 from pipeline import finetune, pretrain, stage

@@ -16,7 +16,8 @@ from data_prep.decoder_process import guarded, refuse_deadly
 from data_prep.image_check import UnusableImage, check_image
 from data_prep.listing import SourceError
 from data_prep.perceptual_hash import describe_images
-from data_prep.sources import SourceSettings, list_source
+from data_prep.source_settings import SourceSettings
+from data_prep.sources import list_source
 from data_prep.verify import verify
 from tests.corpora import encoded, image_folder
 from tests.running import REPOSITORY, environment

@@ -1,6 +1,7 @@
 """Adds images to a corpus: new shards under a new version of the manifest. The older versions stay as they are."""
 
 import re
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Literal
@@ -29,10 +30,11 @@ from data_prep.label_report import alike
 from data_prep.left_out import RemovedImage, read_lines
 from data_prep.listing import Listing, SourceError
 from data_prep.manifest import newest_version, read_manifest, read_plan
+from data_prep.origin_lines import line_of_before, one_line
 from data_prep.remote_images import NOT_FETCHED, RemoteImages
 from data_prep.removed import REMOVED, UNCOMPARED
 from data_prep.shard_plan import Appended, Plan
-from data_prep.shard_task import one_line, remove_shard
+from data_prep.shard_task import remove_shard
 from data_prep.source_reader import DANGLING, UNREADABLE
 from data_prep.table_labels import NO_LABEL
 from data_prep.target_weights import check_corpus_weights
@@ -132,6 +134,7 @@ def _not_there_yet(listing: Listing, before: Corpus, conversion: Conversion) -> 
     # Older versions wrote down some credentials that are left out now.
     there = np.fromiter((_digest(address_without_credentials(origin)) for origin in _origins(before)), "S16")
     here = np.fromiter((_digest(one_line(listing.names[row])) for row in range(len(listing))), "S16", len(listing))
+    _take_lines_of_before(listing, here, there)
     is_new = ~np.isin(here, there)
     if isinstance(listing.images, RemoteImages):
         _refuse_indistinct(listing, before, here, there)
@@ -145,6 +148,28 @@ def _not_there_yet(listing: Listing, before: Corpus, conversion: Conversion) -> 
     left_before = {entry["origin"] for entry in before.quarantined()}
     kept = replace(listing, left_out=tuple(item for item in listing.left_out if item[0] not in left_before))
     return kept.take(rows)
+
+
+def _take_lines_of_before(listing: Listing, here: NDArray[np.bytes_], there: NDArray[np.bytes_]) -> None:
+    """Replace digests of the listing by those of the lines that an older version wrote, where the corpus has them.
+
+    Where it has such a line as often as names of the listing have it now, it is that of those.
+
+    Args:
+        here, there: digests of the origins of the listing, and of the corpus.
+    """
+    names = ((row, listing.names[row]) for row in range(len(listing)))
+    changed = [
+        (row, line_of_before(name)) for row, name in names if b"\\" in name and one_line(name) != line_of_before(name)
+    ]
+    if not changed:
+        return
+    rows, lines = np.array([row for row, _ in changed]), np.array([_digest(line) for _, line in changed], "S16")
+    known, taken_now = (Counter(digests[np.isin(digests, lines)].tolist()) for digests in (there, here))
+    before = Counter(lines.tolist())
+    has = np.array([known[line] >= taken_now[line] + before[line] for line in lines.tolist()])
+    taken = has & ~np.isin(here[rows], there)
+    here[rows[taken]] = lines[taken]
 
 
 def _refuse_indistinct(listing: Listing, before: Corpus, here: NDArray[np.bytes_], there: NDArray[np.bytes_]) -> None:
@@ -182,12 +207,13 @@ def _refuse_other_images(listing: Listing, before: Corpus, here: NDArray[np.byte
         there: of the corpus, in the order of its ids.
     """
     order = np.argsort(there, kind="stable")
-    found = np.searchsorted(there, here, sorter=order)
-    rows = np.flatnonzero(found < len(there))
-    ids = order[found[rows]]
-    same = there[ids] == here[rows]
-    rows, ids = rows[same], ids[same]
-    other = rows[np.asarray(before.index["length"])[ids] != listing.sizes[rows]]
+    first, end = (np.searchsorted(there, here, side, sorter=order) for side in ("left", "right"))
+    rows = np.flatnonzero(first < end)
+    lengths = np.asarray(before.index["length"])
+    other = rows[lengths[order[first[rows]]] != listing.sizes[rows]]
+    # older versions wrote one line for some names that differ: one of the images is of this size
+    alike = [row for row in other.tolist() if listing.sizes[row] in lengths[order[first[row] : end[row]]]]
+    other = np.setdiff1d(other, alike)
     if len(other):
         raise SourceError(
             f"{len(other):,} of {len(rows):,} images that {before} has by their paths are of another size in "

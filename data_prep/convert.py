@@ -6,7 +6,7 @@ under the same versions of simplejpeg and Pillow, which the manifest names.
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import simplejpeg
@@ -19,6 +19,7 @@ from data_prep.orientation import TRANSPOSED, jpeg_segments, read_orientation
 BY_CHOICE = "left out: "
 """Begins the reason of an image that is whole, but not wanted."""
 
+Ending = Literal["own", "jpg"]
 _SUBSAMPLINGS = ("444", "422", "420", "440", "411")
 _BASELINE = 0xC0
 
@@ -35,6 +36,12 @@ class Conversion:
     """Make baseline RGB or grey JPEGs of progressive, arithmetic-coded and CMYK ones."""
     jpeg_quality: int = 95
     """Of what is encoded again."""
+    ending: Ending = "own"
+    """Of the members of tars that hold images: that of its format for each, or jpg for all."""
+
+    def name_ending(self, extension: str) -> str:
+        """The ending under which an image of a format (jpg, png, ...) is stored; readers decode by content."""
+        return extension if self.ending == "own" else self.ending
 
     def describe(self) -> dict[str, Any]:
         """What the manifest says of it: only what differs from leaving images as they are."""
@@ -47,6 +54,8 @@ class Conversion:
             said["baseline"] = True
         if self.max_side or self.baseline:
             said["jpeg_quality"] = self.jpeg_quality
+        if self.ending != "own":
+            said["ending"] = self.ending
         return said
 
 

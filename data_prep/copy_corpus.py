@@ -29,6 +29,7 @@ from cluster.lease import FILE as LEASE
 from cluster.marked_folders import temporary_folder
 from cluster.paths import check_component
 from cluster.settings import Settings, parse_command
+from data_prep.card import write_card
 from data_prep.copy_part import copy_part
 from data_prep.corpus import Corpus
 from data_prep.corpus_format import (
@@ -53,7 +54,8 @@ checked against the manifest while it is copied, and the manifest comes last: wh
 interrupted goes on where it was when the same command is given again; a finished one is left as it is.
 
 A part of a corpus (data_prep/subset.py) has no tars of its own. Its copy has: with the part's images only, in the
-same order, for whatever reads tars. A run that began on the one goes on with the other.
+same order, for whatever reads tars. A run that began on the one goes on with the other. (Of a part on S3 the shards
+that it shares are fetched into TMPDIR for that, one for each CPU at a time.)
 
   SOURCE       folder of the corpus, or of a part; SOURCE#N copies version N of one to which images were appended
   DESTINATION  a new folder
@@ -141,6 +143,8 @@ def _copy_into(destination: Folder, source: Folder, version: int | None, workers
             in_megabytes(sum(shard["bytes"] for shard in corpus.manifest["shards"])),
             duration(time.monotonic() - started), corpus.corpus_hash,
         )  # fmt: skip
+    with written(destination):
+        write_card(corpus)
     return corpus
 
 

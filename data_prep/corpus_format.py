@@ -14,6 +14,12 @@ A corpus is a folder (format version 1):
     quarantine.jsonl          images left out: {"origin", "reason"} a line
     removed.jsonl             duplicates left out, where they were looked for: see data_prep/removed.py
 
+and, for other tools, of the newest version (data_prep/card.py; none of it is in the manifest, nothing here reads it):
+
+    README.md                 dataset card, by which Hugging Face's datasets finds the tars and the class names
+    _info.json                for timm's reader; a subset has none, for it has no tars
+    samples.parquet           a row for each sample: see data_prep/sample_table.py
+
 A subset (data_prep/subset.py) shares the shards of the corpus that it was made of: its manifest says where they are,
 relative to its own folder (`shards_at`), its index has the chosen rows only, and places.bin (uint32 [N]) says which
 line of its shard's .origins each of them is. A copy of it (data_prep/copy_corpus.py) has shards of its own: of each

@@ -37,9 +37,9 @@ from data_prep.duplicate_search import HammingIndex, Pairs
 from data_prep.hash_task import HashTask, ImagesToDescribe, PartOfCorpus, PartOfListing, describe_part
 from data_prep.listing import Listing
 from data_prep.manifest import read_plan
+from data_prep.origin_lines import one_line
 from data_prep.perceptual_hash import DESCRIPTOR, MIRROR, SIMILAR, UNSEEN, VERSION, similarity
 from data_prep.removed import UNCOMPARED, Removed, removed_in_words
-from data_prep.shard_task import one_line
 from data_prep.tasks import Work, run_tasks, session
 
 DEFAULT_DISTANCE = 8

@@ -22,6 +22,7 @@ from pydantic import Field
 from cluster.command import Progress, absolute_path, counted, log, run_command
 from cluster.folders import Folder, folder_at
 from cluster.settings import Settings, parse_command
+from data_prep.card import write_card
 from data_prep.class_names import read_classes
 from data_prep.corpus import Corpus
 from data_prep.corpus_assembly import assemble
@@ -38,6 +39,7 @@ from data_prep.corpus_jobs import (
     remove_unfinished_corpus,
     written,
 )
+from data_prep.failure_share import FailureShare
 from data_prep.image_tars import refuse_compression
 from data_prep.index_tars import label_extension_of, list_tars
 from data_prep.index_task import IndexTask, Tar, index_tar
@@ -103,6 +105,8 @@ class IndexSettings(Settings):
     tars: Literal["link", "copy"] = "link"
     """How the tars come into the corpus: as hard links, which take no room, or as copies. A linked tar must not be
     written to any more; what replaces it under its old name does no harm."""
+    max_failures: float = Field(0.25, ge=0, le=1)
+    """Share of the samples that may be without a label or damaged; above it the job stops, as soon as that shows."""
     workers: int = Field(0, ge=0)
     """Tars indexed at a time; 0 is two for each CPU of the cluster."""
 
@@ -199,6 +203,7 @@ def _index_into(folder: Folder, source: str, settings: IndexSettings) -> Corpus:
     finished = finished_before(folder, plan)
     if finished is not None:
         log.info("%s is finished already (%s images): nothing to do", folder, f"{finished.num_samples:,}")
+        write_card(finished)
         return finished
     if settings.tars == "copy":
         there = finished_records(folder, [tar.name for tar in plan.tars], plan.plan_hash)
@@ -207,6 +212,7 @@ def _index_into(folder: Folder, source: str, settings: IndexSettings) -> Corpus:
         _check_links(folder, plan.tars)
     with written(folder):
         corpus = _make_corpus(folder, plan, settings)
+        write_card(corpus)
     log_summary(corpus, time.monotonic() - started)
     return corpus
 
@@ -237,8 +243,13 @@ def _make_corpus(folder: Folder, plan: IndexPlan, settings: IndexSettings) -> Co
     }  # fmt: skip
     progress = Progress(len(names), "tars", "indexing")
     progress.skip(len(records))
+    failures = FailureShare(settings.max_failures, (), 0)
+    for record in records.values():
+        failures.count(record)
     work = Work(bytes=sum(tar.size for tar in plan.tars if tar.name in tasks))
-    records |= run_tasks(index_tar, tasks, folder, settings.workers, progress, units=lambda name: 1, work=work)
+    records |= run_tasks(
+        index_tar, tasks, folder, settings.workers, progress, lambda name: 1, failures.count, work=work
+    )
     in_order = [records[name] for name in names]
     if not any(record["samples"] for record in in_order):
         reasons = Counter(entry["reason"] for record in in_order for entry in record["quarantined"])
@@ -246,6 +257,7 @@ def _make_corpus(folder: Folder, plan: IndexPlan, settings: IndexSettings) -> Co
         raise SourceError(
             f"no sample of source {plan.root} can be used: {reasons_in_words(reasons) or 'there is none'}"
         )
+    failures.check_all(in_order)
     folder.remove_unfinished()
     if plan.named_classes is None:
         largest = max(_largest(folder, record["name"]) for record in in_order)

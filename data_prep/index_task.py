@@ -17,8 +17,9 @@ from data_prep.decoder_process import refuse_deadly
 from data_prep.image_check import MAX_BYTES, TOO_MANY_BYTES, UnusableImage, check_image
 from data_prep.label_weights import scaled
 from data_prep.listing import SourceError
+from data_prep.origin_lines import one_line
 from data_prep.sample_labels import LabelForm, NoClass
-from data_prep.shard_task import commit_shard, one_line
+from data_prep.shard_task import commit_shard
 from data_prep.tar_headers import TarError, iterate_members
 from data_prep.webdataset_tars import (
     TarSample,

@@ -21,7 +21,8 @@ from cluster.command import Progress, absolute_path, counted, log, run_command
 from cluster.folders import Folder, folder_at
 from cluster.settings import SettingsError, parse_command
 from data_prep.append import NewClasses, plan_append, what_is_new
-from data_prep.convert import Conversion
+from data_prep.card import write_card
+from data_prep.convert import Conversion, Ending
 from data_prep.corpus import Corpus
 from data_prep.corpus_assembly import assemble
 from data_prep.corpus_format import MANIFEST, CorpusError
@@ -40,6 +41,7 @@ from data_prep.corpus_jobs import (
     written,
 )
 from data_prep.duplicates import DEFAULT_DISTANCE, MAX_DISTANCE, DuplicateSearch, remove_duplicates
+from data_prep.endings import Endings
 from data_prep.failure_share import FailureShare
 from data_prep.label_report import report_labels
 from data_prep.listing import Listing, SourceError
@@ -112,6 +114,9 @@ class ShardSettings(SourceSettings):
     """Encode JPEGs again that a hardware decoder does not take (progressive, CMYK), as baseline RGB. Not lossless."""
     jpeg_quality: int = Field(95, ge=1, le=100)
     """Of images that are encoded again."""
+    ending: Ending = "own"
+    """Ending of the images' names in the tars: their formats' own (jpg, png, webp, ...), or jpg for all of them. Every
+    reader decodes by content; but Hugging Face makes a column of each ending, and to_tuple("jpg", "cls") needs one."""
     exclude: tuple[str, ...] = ()
     """Corpora whose images must not be in this one, such as evaluation sets: exact copies and near ones (re-encoded,
     resized, gray, mirrored, slightly cropped) are left out and listed in DESTINATION/removed.jsonl."""
@@ -164,10 +169,13 @@ def _shard_into(folder: Folder, settings: ShardSettings) -> Corpus:
             with suppress(CorpusError):
                 corpus = Corpus.open(folder, version=1)
                 log.info("%s is finished already (%s images): nothing to do", folder, f"{len(corpus):,}")
+                write_card(corpus)
                 return corpus
     corpus = shard_listing(lambda: list_source(settings, settings.workers, folder, source), folder, settings)
     if stamp is not None:
         folder.write_json(_STAMP, stamp)
+    with written(folder):
+        write_card(corpus)
     return corpus
 
 
@@ -242,7 +250,7 @@ def check_settings(settings: ShardSettings) -> None:
 
 
 def _conversion(settings: ShardSettings) -> Conversion:
-    return Conversion(settings.min_side, settings.max_side, settings.baseline, settings.jpeg_quality)
+    return Conversion(settings.min_side, settings.max_side, settings.baseline, settings.jpeg_quality, settings.ending)
 
 
 def _make_corpus(folder: Folder, plan: Plan, settings: ShardSettings, before: Corpus | None) -> Corpus:
@@ -265,6 +273,12 @@ def _write_shards(folder: Folder, plan: Plan, settings: ShardSettings) -> list[d
     shards = {plan.name(shard): shard for shard in range(len(plan))}
     records = begin(folder, plan, list(shards))
     failures = FailureShare(settings.max_failures, plan.left_out, len(plan.listing))
+    endings = Endings()
+
+    def look(record: dict[str, Any]) -> None:
+        failures.count(record)
+        endings.count(record)
+
     for record in records.values():
         failures.count(record)
     missing = {name: shard for name, shard in shards.items() if name not in records}
@@ -274,9 +288,8 @@ def _write_shards(folder: Folder, plan: Plan, settings: ShardSettings) -> list[d
     left = sum(plan.samples(shard) for shard in missing.values())
     work = Work(left, plan.total_bytes * left / max(len(plan.listing), 1))
     records |= run_tasks(
-        write_shard, tasks, folder, settings.workers, progress, lambda name: plan.samples(shards[name]),
-        failures.count, work=work,
-    )  # fmt: skip
+        write_shard, tasks, folder, settings.workers, progress, lambda name: plan.samples(shards[name]), look, work=work
+    )
     in_order = [records[name] for name in shards]
     if any(record["samples"] for record in in_order):
         failures.check_all(in_order)

@@ -3,13 +3,15 @@
 import io
 import json
 import threading
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 import xxhash
 from numpy.typing import NDArray
+from pydantic import Field
 
 from cluster.folders import Folder
 from cluster.records import Component, Count, Digest, Record, check_record
@@ -19,6 +21,7 @@ from data_prep.convert import convert
 from data_prep.corpus_format import ORIGINS_CHECKSUM, SAMPLE_DTYPE, CorpusError, image_check, write_again
 from data_prep.decoder_process import refuse_deadly
 from data_prep.image_check import MAX_BYTES, TOO_MANY_BYTES, UnusableImage, check_image
+from data_prep.origin_lines import one_line
 from data_prep.shard_plan import ShardTask
 from data_prep.tar_shards import ShardWriter
 
@@ -47,6 +50,7 @@ class _ShardRecord(Record):
     sizes: dict[str, Count]
     quarantined: list[_Quarantined]
     converted: Count = 0
+    endings: dict[str, Count] = Field(default_factory=dict)
 
 
 def record_name(name: str) -> str:
@@ -104,6 +108,7 @@ def write_shard(task: ShardTask) -> dict[str, Any]:
     kept: list[int] = []
     origins: list[str] = []
     quarantined: list[tuple[str, str]] = []
+    endings: Counter[str] = Counter()
     with task.folder.building(task.name) as file:
         writer = ShardWriter(file, "json" if isinstance(task.labels, Labels) else "cls")
         done = converted = 0
@@ -122,7 +127,9 @@ def write_shard(task: ShardTask) -> dict[str, Any]:
                     quarantined.append((origin, str(reason)))
                     continue
                 label, heaviest = _label(task, place)
-                offset = writer.add(f"{task.first_position + place:09d}", facts.extension, image, label)
+                ending = task.conversion.name_ending(facts.extension)
+                endings[ending] += 1
+                offset = writer.add(f"{task.first_position + place:09d}", ending, image, label)
                 columns.append((offset, len(image), 0, heaviest, image_check(image), facts.width, facts.height))
                 kept.append(place)
                 origins.append(origin)
@@ -133,7 +140,7 @@ def write_shard(task: ShardTask) -> dict[str, Any]:
     labels = task.labels.take(np.array(kept, np.int64)) if isinstance(task.labels, Labels) else None
     return commit_shard(
         task.folder, task.name, task.plan_hash, rows, labels, origins, quarantined, writer.dali_index,
-        writer.size, writer.checksum, converted,
+        writer.size, writer.checksum, converted, endings,
     )  # fmt: skip
 
 
@@ -149,6 +156,7 @@ def commit_shard(
     size: int,
     checksum: str,
     converted: int = 0,
+    endings: Mapping[str, int] | None = None,
 ) -> dict[str, Any]:
     """Write what belongs beside a tar that is in its place, last the record, which is returned.
 
@@ -162,6 +170,7 @@ def commit_shard(
         dali_index: content of the .idx file.
         size, checksum: of the tar, bytes and xxh3_128.
         converted: how many images were encoded again.
+        endings: how many images are stored under which ending, where that is known.
     """
     contents = {
         ".idx": dali_index,
@@ -179,6 +188,7 @@ def commit_shard(
         "sizes": {".tar": size, **{suffix: len(content) for suffix, content in contents.items()}},
         "quarantined": [{"origin": origin, "reason": reason} for origin, reason in quarantined],
         **({"converted": converted} if converted else {}),
+        **({"endings": dict(sorted(endings.items()))} if endings else {}),
     }
     folder.write_json(record_name(name), record)
     return record
@@ -229,9 +239,3 @@ def _label(task: ShardTask, place: int) -> tuple[bytes, int]:
     content = {"labels": labels["class"].tolist(), "weights": weights}
     heaviest = int(labels["class"][np.argmax(labels["weight"])]) if len(labels) else -1
     return json.dumps(content).encode(), heaviest
-
-
-def one_line(name: bytes) -> str:
-    """A file's name as one line of text, whatever bytes it has."""
-    text = name.decode("utf-8", "backslashreplace")
-    return text.replace("\n", "\\n").replace("\r", "\\r")

@@ -23,6 +23,7 @@ from pydantic import Field
 from cluster.command import Progress, absolute_path, log, run_command
 from cluster.folders import Folder, folder_at
 from cluster.settings import Settings, SettingsError, parse_command
+from data_prep.card import CARD, write_card
 from data_prep.columns import LABEL_DTYPE
 from data_prep.corpus import Corpus
 from data_prep.corpus_assembly import HashedFile
@@ -40,6 +41,7 @@ from data_prep.corpus_format import (
 )
 from data_prep.corpus_jobs import check_places, held, written
 from data_prep.manifest import read_manifest
+from data_prep.sample_table import TABLE
 from data_prep.stratify import apportion, random_places
 
 DESCRIPTION = """
@@ -123,6 +125,8 @@ def make_parts(settings: SubsetSettings) -> dict[str, Corpus]:
         for part in choose(base, settings):
             folder = destination.child(part.name)
             made[part.name] = _made_before(folder, base, part.choice) or _write(folder, base, part)
+            with written(folder, advice=""):
+                write_card(made[part.name])
     first = next(iter(made.values()))
     log.info(
         "the parts share the tars in %s and have none of their own: for what reads tars (webdataset, timm, DALI's "
@@ -193,7 +197,8 @@ def _made_before(folder: Folder, base: Corpus, choice: Mapping[str, Any]) -> Cor
     if not found:
         return None
     if MANIFEST not in found:
-        if {INDEX, LABELS, LABEL_POINTERS, PLACES} >= set(found):
+        rows = {INDEX, LABELS, LABEL_POINTERS, PLACES}
+        if rows >= set(found) - {CARD, TABLE} and rows & set(found):
             return None  # of a run that was killed
         raise CorpusError(f"destination {folder} is not empty (it has {sorted(found)[0]!r}): give another folder")
     if read_manifest(folder).get("plan_hash") != _plan_hash(base, choice):

@@ -18,6 +18,7 @@ from data_prep.corpus import Corpus
 from data_prep.corpus_format import MANIFEST
 from data_prep.corpus_jobs import reasons_in_words
 from data_prep.listing import Listing, SourceError
+from data_prep.origin_lines import name_of_line
 from data_prep.sample_labels import LabelForm, NoClass, described, described_member, read_labels, told_by
 from data_prep.source_reader import Stream, StreamImages, reader_of
 from data_prep.table_labels import LabelKind, refuse_delimited
@@ -71,7 +72,7 @@ def list_corpus(place: str) -> Listing:
     """
     corpus = Corpus.open(place)
     count = corpus.num_samples
-    origins = Strings.of([origin.encode() for origin in corpus.origins()])
+    origins = Strings.of([name_of_line(origin) for origin in corpus.origins()])
     streams = tuple(Stream(shard["name"]) for shard in corpus.manifest["shards"])
     index = corpus.index
     images = StreamImages(

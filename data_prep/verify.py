@@ -20,8 +20,9 @@ from cluster import storage
 from cluster.command import Progress, absolute_path, counted, log, run_command
 from cluster.folders import at_hand
 from cluster.settings import Settings, parse_command
+from data_prep.card import check_card
 from data_prep.corpus import Corpus
-from data_prep.corpus_format import INDEX, PLACES, CorpusError, image_check
+from data_prep.corpus_format import INDEX, PLACES, CorpusError, image_check, needs_own_shards
 from data_prep.corpus_jobs import in_megabytes
 from data_prep.sample_labels import LabelForm, forms_of
 from data_prep.shard_task import shard_file
@@ -31,7 +32,8 @@ from data_prep.webdataset_tars import UnusableSample, dali_index, dali_index_lin
 DESCRIPTION = """
 Check a corpus from end to end: the manifest against its own hash, index and labels against their checksums, every
 shard and its list of origins against their checksums, every image and label in it against the index, and the counts of
-the manifest. Names each shard and sample that is wrong, and exits with an error if there is one.
+the manifest; and what other tools read beside it (README.md, _info.json, samples.parquet), where Vitforge wrote that.
+Names each shard and sample that is wrong, and exits with an error if there is one.
 
 Shards on S3 are fetched into TMPDIR for it, one for each CPU at a time.
 
@@ -70,11 +72,17 @@ def main() -> None:
         corpus, counted(corpus.num_samples, "sample"), counted(len(corpus.shard_sizes), "shard"),
         in_megabytes(corpus.manifest["num_bytes"]), corpus.corpus_hash,
     )  # fmt: skip
+    if needs_own_shards(corpus.manifest):
+        log.info(
+            "its tars, in %s, have other images too: `python data_prep/copy_corpus.py %s COPY` makes some with its own",
+            corpus.shards_folder, corpus,
+        )  # fmt: skip
 
 
 def verify(corpus: Corpus) -> Iterator[str]:
     """What is wrong with a corpus that opens: one line a problem; nothing if it is whole."""
     yield from _check_counts(corpus)
+    yield from check_card(corpus)
     progress = Progress(corpus.num_samples, "samples", "verifying", at_once=os.cpu_count() or 1)
     first_ids = np.concatenate([[0], np.cumsum(corpus.shard_sizes)])
     shards = range(len(corpus.shard_sizes))

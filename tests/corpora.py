@@ -7,6 +7,7 @@ import numpy as np
 from PIL import Image
 
 from cluster.folders import LocalFolder
+from data_prep.card import write_card
 from data_prep.corpus import Corpus
 from data_prep.corpus_assembly import assemble
 from data_prep.corpus_format import INDEX, PLAN, SAMPLE_DTYPE, image_check
@@ -43,7 +44,9 @@ def make_corpus(source: Path, folder: Path, shard_mb: float = 0.01, labels: Path
     there = LocalFolder(folder)
     there.write_bytes(PLAN, b"{}")
     assemble(there, plan, [write_shard(plan.task(shard, there)) for shard in range(len(plan))])
-    return Corpus.open(there)
+    corpus = Corpus.open(there)
+    write_card(corpus)
+    return corpus
 
 
 def overwrite(corpus: Corpus, sample: int, content: bytes, own_checksum: bool = False) -> None:

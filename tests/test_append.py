@@ -1,14 +1,21 @@
 """Images appended to a corpus: a new version of it, the older ones stay readable and as they were."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from cluster.folders import LocalFolder
 from data_prep.corpus import Corpus
+from data_prep.corpus_assembly import assemble
+from data_prep.origin_lines import line_of_before, name_of_line, one_line
 from data_prep.shard import ShardSettings, shard_corpus
+from data_prep.shard_plan import Plan
+from data_prep.shard_task import write_shard
+from data_prep.sources import SourceSettings, list_source
 from data_prep.verify import verify
 from pipeline.corpora import open_corpora, with_places
 from pipeline.data_config import DataSettings
@@ -49,7 +56,8 @@ def test_appended_images_are_new_shards_of_a_new_version(tmp_path, messages):
     assert second.manifest["quarantined"] == 1
     assert [entry["origin"] for entry in second.quarantined()] == ["c1/broken.jpg"]
     after = content(tmp_path / "corpus")
-    assert {name for name in before if after[name] != before[name]} == {"manifest.json"}
+    of_the_newest = {"manifest.json", "README.md", "_info.json", "samples.parquet"}
+    assert {name for name in before if after[name] != before[name]} == of_the_newest
     assert after["manifest-000001.json"] == before["manifest.json"]
 
     old = Corpus.open(f"{tmp_path / 'corpus'}#1")
@@ -254,3 +262,30 @@ def test_ranks_train_on_the_version_that_the_driver_opened(tmp_path):
     told = with_places(data, *open_corpora(data))
     corpus, _ = open_corpora(told, check="sizes")
     assert corpus.corpus_hash == first.corpus_hash
+
+
+@pytest.mark.parametrize("by", ["now", "an older version"])
+def test_names_that_once_had_the_same_line_are_told_apart(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, messages: Any, by: str
+) -> None:
+    names = [b"a\nb.jpg", b"a\\nb.jpg", b"caf\xe9.jpg", b"caf\\xe9.jpg", b"a\\x5cnb.jpg", b"a\rb.jpg", b"plain\\.jpg"]
+    root = tmp_path / "images"
+    (root / "c0").mkdir(parents=True)
+    for number, name in enumerate(names):
+        Path(os.fsdecode(os.fsencode(root / "c0") + b"/" + name)).write_bytes(encoded(number, (40 + number, 30)))
+    with monkeypatch.context() as older:
+        if by != "now":
+            older.setattr("data_prep.shard_task.one_line", line_of_before)
+        listing = list_source(SourceSettings(source=str(root)))
+        plan, there = Plan(listing, None, 10**6, seed=0), LocalFolder(tmp_path / "corpus")
+        there.write_json("plan.json", plan.describe())
+        assemble(there, plan, [write_shard(plan.task(0, there))])
+    first = Corpus.open(there)
+    assert len(set(first.origins())) == (len(names) if by == "now" else len(names) - 2)
+    (root / "c0" / "new.jpg").write_bytes(encoded(99))
+    second = shard(root, tmp_path / "corpus", append=True)
+    assert "7 of 8 images are in" in messages()
+    assert (len(second), second.origin(7)) == (8, "c0/new.jpg")
+    assert {name_of_line(one_line(name)) for name in names} == set(names)
+    anew = shard(tmp_path / "corpus", tmp_path / "anew")
+    assert sorted(anew.origins()) == sorted(second.origins())

@@ -19,6 +19,7 @@ from data_prep.contact_sheet import draw_contact_sheet
 from data_prep.corpus import Corpus
 from data_prep.distributions import Distribution, measure
 from data_prep.index import IndexSettings, index_corpus
+from data_prep.listing import SourceError
 from data_prep.show import describe, draw
 from data_prep.verify import verify
 from tests.corpora import encoded, image_folder, make_corpus
@@ -229,6 +230,18 @@ def test_dali_reads_indexed_tars(ray, written, tmp_path):
         assert int(np.asarray(number[0]).tobytes()) == label
 
 
+def test_too_many_unusable_samples_stop_the_indexing(ray, tmp_path):
+    good = [(f"{n}.{e}", encoded(n) if e == "jpg" else b"0") for n in range(5) for e in ("jpg", "cls")]
+    bad = [("x.jpg", encoded(7)), ("y.jpg", encoded(8)[:-30]), ("y.cls", b"0")]
+    write_tar(tmp_path / "source" / "x.tar", good + bad, tarfile.PAX_FORMAT)
+    with pytest.raises(
+        SourceError, match=r"2 of the first 7 images .* more than max_failures = 0\.25 allows: .*no \.cls"
+    ):
+        index(tmp_path / "source", tmp_path / "corpus")
+    corpus = index(tmp_path / "source", tmp_path / "corpus", max_failures=0.3)
+    assert (len(corpus), corpus.manifest["quarantined"]) == (5, 2)
+
+
 @pytest.mark.parametrize("tar_format", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
 def test_members_in_any_order_and_samples_that_cannot_be_used(ray, tmp_path, tar_format):
     long = "deep/" * 30 + "né" * 20  # more than a tar header holds, and not ASCII
@@ -243,7 +256,7 @@ def test_members_in_any_order_and_samples_that_cannot_be_used(ray, tmp_path, tar
     ]  # fmt: skip
     tar = write_tar(tmp_path / "source" / "x.tar", members, tar_format)
     (tmp_path / "classes.txt").write_text("n1\tdog, hound\nn2\nn3\tcat\n")
-    corpus = index(tar, tmp_path / "corpus", classes=str(tmp_path / "classes.txt"))
+    corpus = index(tar, tmp_path / "corpus", classes=str(tmp_path / "classes.txt"), max_failures=0.9)
     assert corpus.classes == ["n1", "n2", "n3"]
     assert corpus.class_descriptions == ["dog, hound", "n2", "cat"]
     assert [corpus.origin(sample) for sample in range(3)] == [

@@ -107,7 +107,8 @@ def check_part(part: Corpus, base: Corpus) -> None:
     assert part.classes == base.classes
     assert sum(part.shard_sizes) == len(part)
     assert min(part.shard_sizes) > 0
-    assert part.folder.tree().keys() == {"manifest.json", *part.manifest["files"]}, "no image is copied"
+    beside = {"manifest.json", "README.md", "samples.parquet"}
+    assert part.folder.tree().keys() == {*beside, *part.manifest["files"]}, "no image is copied"
 
 
 def test_a_hold_out_takes_of_every_class_its_share_and_the_rest_is_for_training(base, tmp_path, messages):

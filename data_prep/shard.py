@@ -78,7 +78,9 @@ same command is given again, and a finished corpus is left as it is.
                'tars/train-{0000..0146}.tar'), or a corpus: to shard them anew
                split=train chooses one of splits that lie beside each other, which are never joined unasked
                any of them may be on S3 (s3://BUCKET/...)
-  DESTINATION  a new folder, on storage that every node mounts or on S3 (s3://BUCKET/FOLDER)
+  DESTINATION  a new folder, on storage that every node mounts or on S3 (s3://BUCKET/FOLDER); other tools read it, too:
+               webdataset, timm, DALI's own reader, Hugging Face's datasets (by DESTINATION/README.md), and DuckDB,
+               pandas and polars a table of its samples (DESTINATION/samples.parquet)
 
 With append=true the images of SOURCE that DESTINATION does not have yet are added to it, as new shards under a new
 version; the versions before stay readable as DESTINATION#1, DESTINATION#2, ...

@@ -8,8 +8,9 @@ import xxhash
 import yaml
 
 from data_prep.corpus import Corpus
-from data_prep.corpus_format import SHARDS_AT, needs_own_shards
+from data_prep.corpus_format import LABEL_FORM, SHARDS_AT, needs_own_shards
 from data_prep.endings import for_readers, in_words
+from data_prep.sample_labels import LabelForm, described
 from data_prep.sample_table import TABLE, Members
 
 SPLIT = "train"
@@ -132,6 +133,8 @@ def _facts(corpus: Corpus, members: Members) -> dict[str, Any]:
 
 def _features(corpus: Corpus, members: Members) -> list[dict[str, Any]] | None:
     """The columns; None where their form is that of others, and is found out by who reads them."""
+    if LABEL_FORM in corpus.manifest or (members.of_others and corpus.label_kind == "multi"):
+        return None
     names = names_of(corpus)
     label: Any = "int64"
     if names is not None:
@@ -139,8 +142,6 @@ def _features(corpus: Corpus, members: Members) -> list[dict[str, Any]] | None:
     features: list[dict[str, Any]] = [{"name": ending, "dtype": "image"} for ending in members.to_json()["images"]]
     if corpus.label_kind == "single":
         features += [{"name": ending, "dtype": label} for ending in members.to_json()["labels"]]
-    elif members.of_others:
-        return None
     else:
         features += [
             {"name": "json", "struct": [{"name": "labels", "list": label}, {"name": "weights", "list": "float64"}]}
@@ -177,7 +178,14 @@ def _text(corpus: Corpus, members: Members) -> str:
             f"`{image_endings(members)}`. Every reader decodes by content: sharded with `ending=jpg`, all have one.",
             "",
         ]
-    if corpus.label_kind == "multi":
+    if LABEL_FORM in corpus.manifest:
+        lines += [
+            f"The tars were written by others: {described(LabelForm.of(corpus.manifest))}. Where `.cls` has names, "
+            "Hugging Face's reader, which takes it for a number, fails; `python data_prep/shard.py FOLDER NEW` makes a "
+            "corpus with numbers.",
+            "",
+        ]
+    elif corpus.label_kind == "multi":
         lines += [
             'The label is JSON, `{"labels": [numbers], "weights": [weights]}`; for timm `target_key="labels"`. '
             "Readers that want one class an image (`cls`) have none here.",
@@ -201,8 +209,10 @@ def _webdataset_line(corpus: Corpus, members: Members) -> str:
 
 def _timm_line(corpus: Corpus, members: Members) -> str:
     usual = set(members.images) <= {"jpg", "png", "webp"}  # what timm looks for where nothing is said
+    form = LabelForm.of(corpus.manifest)
+    key = form.key or ("labels" if form.many else "label")
     keys = ("" if usual else f', input_key="{image_endings(members)}"') + (
-        ', target_key="labels"' if corpus.label_kind == "multi" else ""
+        f', target_key="{key}"' if form.extension == "json" else ""
     )
     return f'timm.data.create_dataset("wds/", FOLDER, split="{SPLIT}"{keys})  # reads _info.json'
 

@@ -208,6 +208,22 @@ def test_tars_of_others(ray: None, tmp_path: Path) -> None:
     assert duckdb.sql(f"SELECT key FROM '{corpus.url}/{TABLE}'").fetchall() == [(key,) for key in seen]
 
 
+def test_labels_of_others_in_json(ray: None, tmp_path: Path) -> None:
+    import webdataset
+
+    (tmp_path / "tars").mkdir()
+    with webdataset.TarWriter(str(tmp_path / "tars" / "x.tar")) as sink:
+        for place in range(8):
+            sink.write({"__key__": f"{place}", "jpg": encoded(place), "json": {"class_id": place % 3, "caption": "a"}})
+    corpus = index_corpus(IndexSettings(source=str(tmp_path / "tars"), destination=str(tmp_path / "corpus")))
+    assert corpus.label_kind == "single"
+    for streaming in (False, True):
+        rows = list(load(corpus.path, tmp_path, streaming))
+        assert [row["json"]["class_id"] for row in rows] == labels_of(corpus)
+    check_table(corpus)
+    assert 'target_key="class_id"' in (corpus.path / "README.md").read_text()
+
+
 def test_a_persons_files_stay_and_ours_follow_the_corpus(ray: None, tmp_path: Path, messages: Any) -> None:
     source = image_folder(tmp_path / "images", classes=2, images=4)
     settings = ShardSettings(source=str(source), destination=str(tmp_path / "corpus"), shard_mb=0.01)

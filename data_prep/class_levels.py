@@ -139,7 +139,7 @@ def _split_command(tree: SourceTree, place: SourcePlace, path: str, name: str) -
     """The command for one of the splits in a folder: its class folders, or its images with a table beside them."""
     inside = f"{path}/{name}" if path else name
     if tree.images(inside) and not tree.folders(inside):
-        labels = find_label_files(tree, inside, certain_only=True)
+        labels = find_label_files(tree, inside, certain_only=not place.is_tar)
         if labels and labels[0].path.rpartition("/")[0] != inside:
             return _with_labels(place, labels[0], inside)
     split = split_of_file(name)

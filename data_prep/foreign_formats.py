@@ -145,7 +145,7 @@ def refuse_foreign_file(folder: Folder, name: str) -> None:
         raise _refusal(f"{folder.url}/{name}", found, f"{folder.url}/{name}")
 
 
-def refuse_foreign_folder(folder: Folder, below: Sequence[str], images: Sequence[str]) -> None:
+def refuse_foreign_folder(tree: FolderTree, below: Sequence[str], images: Sequence[str]) -> None:
     """Refuse a folder that holds, directly or a level below, a format that is not read, and no image.
 
     Args:
@@ -155,10 +155,9 @@ def refuse_foreign_folder(folder: Folder, below: Sequence[str], images: Sequence
     Raises:
         SourceError: it does.
     """
-    tree = FolderTree(folder)
     if images or any(tree.images(name) for name in below[:_LOOKED_AT]):
         return
-    refuse_foreign_tree(tree, folder.url, below)
+    refuse_foreign_tree(tree, tree.folder.url, below)
 
 
 def refuse_foreign_tree(tree: SourceTree, place: str, below: Sequence[str]) -> None:

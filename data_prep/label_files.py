@@ -9,6 +9,7 @@ from pathlib import PurePosixPath
 from cluster.folders import Folder
 from data_prep.listing import SourceError
 from data_prep.source_tree import FolderTree, SourceTree, is_image_name
+from data_prep.split_names import split_of_file
 from data_prep.table_files import ColumnNames, columns_of
 from data_prep.table_format import TableFile, table_suffix
 
@@ -23,6 +24,7 @@ _NO_LABELS = re.compile(
     r"(?i)(captions_|panoptic_|person_keypoints_|stuff_|image_info_|readme|licen[cs]e|requirements|sample_?submission|classes\.txt|words|notes|changelog|package)|"
     r"(_info|dataset_infos?|dataset_dict|state|config|classes|class_names|.*_stats)\.json$|.*(_index|\.idx)\.json$"
 )
+_SEPARATED = re.compile(r"\A[^\n]*[;\t|]")
 _HEAD = 1 << 20
 _HEAD_OF_JSON = 1 << 26
 """Bytes: COCO's lists of categories, licences and boxes may stand in front of the images' names."""
@@ -69,10 +71,18 @@ def find_label_files(tree: SourceTree, folder: str, *, certain_only: bool = Fals
                 with_folder = any(f"{PurePosixPath(folder).name}/{image}" in head for image in images)
                 in_folder = place == folder and place != ""
                 settings = _columns(tree, path, head, images)
+                if settings is None:
+                    continue
                 certain.append(LabelFile(path, with_folder and not in_folder, settings))
             elif not name.endswith(_LINES):
                 possible.append(LabelFile(path, False))
-    return sorted(certain, key=_rank) or ([] if certain_only else sorted(possible, key=_rank))
+    split = split_of_file(folder)
+
+    def rank(file: LabelFile) -> tuple[bool, int, str]:
+        of_split = split_of_file(file.path)
+        return split is not None and of_split != split, _ORDER.index(table_suffix(file.path) or _LINES), file.path
+
+    return sorted(certain, key=rank) or ([] if certain_only else sorted(possible, key=rank))
 
 
 def foreign_labels(tree: SourceTree, folder: str) -> str | None:
@@ -122,12 +132,10 @@ def _says_labels(text: str, images: list[str], *, as_lines: bool) -> bool:
     return sum(named) >= min(2, len(images)) > 0
 
 
-def _rank(file: LabelFile) -> tuple[int, str]:
-    return (_ORDER.index(table_suffix(file.path) or _LINES), file.path)
-
-
-def _columns(tree: SourceTree, path: str, head: str, images: list[str]) -> tuple[str, ...]:
-    """Settings that name the columns of a CSV file, where they have no usual names."""
+def _columns(tree: SourceTree, path: str, head: str, images: list[str]) -> tuple[str, ...] | None:
+    """Settings that name the columns of a CSV file, where they have no usual names; None where it has but one."""
+    if path.endswith(".csv") and len(next(csv.reader(head.splitlines()[:1]), [])) == 1 and not _SEPARATED.search(head):
+        return None
     if not path.endswith(".csv") or not isinstance(tree, FolderTree) or why_no_table(tree.folder, path) is None:
         return ()
     rows = list(csv.reader(head.splitlines()[:20]))

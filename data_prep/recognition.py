@@ -139,7 +139,7 @@ def tables_at(place: str, split: str | None) -> list[TableFile]:
         return [TableFile(folder, name)] if is_table_name(name) else []
     folder, pattern = source_folder(place), None
     if _is_folder(folder):
-        names = _data(folder)[1]
+        names = _data(folder.names())[1]
     elif is_pattern(place):
         folder, pattern = file_at(place, "labels")
         names = [name for name in matching_names(folder, pattern, place) if is_table_name(name)]
@@ -196,7 +196,7 @@ def _folder(folder: Folder, asked: Asked) -> Found:
             folder = folder.child(name)
             used.add("split")
             log.info("split = %s: the source is %s", asked.split, folder)
-        elif not any(_data(folder)):
+        elif not any(_data(folder.names())):
             have = ", ".join(map(shown, below[:8])) or "no folders"
             raise SourceError(
                 f"split = {asked.split}: source {asked.place} has no folder and no file of it, but {have}"
@@ -217,7 +217,8 @@ def _in_folder(folder: Folder, asked: Asked) -> Found:
         raise SourceError(f"kind = tar: source {asked.place} is a folder: give the tar in it")
     if asked.kind == "auto" and is_corpus(folder):
         return replace(found, kind="corpus")
-    tars, tables = _data(folder)
+    tree = FolderTree(folder)
+    tars, tables = _data(tree.files())
     for name in [*tars[:1], *tables[:1]]:
         refuse_placeholder(folder, name)
     if asked.kind == "webdataset":
@@ -229,10 +230,10 @@ def _in_folder(folder: Folder, asked: Asked) -> Found:
     if asked.has_truth:
         return found
     below = _visible(folder)
-    images = [name for name in folder.names() if is_image_name(name) and not is_junk(os.fsencode(name))]
+    images = [name for name in tree.files() if is_image_name(name)]
     if not tars and (not tables or below):
-        refuse_foreign_folder(folder, below, images)
-    standard = standard_label_file(folder.names())
+        refuse_foreign_folder(tree, below, images)
+    standard = standard_label_file(tree.files())
     if standard is not None and (images or below) and _has_labels(folder, standard):
         log.info("%s/%s says what is in the images (labels=)", folder, standard)
         return replace(found, kind="table", labels=f"{folder.url}/{standard}")
@@ -242,9 +243,9 @@ def _in_folder(folder: Folder, asked: Asked) -> Found:
     if tables and not images and (not below or (beside_images and _has_labels(folder, tables[0]))):
         return _of_split(found, "table", tables, asked)
     if below:
-        refuse_other_layouts(FolderTree(folder), SourcePlace(asked.place))
+        refuse_other_layouts(tree, SourcePlace(asked.place))
     else:
-        refuse_loose_images(FolderTree(folder), SourcePlace(asked.place), _above(folder))
+        refuse_loose_images(tree, SourcePlace(asked.place), _above(folder))
     return found
 
 
@@ -255,9 +256,9 @@ def _of_split(found: Found, kind: Kind, names: list[str], asked: Asked) -> Found
     return replace(found, kind=kind, files=tuple(names), used=frozenset({"split"} if asked.split else ()))
 
 
-def _data(folder: Folder) -> tuple[list[str], list[str]]:
-    """Tars, and tables: Parquet files, or where there are none files of one other kind of table."""
-    names = sorted((name for name in folder.names() if not is_junk(os.fsencode(name))), key=os.fsencode)
+def _data(files: list[str]) -> tuple[list[str], list[str]]:
+    """The tars among files, and the tables: Parquet, or where there is none files of one other kind of table."""
+    names = sorted((name for name in files if not is_junk(os.fsencode(name))), key=os.fsencode)
     tars = [name for name in names if name.endswith(".tar")]
     for suffix in (PARQUET, *(suffix for suffix in TEXT_SUFFIXES if suffix != ".json")):
         tables = [name for name in names if table_suffix(name) == suffix]

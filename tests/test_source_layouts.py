@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from cluster.folders import folder_at
+from data_prep.index_tars import label_extension_of, list_tars
 from data_prep.listing import SourceError
 from tests.corpora import encoded
 from tests.layouts import IMAGE, commands, listed, names, packed, shards, tar_of, write
@@ -93,19 +94,24 @@ def split_folders(root: Path, *splits: str) -> Path:
     return write(root, *(f"{split}/{name}/{k}.jpg" for split in splits for name in ("cat", "dog") for k in (0, 1)))
 
 
+_SPLITS = [
+    ("train", "valid", "test"),
+    ("Training", "Validation"),
+    ("train2017", "val2017"),
+    ("in21k_train", "in21k_val"),
+]
+
+
 @pytest.mark.parametrize(
-    "splits",
-    [("train", "valid", "test"), ("Training", "Validation"), ("train2017", "val2017"), ("in21k_train", "in21k_val")],
+    ("splits", "form"),
+    [*((splits, form) for splits in _SPLITS for form in ("folder", "tar", "tar.gz")), (_SPLITS[0], "s3")],
 )
-@pytest.mark.parametrize("form", ["folder", "tar", "tar.gz", "s3"])
 def test_folders_of_splits_are_no_classes(tmp_path, request, splits, form):
     folder = split_folders(tmp_path / "data", *splits)
     source: object = folder
     if form.startswith("tar"):
         source = packed(folder, tmp_path / f"data.{form}")
     elif form == "s3":
-        if splits[0] != "train":
-            pytest.skip("one of them is enough")
         source = request.getfixturevalue("s3").bucket()
         for path in folder.rglob("*.jpg"):
             folder_at(str(source), "test").put(path, str(path.relative_to(folder)))
@@ -314,6 +320,23 @@ def test_one_folder_beside_a_table_is_no_class(tmp_path, folder, file, row, give
         listed(packed(source, tmp_path / "all.tar"))
 
 
+def test_a_competition_is_refused_with_the_table_of_each_split(tmp_path):
+    """As Kaggle lays them out: train.csv and test.csv, the latter without labels."""
+    folder = write(tmp_path / "kg", *(f"{top}_images/{top[1]}{k}.jpg" for top in ("train", "test") for k in range(3)))
+    (folder / "train.csv").write_text("id_code,diagnosis\n" + "".join(f"r{k},x{k % 2}\n" for k in range(3)))
+    (folder / "test.csv").write_text("id_code\n" + "".join(f"e{k}\n" for k in range(3)))
+    with pytest.raises(SourceError, match="are splits and no classes") as refused:
+        listed(folder)
+    first = str(refused.value).splitlines()[1]
+    assert first.endswith(f"{folder}/train_images DESTINATION labels={folder}/train.csv")
+    assert "test.csv" not in str(refused.value)
+    assert listed(folder / "train_images", labels=folder / "train.csv").classes == ["x0", "x1"]
+    with pytest.raises(SourceError, match=r"tar -xf .*labels=FOLDER/train\.csv"):
+        listed(packed(folder, tmp_path / "kg.tar.gz"))
+    with pytest.raises(SourceError, match=r"labels=.*/train\.csv"):
+        listed(folder / "train_images")
+
+
 def test_a_table_in_the_folder_of_its_images_is_named_or_read(tmp_path):
     write(tmp_path, *(f"{k}.jpg" for k in range(4)))
     (tmp_path / "labels.csv").write_text("path,label\n" + "".join(f"{k}.jpg,{'ab'[k % 2]}\n" for k in range(4)))
@@ -412,6 +435,24 @@ def test_an_empty_or_cut_first_tar_hides_nothing(tmp_path, messages):
         (folder / name).write_bytes(b"")
     with pytest.raises(SourceError, match=r"a\.tar is empty, and so are 2 more"):
         listed(folder, kind="webdataset")
+
+
+def test_an_empty_or_cut_first_tar_is_no_reason_to_index_nothing(tmp_path, messages):
+    folder = shards(tmp_path, "a.tar", "b.tar", "c.tar", label="json")
+    (folder / "a.tar").write_bytes(b"")
+    (folder / "b.tar").write_bytes((folder / "c.tar").read_bytes()[:700])
+    tars = list_tars(str(folder), None)
+    assert [tar.name for tar in tars] == ["b.tar", "c.tar"]
+    assert "left out: 1 empty tars, for example" in messages()
+    assert label_extension_of(tars) == "json"
+    with pytest.raises(SourceError, match=r"b\.tar is cut short"):
+        label_extension_of(tars[:1])
+    shards(tmp_path, "train-0.tar", "val-0.tar")
+    with pytest.raises(SourceError, match=r"data_prep/index\.py .* split=train"):
+        list_tars(str(folder), None)
+    assert [tar.name for tar in list_tars(str(folder), "train")] == ["train-0.tar"]
+    with pytest.raises(SourceError, match=r"train \(1: 'train-0.tar'\); validation"):
+        list_tars(f"{folder}/*-0.tar", None)
 
 
 def test_compressed_shards_are_named_for_what_they_are(tmp_path):

@@ -139,7 +139,7 @@ def list_laid_down(
     texts = [labels[row].decode() for row in range(len(labels))]
     different = sorted(set(texts))
     known = {text: number for number, text in enumerate(different)}
-    are_weighted = options.labels_per_image == "many" or bool((weights != 1).any())
+    are_weighted = columns.weight is not None and bool((weights != 1).any())
     raw = RawLabels(
         np.repeat(np.arange(len(counts)), counts), np.array([known[text] for text in texts], np.int64), weights,
         different, any(bool(part["are_cells"]) for part in loaded), are_weighted,

@@ -101,7 +101,7 @@ def _oddities(
     if present.max() >= _IMBALANCE * present.min():
         yield f"the largest class has {present.max() / present.min():,.0f} times the images of the smallest"
     if per_image is not None and (without := int((per_image == 0).sum())):
-        yield f"{without:,} images have no label: they are images of no class"
+        yield f"{_count(without, 'image has', 'images have')} no label and so no class"
     yield from _alike(used)
 
 

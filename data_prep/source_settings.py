@@ -76,7 +76,7 @@ class SourceSettings(Settings):
     """Labels that mean that there is none, such as -1, nan, unknown or empty (for a cell in which nothing stands); one
     or a list. Images without any are left out where others have one label, else they are images of no class."""
     weight_column: str | None = None
-    """Column with the weight of the label, or a list of weights."""
+    """Column with the weight of the label, or a list of weights; usual names are recognised; none reads no weights."""
     weight_scale: float = Field(1, gt=0, le=1e9)
     """What weights are multiplied by, so that they are from 0 to 1: 0.01 for per cent."""
     image_column: str | None = None

@@ -58,6 +58,8 @@ _NO_LABEL = re.compile(
     r"split|set|subset|partition|fold|phase|usage|captions?|text|title|description|url|width|height|size|md5|sha\d*|hash|date|time"
 )
 """Columns that say something else than a label, where a table has no other one."""
+NO_WEIGHTS = "none"
+"""What weight_column= is where a column that is called like weights is something else."""
 _WEIGHTS = ("weight", "weights", "score", "scores", "confidence", "confidences")
 
 
@@ -97,7 +99,9 @@ def columns_of(files: Sequence[TableFile], said: ColumnNames) -> Columns:
     where = f"table {files[0]}"
     image = _pick(names, said.image, _IMAGES, "image_column", where, among=binary)
     path = _pick(names, said.path, _PATHS, "path_column", where, among=[name for name in names if name not in binary])
-    weight = _pick(names, said.weight, _WEIGHTS, "weight_column", where)
+    usual_weights = _WEIGHTS if said.weight is None else ()
+    unweighted = said.weight == NO_WEIGHTS and NO_WEIGHTS not in names
+    weight = None if unweighted else _pick(names, said.weight, usual_weights, "weight_column", where)
     label = None if said.indicators else _pick(names, said.label, _LABELS, "label_column", where)
     indicators: Sequence[str] = said.indicators
     for name in indicators:
@@ -121,7 +125,7 @@ def columns_of(files: Sequence[TableFile], said: ColumnNames) -> Columns:
             hint += f", or label_columns=[{','.join(zero_one)}] takes those of 0 and 1 for classes"
         raise SourceError(f"{where} has no column of labels: its columns are {_shown(names)}; {hint}")
     if indicators:
-        return Columns(path, "", said.weight, image, tuple(indicators), said.cells, said.unset)
+        return Columns(path, "", weight if said.weight else None, image, tuple(indicators), said.cells, said.unset)
     return Columns(path, label or "", weight, image, (), said.cells, said.unset)
 
 

@@ -103,7 +103,9 @@ def read_labels(
         raise SettingsError(
             f"weight_scale is not read: {place.table} has no weights (weight_column= names their column)"
         )
-    weights = scaled(raw.weights, options.weight_scale, complain)
+    weights = scaled(
+        raw.weights, options.weight_scale, lambda label, what: complain(label, f"{what}; weight_column=none reads none")
+    )
     order = np.lexsort((numbers, raw.image))  # stable
     same = np.flatnonzero((np.diff(raw.image[order]) == 0) & (np.diff(numbers[order]) == 0))
     if len(same):

@@ -190,7 +190,7 @@ def test_an_image_without_a_label_is_one_of_no_class_where_others_have_many(fold
     listing = listed(table, "label_delimiter=;", "no_label=-1")
     assert labels_of(listing) == {"a/0.jpg": ["1", "2"], "a/1.jpg": ["2"], "a/2.jpg": []}
     report_labels(listing)
-    assert "1 images have no label: they are images of no class" in messages()
+    assert "1 image has no label and so no class" in messages()
     (folder / "t.jsonl").write_text('{"path":"a/0.jpg","label":["x"]}\n{"path":"a/1.jpg","label":[]}\n')
     with pytest.raises(SourceError, match=r"gives 'a/1.jpg' no label .* no_label=empty .* labels_per_image=many"):
         listed(folder / "t.jsonl")
@@ -271,6 +271,15 @@ def test_weights_above_one_are_refused_with_what_scales_them(folder, form):
     assert sorted(float(listing.labels[row]["weight"][0]) for row in range(3)) == pytest.approx([0.125, 0.87, 1.0])
     with pytest.raises(SourceError, match=r"has weight 100: .* weight_scale=0.01|has weight 87"):
         read("weight_scale=0.02")
+
+
+def test_a_column_that_is_called_like_weights_need_not_be_them(folder):
+    (folder / "table.csv").write_text("path,label,score\na/0.jpg,cat,7\na/1.jpg,dog,9.5\n")
+    with pytest.raises(SourceError, match=r"line 2: .*has weight 7: .*; weight_column=none reads none"):
+        listed(folder / "table.csv")
+    listing = listed(folder / "table.csv", "weight_column=none")
+    assert not isinstance(listing.labels, Labels)
+    assert labels_of(listing) == {"a/0.jpg": ["cat"], "a/1.jpg": ["dog"]}
 
 
 def test_a_scale_of_weights_that_are_not_there_is_refused(folder):

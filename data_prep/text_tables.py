@@ -200,13 +200,13 @@ def _json_lines(lines: io.TextIOBase, file: TableFile) -> Iterator[tuple[int, An
 
 def _batches(entries: Iterator[tuple[int, Any]], columns: Columns, where: str) -> Iterator[TableRows]:
     collector = _Collector()
-    wanted = {name for name in (columns.path, columns.label) if name}
+    wanted = dict.fromkeys(name for name in (columns.path, columns.label) if name)
     for number, entry in entries:
         if columns.split and isinstance(entry, dict) and value_text(entry.get(columns.split)) not in columns.splits:
             continue
         row = f"{where} {number}"
-        if not isinstance(entry, dict) or not wanted <= entry.keys():
-            raise SourceError(f"{row}: must be an object with {' and '.join(sorted(wanted))}")
+        if not isinstance(entry, dict) or not wanted.keys() <= entry.keys():
+            raise SourceError(f"{row}: must be an object with {' and '.join(wanted)}")
         path = entry[columns.path or ""]
         if not isinstance(path, str):
             raise SourceError(f"{row}: {columns.path} must be text, not {str(path)[:60]}")

@@ -352,11 +352,15 @@ def test_what_a_user_puts_into_a_working_folder_stays(ray, source, tmp_path, mes
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
-        ("l.txt", "", "must be a .csv, .jsonl or .parquet file"),
+        ("l.txt", "", r"must be a \.csv, \.tsv, \.jsonl, \.json .* or \.parquet file"),
         ("l.jsonl", "", "has no column that says where the images are"),
         ("l.jsonl", '{"path": "c0/000.JPEG"}', "has no column of labels: its columns are path"),
         ("l.jsonl", '{"path": "a", "labels": ["a"]}\n{"path": "b"}', "line 2: must be an object with path and labels"),
-        ("l.jsonl", '{"path": "c0/000.JPEG", "labels": ["a"], "weights": []}', "line 1: .* as many numbers"),
+        (
+            "l.jsonl",
+            '{"path": "c0/000.JPEG", "labels": ["a"], "weights": []}',
+            r"line 1: not as many weights \(0\) as labels \(1\)",
+        ),
         (
             "l.jsonl",
             '{"path": "../000.JPEG", "labels": ["a"]}',

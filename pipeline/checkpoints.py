@@ -385,7 +385,7 @@ def check_resumable(
 
 def _own_settings(checkpoint: Checkpoint) -> str:
     run = checkpoint.folder.url.rstrip("/").rsplit("/", 2)[0]
-    return f"give {run}/settings.json as the recipe: those are the settings that the run began with"
+    return f"give {run}/settings.json as the recipe: those are the settings that the run has"
 
 
 def _complete_architecture(saved: dict[str, Any]) -> dict[str, Any]:

@@ -78,6 +78,12 @@ def _say_changes(parent: "Package", config: "VitConfig", corpus: "Mixture") -> N
     )
 
 
+def _same_weights(one: "VitConfig", other: "VitConfig") -> bool:
+    """Whether a parent's weights become the same initial ones for both."""
+    names = ("image_size", "num_classes", "head_bias")
+    return all(getattr(one, name) == getattr(other, name) for name in names)
+
+
 def main() -> None:
     """Read the command line and run the stage."""
     settings = parse_command(
@@ -90,15 +96,15 @@ def main() -> None:
     from models.weights import adapt_for_finetuning
     from pipeline import packages, tracking
     from pipeline.corpora import checks_of, open_corpora
+    from pipeline.parents import choose_parent
     from pipeline.scratch import temporary_files
     from pipeline.stage import (
         Start,
         check_stage,
         home_folder,
-        kept_parent,
         print_result,
-        recorded_parent,
         resumed_settings,
+        run_folder,
         run_stage,
     )
 
@@ -107,18 +113,17 @@ def main() -> None:
     check_stage(settings, corpus)
     tracking.connect(home_folder(settings.run.home))
     checks = checks_of(corpus, heldout)
-    kept = kept_parent(settings)
-    if kept is not None:
-        log.info("this run began with %s and goes on with it", kept.uri)
-        settings = _prepared(settings, corpus, heldout, kept.colors)
-        config = architecture(settings, kept.architecture, len(corpus.classes))
-        start = Start(config, {}, kept.uri, kept.run, kept.colors, checks)  # the run's folder has the weights
+    chosen = choose_parent(settings, run_folder(settings.run))
+    settings = chosen.settings
+    begun = chosen.architecture
+    config = None if begun is None else architecture(settings, begun, len(corpus.classes))
+    if begun is not None and config is not None and (chosen.has_checkpoint or _same_weights(config, begun)):
+        assert chosen.colors is not None
+        settings = _prepared(settings, corpus, heldout, chosen.colors)
+        start = Start(config, {}, chosen.uri, chosen.run, chosen.colors, checks)  # the run's folder has the weights
     else:
-        wanted = recorded_parent(settings)
         with temporary_files(settings.checkpoint.scratch, "parent"):
-            parent = packages.load_package(wanted or settings.parent)
-        if wanted:
-            log.info("this run began with %s and goes on with it", wanted)
+            parent = packages.load_package(chosen.uri)
         colors = (parent.preprocessing.mean, parent.preprocessing.std)
         settings = _prepared(settings, corpus, heldout, colors)
         config = architecture(settings, parent.config, len(corpus.classes))

@@ -16,7 +16,7 @@ import torch
 
 from cluster import storage
 from cluster.command import absolute_path, check_folder, home_path, log
-from cluster.folders import Folder, at_hand, folder_at
+from cluster.folders import Folder, folder_at
 from cluster.launch_environment import leads, under_torchrun
 from cluster.lease import Lease
 from cluster.ray_runtime import REPOSITORY
@@ -38,6 +38,7 @@ from pipeline.launch import run_ranks
 from pipeline.proportions import check_proportions
 from pipeline.run_description import tell
 from pipeline.run_files import INITIAL_WEIGHTS, METRICS, producing, read_run_record
+from pipeline.run_settings import EARLIER, SETTINGS, changes_since, decides, keep_settings, tell_changes
 from pipeline.schedules import Schedule
 from pipeline.scratch import check_package_room, room_for_hand_over, temporary_files
 from pipeline.train_loop import Job, train
@@ -49,7 +50,7 @@ _BEGUN = re.compile(
 """The files of a run's folder before the first step, without its lease."""
 _WITHOUT_RECORD = {
     "lease.json", "heartbeat.json", METRICS, INITIAL_WEIGHTS, "first_batch.png", "curves.png",
-    "result.json", "reports", "samples", "checkpoints", SHARED,
+    "result.json", "reports", "samples", "checkpoints", SHARED, EARLIER,
 }  # fmt: skip
 """What may be in a run's folder that has lost its run.json, or never had one: that is the first to be written."""
 
@@ -205,8 +206,14 @@ def run_stage(
         settings, newest = _resumed(settings, start, corpus, folder)
         uri = tracking.connect(home)
         values = cleaned(settings.model_dump(mode="json"))
+        step = newest.step if newest is not None else 0
+        changes = changes_since(folder, type(settings), values)
         lineage = _lineage(stage, corpus, start)
-        run = _tracked(settings, record, folder, values, lineage, start.parent_run)
+        run = _tracked(settings, record, folder, values, lineage, start.parent_run, step == 0 and decides(changes))
+        written = keep_settings(folder, values, changes, step)
+        if run.run_id != record.get("mlflow_run"):  # which has the parameters that hold
+            changes, written = {}, [*dict.fromkeys([SETTINGS, *written])]
+        tell_changes(run, folder, changes, written, step)
         mlflow_pages.name_inputs(run.run_id, corpus, heldout, start.parent)
         log.info("run %s in %s, tracked at %s", settings.run.name, folder, uri)
         if start.weights is not None and folder.size(INITIAL_WEIGHTS) is None:
@@ -226,11 +233,14 @@ def _tracked(
     values: dict[str, Any],
     tags: dict[str, str],
     parent_run: str | None,
+    anew: bool,
 ) -> tracking.Run:
     """The tracking run of the run's folder: the one that it was begun with, or a new one.
 
     Args:
         values: the settings as they are recorded.
+        anew: the run begins again from its first step, with other settings: its tracking run has those of before, and
+            perhaps points of their steps.
 
     Raises:
         LostRunError: MLflow has lost it, and run.new_tracking does not allow another one.
@@ -238,16 +248,29 @@ def _tracked(
     begun = record.get("mlflow_run")
     try:
         run = tracking.Run(settings.run.name, begun, values, tags, parent_run)
+        if begun is not None and anew and not os.environ.get("MLFLOW_RUN_ID"):
+            before, run = (
+                run,
+                tracking.Run(settings.run.name, None, values, {**tags, "vitforge.instead_of": str(begun)}, parent_run),
+            )
+            before.tag("vitforge.begun_again_as", run.run_id)
+            before.finish("KILLED")
+            log.info(
+                "other settings before the first checkpoint: tracked as a new run %s instead of %s", run.run_id, begun
+            )
+        elif begun is not None:
+            there = run.tags()
+            for key, value in tags.items():
+                if there.get(key, value) != value:
+                    run.tag(key, value)  # of the command that the run goes on by
     except tracking.LostRunError:
         if not settings.run.new_tracking:
             raise
         run = tracking.Run(settings.run.name, None, values, {**tags, "vitforge.instead_of": str(begun)}, parent_run)
         log.warning("MLflow has lost run %s: going on with run %s, which gets all of its metrics", begun, run.run_id)
-    if run.run_id != begun:
-        folder.write_json("run.json", {**record, "mlflow_run": run.run_id})
-        folder.write_json("settings.json", values)
-        with at_hand(folder, "settings.json") as path:
-            run.artifact(path)
+    tracked = {**record, "mlflow_run": run.run_id}
+    if read_run_record(folder) != tracked:
+        folder.write_json("run.json", tracked)
     return run
 
 
@@ -364,59 +387,26 @@ def _held(folder: Folder) -> Iterator[str]:
 
 
 def _open_record(folder: Folder, stage: str, start: Start) -> dict[str, Any]:
-    """RUN/run.json: which stage and parent the folder belongs to, its MLflow run."""
+    """RUN/run.json: which stage and parent the folder belongs to, its MLflow run.
+
+    Where initial weights come with the start, and no checkpoint is there, those of before are of other settings.
+    """
+    own: dict[str, Any] = {"stage": stage, "parent": start.parent}
+    if start.parent is not None:  # so that the run goes on without it
+        architecture = start.architecture.to_json()
+        own |= {"parent_run": start.parent_run, "architecture": architecture, "colors": start.colors}
     record = read_run_record(folder)
     if record is None:
-        record = {"stage": stage, "parent": start.parent}
-        if start.parent is not None:  # so that the run goes on without it
-            record |= {
-                "parent_run": start.parent_run,
-                "architecture": start.architecture.to_json(),
-                "colors": start.colors,
-            }
-        return record
-    if record["stage"] != stage or record["parent"] != start.parent:
+        return own
+    anew = bool(start.weights) and not checkpoints.newest_name(folder.child("checkpoints"))
+    if record["stage"] != stage or (record["parent"] != start.parent and not anew):
         raise SettingsError(
             f"{folder} holds a {record['stage']} run from {record['parent'] or 'scratch'}, this is a {stage} run from "
             f"{start.parent or 'scratch'}: use another run.name"
         )
-    return record
-
-
-@dataclass(frozen=True)
-class KeptParent:
-    """What a fine-tuning that has begun keeps of its parent beside the weights that it began with."""
-
-    uri: str
-    run: str | None
-    """The MLflow run that made it."""
-    architecture: VitConfig
-    """Of the fine-tuning, which has the parent's in all that cannot be chosen."""
-    colors: tuple[Colors, Colors]
-
-
-def recorded_parent(settings: StageSettings) -> str | None:
-    """The resolved parent of a run that has begun: an alias may have moved since, the run keeps its parent."""
-    record = read_run_record(run_folder(settings.run))
-    return None if record is None else record["parent"]
-
-
-def kept_parent(settings: StageSettings) -> KeptParent | None:
-    """The parent of a fine-tuning that has begun and has all that it needs of it; None where it is still needed."""
-    folder = run_folder(settings.run)
-    record = read_run_record(folder)
-    if record is None or folder.size(INITIAL_WEIGHTS) is None or record["parent"] is None:
-        return None
-    if "architecture" in record:
-        architecture, colors = record["architecture"], record["colors"]
-    else:  # begun by an older version, which wrote that into checkpoints only
-        newest = checkpoints.newest(folder.child("checkpoints"))
-        if newest is None:
-            return None
-        data = newest.state["settings"]["data"]
-        architecture, colors = newest.state["architecture"], (data["mean"], data["std"])
-    mean, std = (tuple(values) for values in colors)
-    return KeptParent(record["parent"], record.get("parent_run"), VitConfig.from_json(architecture), (mean, std))
+    if anew and folder.size(INITIAL_WEIGHTS) is not None:
+        folder.remove(INITIAL_WEIGHTS)
+    return {**record, **own} if anew else record
 
 
 def _lineage(stage: str, corpus: Mixture, start: Start) -> dict[str, str]:

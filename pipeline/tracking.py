@@ -356,6 +356,14 @@ class Run:
         except Exception as error:
             log.warning("MLflow did not take the tag %s = %s (%s)", key, value, _first_line(error))
 
+    def tags(self) -> dict[str, str]:
+        """The run's tags; none where MLflow does not answer."""
+        try:
+            return dict(self.client.get_run(self.run_id).data.tags)
+        except Exception as error:
+            log.warning("MLflow did not say which tags the run has (%s)", _first_line(error))
+            return {}
+
     def finish(self, status: str = "FINISHED") -> None:
         """Send what waits and close the run with FINISHED, FAILED or KILLED."""
         self.flush(last=True)

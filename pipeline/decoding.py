@@ -1,6 +1,8 @@
 """DALI graphs: encoded bytes in, normalised images out; where they decode, pipeline/decoder_choice.py settles."""
 
-from collections.abc import Callable
+import importlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import numpy as np
@@ -100,9 +102,25 @@ def train_graph(
             images, None if pixels.changes_levels(settings) else preprocessing_of(settings), mirror=mirror
         )
 
-    pipeline = graph()
-    pipeline.build()
+    with _own_aliases():
+        pipeline = graph()
+        pipeline.build()
     return pipeline
+
+
+@contextmanager
+def _own_aliases() -> Iterator[None]:
+    """In the block DALI says nothing of operators that it calls by their old names itself.
+
+    (DALI 2.4's RandAugment and TrivialAugment do, once for every operation, and no filter of warnings keeps it away.)
+    """
+    ops: Any = importlib.import_module("nvidia.dali.ops")
+    kept = ops._handle_op_deprecation
+    ops._handle_op_deprecation = lambda *arguments: None
+    try:
+        yield
+    finally:
+        ops._handle_op_deprecation = kept
 
 
 def preprocessing_of(settings: DataSettings) -> Preprocessing:

@@ -1,7 +1,9 @@
 """What a person reads while a command works: every line says something, and nothing says what is not known."""
 
 import io
+import json
 import logging
+import subprocess
 import sys
 import time
 
@@ -11,6 +13,7 @@ from cluster import worker_output
 from cluster.command import LogFormatter, Progress, in_figures
 from cluster.waiting import Waiting
 from pipeline.throughput import Meter
+from tests.running import REPOSITORY
 
 
 def test_a_warning_says_that_it_is_one():
@@ -81,3 +84,15 @@ def test_a_long_wait_says_what_for(caplog, monkeypatch):
     assert "waiting for 2 ranks to start (0 s)" in said
     time.sleep(0.1)
     assert len(caplog.records) == len(said)
+
+
+def test_dali_says_nothing_of_the_old_names_that_it_uses_itself():
+    settings = {
+        "corpus": "none", "image_size": 32, "mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5), "rules": 1,
+        "augment": {"trivialaugment": True},
+    }  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-m", "pipeline.decoder_choice", "cpu", json.dumps(settings)],
+        cwd=REPOSITORY, capture_output=True, text=True,
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (0, "")

@@ -8,6 +8,7 @@ from pathlib import Path
 from cluster import storage
 from cluster.command import log
 from cluster.folders import Folder, LocalFolder, file_at
+from data_prep.corpus_format import MANIFEST
 from data_prep.index_task import Tar
 from data_prep.listing import SourceError
 from data_prep.recognition import is_file, is_pattern, matching_names, source_folder
@@ -66,6 +67,8 @@ def _local_tars(source: Path) -> list[Path]:
         if not found:
             packed = next((path.name for path in source.iterdir() if path.name.endswith((".tar.gz", ".tgz"))), None)
             hint = f"; it has compressed ones ({packed}): decompress them first (gunzip)" if packed else ""
+            if (source / MANIFEST).is_file():
+                hint = ": it is a part, which shares those of a corpus; `python data_prep/copy_corpus.py` makes some"
             raise SourceError(f"source {source} has no .tar file{hint}")
     elif source.is_file():
         found = [source]

@@ -15,6 +15,7 @@ from data_prep.card import write_card
 from data_prep.copy_corpus import CopySettings, copy_corpus
 from data_prep.corpus import Corpus
 from data_prep.index import IndexSettings, index_corpus
+from data_prep.listing import SourceError
 from data_prep.sample_table import TABLE
 from data_prep.shard import ShardSettings, shard_corpus
 from data_prep.subset import SubsetSettings, make_parts
@@ -106,6 +107,8 @@ def test_data_tools_read_the_table_of_a_corpus_a_part_and_its_copy(ray: None, co
         check_table(each)
         assert list(verify(each)) == []
     assert not list(part.path.glob("*.tar"))
+    with pytest.raises(SourceError, match=r"no \.tar file: it is a part"):
+        index_corpus(IndexSettings(source=part.url, destination=str(tmp_path / "indexed")))
     assert "copy_corpus.py" in (part.path / "README.md").read_text()
     assert not (part.path / "_info.json").exists()
     split = json.loads((copy.path / "_info.json").read_text())["splits"]["train"]

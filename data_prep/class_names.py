@@ -16,8 +16,6 @@ from data_prep.label_numbers import class_number, sorted_names
 from data_prep.listing import Listing, SourceError
 
 _NUMBER = re.compile("0|[1-9][0-9]{0,8}")
-_NUMBER_BEFORE = re.compile(r"(?P<number>[0-9]{1,7})(?:\s*[,;:=]\s*|\s+)(?P<name>\S.*)")
-_NUMBER_BEHIND = re.compile(r"(?P<name>\S.*?)(?:\s*[,;:=]\s*|\s+)(?P<number>[0-9]{1,7})")
 
 
 def read_words(path: Path, classes: Sequence[str]) -> list[str]:
@@ -44,9 +42,8 @@ def read_words(path: Path, classes: Sequence[str]) -> list[str]:
 def read_classes(path: Path) -> tuple[list[str], list[str] | None]:
     """Names and descriptions (None if it has none) of classes, in the order of their numbers.
 
-    The file has lines `NAME` or `NAME<tab>DESCRIPTION`, perhaps each with its number (`0 tench`, `tench,0`), or is a
-    JSON class index: a list of names, or an object {"0": ["n01440764", "tench"], ...}, {"0": "tench", ...} or
-    {"tench": 0, ...}. Numbers that it leaves out are named by themselves.
+    The file has lines `NAME` or `NAME<tab>DESCRIPTION`, or is a JSON class index: a list of names, or an object
+    {"0": ["n01440764", "tench"], ...} or {"0": "tench", ...}, where numbers that it leaves out are named by themselves.
 
     Raises:
         SourceError: unreadable, empty, a name is missing or stands twice.
@@ -60,7 +57,6 @@ def read_classes(path: Path) -> tuple[list[str], list[str] | None]:
             if not name:
                 raise SourceError(f"classes = {path}, line {number}: there is no name")
             entries.append((name, description))
-        entries = _by_numbers_in_lines(entries, path)
     if not entries:
         raise SourceError(f"classes = {path} is empty")
     seen: set[str] = set()
@@ -73,31 +69,6 @@ def read_classes(path: Path) -> tuple[list[str], list[str] | None]:
     return [name for name, _ in entries], [d or name for name, d in entries] if described else None
 
 
-def _by_numbers_in_lines(entries: list[tuple[str, str]], path: Path) -> list[tuple[str, str]]:
-    """Entries without the numbers that stand before or behind all names, 0, 1, 2, ... or from 1 on, in their order."""
-    if len(entries) < 2 or any(description for _, description in entries):
-        return entries
-    for pattern in (_NUMBER_BEFORE, _NUMBER_BEHIND):
-        found = [pattern.fullmatch(name) for name, _ in entries]
-        matches = [match for match in found if match]
-        known = {int(match["number"]): (match["name"], "") for match in matches}
-        first = min(known, default=-1)
-        if len(matches) == len(entries) and first in (0, 1) and sorted(known) == [*range(first, first + len(entries))]:
-            log.info(
-                "classes = %s: its lines have numbers, %d to %d, which are those of the classes",
-                path,
-                first,
-                max(known),
-            )
-            return _filled(known)
-    return entries
-
-
-def _filled(known: dict[int, tuple[str, str]]) -> list[tuple[str, str]]:
-    """Entries in the order of their numbers; numbers without one are called by themselves."""
-    return [known.get(number, (str(number), "")) for number in range(max(known) + 1)]
-
-
 def _read_class_index(path: Path, key: str) -> list[tuple[str, str]]:
     """(name, description or "") in the order of the numbers that are the keys, or of the file."""
     try:
@@ -108,15 +79,12 @@ def _read_class_index(path: Path, key: str) -> list[tuple[str, str]]:
         return [(name, "") for name in value]
     if not isinstance(value, dict) or not value:
         raise SourceError(f"{key} = {path} is no class index: a list of names, or an object of numbers and names")
-    are_keys = all(map(_NUMBER.fullmatch, value))
-    if are_keys or all(type(number) is int for number in value.values()):  # {"tench": 0, ...}
-        if are_keys:
-            known = {int(number): _class_of(entry, path, key) for number, entry in value.items()}
-        else:
-            known = {number: (name, "") for name, number in value.items()}
-        if len(known) < len(value) or min(known) < 0 or max(known) >= 10 * len(known) + 10:
+    if all(map(_NUMBER.fullmatch, value)):
+        known = {int(number): _class_of(entry, path, key) for number, entry in value.items()}
+        if len(known) < len(value) or max(known) >= 10 * len(known) + 10:
             raise SourceError(f"{key} = {path}: its numbers are not those of classes, 0, 1, 2, ..., each once")
-        return _filled(known)
+        # from 1 on, or with gaps: numbers without a name are called by themselves
+        return [known.get(number, (str(number), "")) for number in range(max(known) + 1)]
     return [(name, str(description)) for name, description in value.items()]
 
 
@@ -168,10 +136,7 @@ def numbers_of(classes: Sequence[str], names: Sequence[str]) -> list[int] | None
     """The numbers that classes are called by, where these are to be looked up in a list of names; None for names."""
     numbers = [class_number(name) for name in classes]
     known = [number for number in numbers if number is not None]
-    real = {name for place, name in enumerate(names) if name != str(place)}
-    if not classes or len(known) < len(numbers) or len(set(known)) < len(known):
-        return None
-    if not real or not real.isdisjoint(classes):
+    if not classes or len(known) < len(numbers) or len(set(known)) < len(known) or not set(names).isdisjoint(classes):
         return None
     return known
 

@@ -14,9 +14,9 @@ from data_prep.corpus import Corpus
 from data_prep.label_cells import why_delimited
 from data_prep.label_numbers import number_of
 from data_prep.listing import Listing, looks_like_image
-from data_prep.split_names import names_no_class, split_of_folder
+from data_prep.split_names import split_of_folder
 
-_BESIDE_IMAGES = frozenset({"annotations", "labels", "masks", "__macosx"})
+_PARTS = frozenset({"images", "imgs", "jpegimages", "annotations", "labels", "masks", "data", "dataset", "__macosx"})
 _NOTHING = frozenset(
     {"none", "null", "nan", "na", "n/a", "unknown", "unlabeled", "unlabelled", "undefined", "missing", "?", "-", "nil"}
 )
@@ -157,7 +157,7 @@ def _alike(classes: Sequence[str]) -> Iterator[str]:
 
 
 def _names_a_part(name: str) -> bool:
-    return (names_no_class(name) and split_of_folder(name) is None) or name.strip().lower() in _BESIDE_IMAGES
+    return name.strip().lower() in _PARTS
 
 
 _NAME_TESTS: tuple[tuple[Callable[[str], bool], str], ...] = (

@@ -145,7 +145,7 @@ def main() -> None:
         ("pre-training", _speed(pretrained), pretrained["model"]),
         ("fine-tuning", _speed(finetuned), f"{finetuned['model']}, alias champion"),
         ("consumer", f"{100 * accuracy:.1f} % of the held-out digits are right, {rate:,.0f} images/s", ""),
-        ("curves", "losses, held-out accuracy, learning rate, gradient norm", runs / "demo-finetune" / "curves.png"),
+        ("curves", "loss, learning rate, gradient norm", runs / "demo-finetune" / "curves.png"),
         ("MLflow", "to look at all of it:", tracking.open_command(home)),
     ]
     print(f"\nThe main job is done, in {duration(time.monotonic() - began)}.\n")

@@ -248,33 +248,6 @@ def test_class_folders_that_are_some_of_the_numbers_get_their_names(tmp_path):
         listed(from_one, f"classes={tmp_path / 'three.txt'}")
 
 
-@pytest.mark.parametrize(
-    ("name", "text"),
-    [
-        ("c.json", '{"2": "dog", "0": "ant", "1": "cat"}'),
-        ("c.json", '{"dog": 2, "ant": 0, "cat": 1}'),
-        ("c.txt", "ant\ncat\ndog\n"),
-        ("c.txt", "0 ant\n1 cat\n2 dog\n"),
-        ("c.txt", "2: dog\n0: ant\n1: cat\n"),
-        ("c.csv", "dog,2\nant,0\ncat,1\n"),
-    ],
-)
-def test_files_of_classes_say_the_numbers_in_every_usual_way(folder, name, text):
-    (folder / name).write_text(text)
-    listing = listed(csv(folder, "2", "1", "0"), f"classes={folder / name}")
-    assert listing.classes == ["ant", "cat", "dog"]
-    assert labels_of(listing) == {"a/0.jpg": ["dog"], "a/1.jpg": ["cat"], "a/2.jpg": ["ant"]}
-
-
-def test_numbers_of_classes_from_one_on_are_not_those_from_zero_on(folder):
-    (folder / "c.txt").write_text("1 ant\n2 cat\n3 dog\n")
-    listing = listed(csv(folder, "3", "1"), f"classes={folder / 'c.txt'}")
-    assert labels_of(listing) == {"a/0.jpg": ["dog"], "a/1.jpg": ["ant"]}
-    (folder / "c.txt").write_text("Boeing 707\nBoeing 747\n")
-    listing = listed(csv(folder, "Boeing 747", "Boeing 707"), f"classes={folder / 'c.txt'}")
-    assert listing.classes == ["Boeing 707", "Boeing 747"]
-
-
 # ------------------------------------------------------------------------------------------------- weights
 
 

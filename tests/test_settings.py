@@ -25,7 +25,7 @@ def demo(*overrides: str) -> PretrainSettings:
 @pytest.mark.parametrize("path", PRETRAIN + FINETUNE, ids=lambda path: f"{path.parent.name}-{path.stem}")
 def test_shipped_recipes_are_valid_and_say_what_they_reproduce(path):
     kind = PretrainSettings if path.parent.name == "pretrain" else FinetuneSettings
-    settings = resolve(kind, load_recipe(path))
+    settings = resolve(kind, load_recipe(path), ["data.corpus=/data/corpus"])
     assert settings.run.name
     header = [line for line in path.read_text().splitlines() if line.startswith("#")]
     for word in ("Reproduces:", "On:", "In:", "Command:"):

@@ -1,6 +1,5 @@
 """Jobs that are less work than the start of Ray are done without it, with the same bytes, errors and ends."""
 
-import json
 import os
 import signal
 import subprocess
@@ -19,8 +18,8 @@ from data_prep import tasks
 from data_prep.copy_corpus import CopySettings, copy_corpus
 from data_prep.listing import SourceError
 from data_prep.tasks import Work, run_tasks, takes_ray
-from tests.corpora import image_folder, make_corpus
-from tests.running import REPOSITORY, environment, tiny, torchrun
+from tests.corpora import image_folder
+from tests.running import REPOSITORY, environment
 from tests.test_sharding import shard
 
 
@@ -119,34 +118,3 @@ def test_a_signal_ends_it_with_its_processes_and_it_goes_on_when_started_again(t
     finished = {path.name: path.stat().st_ino for path in (tmp_path / "corpus").glob("*.record.json")}
     assert f"{len(finished)} of " in command(tmp_path, *words[1:])
     assert {name: (tmp_path / "corpus" / name).stat().st_ino for name in finished} == finished
-
-
-@pytest.mark.slow
-def test_a_small_corpus_is_scored_without_ray_to_the_same_digits_and_an_error_of_a_rank_is_shown_once(tmp_path):
-    corpus = make_corpus(image_folder(tmp_path / "images", classes=3, images=20), tmp_path / "corpus")
-    made = [*tiny(3, 3), f"data.corpus={corpus.path}", "optimizer.warmup=1 steps", "registry.name=m", "run.workers=1"]
-    trained = torchrun(1, tmp_path, *made)
-    assert trained.returncode == 0, trained.stderr
-    words = [sys.executable, "pipeline/evaluate.py", "models:/m/1", str(corpus.path)]
-
-    def evaluate(*more: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [*words, *more], cwd=REPOSITORY, env=environment(tmp_path), capture_output=True, text=True
-        )
-
-    here, on_ray = evaluate(), evaluate("workers=1")
-    assert (here.returncode, on_ray.returncode) == (0, 0), here.stderr + on_ray.stderr
-    assert "Ray" not in here.stderr
-    assert "Ray runs on this machine" in on_ray.stderr
-    scores = [json.loads(done.stdout) for done in (here, on_ray)]
-    for found in scores:
-        del found["images_per_second"]
-    assert scores[0] == scores[1]
-    for shard_file in corpus.path.glob("*.tar"):
-        shard_file.write_bytes(shard_file.read_bytes().replace(b"\xff\xd8\xff", b"no "))
-    for more in ([], ["workers=1"]):
-        failed = evaluate("max_bad_share=0", *more)
-        assert failed.returncode == 2
-        assert failed.stderr.count("is damaged") == 1
-        assert "Traceback" not in failed.stderr + failed.stdout
-        assert "RayTrainWorker" not in failed.stderr + failed.stdout

@@ -519,7 +519,6 @@ def test_images_inside_parquet_files_are_sharded(folder, tmp_path, messages):
     shard(tmp_path / "parquet", tmp_path / "corpus")
     assert {path.name: path.stat().st_ino for path in corpus.path.iterdir()} == made
     assert "nothing to do" in messages()
-    assert "parquet: 3 classes for 36 images, one label an image; first 'zero' (0), last 'two' (2)" in messages()
     again = shard(tmp_path / "parquet", tmp_path / "again", workers=1)
     assert again.corpus_hash == corpus.corpus_hash
     assert corpus.origin(0).startswith("train-0000")
@@ -632,8 +631,6 @@ def test_webdataset_tars_are_sharded_with_other_labels(folder, tmp_path, message
     kept = shard(shards, tmp_path / "kept", relabel=tmp_path / "new.txt", classes=tmp_path / "keep.txt")
     assert (kept.classes, kept.class_counts) == (["animal", "none"], [24, 0])
     assert "left out: 12 images of 1 classes that classes =" in messages()
-    assert "odd labels in" in messages()
-    assert "1 class has no image: 'none'" in messages()
     (tmp_path / "keep.txt").write_text("nothing\n")
     with pytest.raises(ValueError, match=r"no image of .* is of one of its 1 classes"):
         shard(folder, tmp_path / "no", classes=tmp_path / "keep.txt")

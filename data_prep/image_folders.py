@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from cluster import storage
 from cluster.command import Progress, log
 from cluster.folders import Folder
+from cluster.paths import shown
 from data_prep.columns import Strings
 from data_prep.listing import Listing, SourceError, is_junk, looks_like_image
 from data_prep.source_reader import FileImages
@@ -54,7 +55,9 @@ def list_image_folder(folder: Folder) -> Listing:
     listed = collect(classes, jobs)
     loose_images = [name for name in loose if looks_like_image(name.encode("utf-8", "replace")) and "." in name]
     if not any(part.names for part in listed):
-        raise SourceError(_why_empty(root, len(folders), loose, loose_images))
+        others = [name for part in listed for name in part.others]
+        raise SourceError(_why_empty(root, len(folders), loose, loose_images, others))
+    classes, listed = _without_other_folders(classes, listed, root)
     if loose_images:
         log.warning(
             "left out: %d images directly in %s, outside any class folder, for example %s",
@@ -67,7 +70,22 @@ def list_image_folder(folder: Folder) -> Listing:
     )  # fmt: skip
 
 
-def _why_empty(root: str, folders: int, loose: Sequence[str], loose_images: Sequence[str]) -> str:
+def _without_other_folders(
+    classes: list[str], listed: list[ClassListing], root: str
+) -> tuple[list[str], list[ClassListing]]:
+    """Without folders that have files and no image, such as annotations; one without anything is a class of none."""
+    others = [name for name, part in zip(classes, listed, strict=True) if part.others and not part.names]
+    if others:
+        log.warning(
+            "left out: %s in %s: no class, but a folder of files that are no images", ", ".join(others[:5]), root
+        )
+    kept = [(name, part) for name, part in zip(classes, listed, strict=True) if name not in others]
+    return [name for name, _ in kept], [part for _, part in kept]
+
+
+def _why_empty(
+    root: str, folders: int, loose: Sequence[str], loose_images: Sequence[str], others: Sequence[bytes]
+) -> str:
     tars = [name for name in loose if name.endswith((".tar", ".tar.gz", ".tgz"))]
     hint = "; an image folder has one sub-folder of images for each class"
     if tars:
@@ -77,6 +95,7 @@ def _why_empty(root: str, folders: int, loose: Sequence[str], loose_images: Sequ
     return (
         f"source {root} has no images in its {folders} sub-folders"
         + (f" ({len(loose_images)} images lie directly in it)" if loose_images else "")
+        + (f", but {len(others)} other files such as {shown(os.fsdecode(others[0]))}" if others else "")
         + hint
     )
 

@@ -159,7 +159,7 @@ def _file(asked: Asked) -> Found:
     refuse_foreign_file(folder, name)
     if is_image_name(name):
         raise SourceError(f"source {asked.place} is one image: give the folder of the class folders")
-    if not asked.has_truth and asked.inside is None and name.endswith(".tar") and telling_tar(folder, [name]):
+    if not asked.has_truth and name.endswith(".tar") and telling_tar(folder, [name]):
         return replace(found, kind="webdataset")
     return found
 

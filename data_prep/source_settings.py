@@ -19,7 +19,7 @@ _READ_BY: dict[str, set[str]] = {
         "weight_scale", "image_column", "labels_per_image", "image_kb", "fetch", "fetch_timeout_s",
         "fetch_attempts", "fetch_public_only",
     },
-    "webdataset": {"label_column", "label_delimiter", "labels_per_image", "no_label", "weight_scale"},
+    "webdataset": {"inside", "label_column", "label_delimiter", "labels_per_image", "no_label", "weight_scale"},
     "corpus": {"weight_scale"},
 }  # fmt: skip
 """Settings that only some kinds of source read; inside and split are done with where they chose a folder or files."""

@@ -126,7 +126,8 @@ def _list(found: Found, settings: SourceSettings, workers: int, destination: Fol
     if found.kind == "webdataset":
         cells = LabelCells.of(settings.label_delimiter)
         form = LabelForm("", key=settings.label_column, no_label=settings.no_label, cells=cells)
-        return list_samples(folder, found.files or tars_in(folder), place, form, settings.labels_per_image)
+        listing = list_samples(folder, found.files or tars_in(folder), place, form, settings.labels_per_image)
+        return listing if settings.inside is None or "inside" in found.used else _inside(listing, settings.inside)
     if found.kind == "tar":
         (name,) = found.files
         inside = InsideTar(settings.inside, settings.split, settings.kind != "tar")
@@ -142,6 +143,19 @@ def _list(found: Found, settings: SourceSettings, workers: int, destination: Fol
     return with_truth(
         "flat folder with a truth file", place, names, sizes, FileImages(folder, names), *_truth_files(settings)
     )
+
+
+def _inside(listing: Listing, inside: str) -> Listing:
+    """The samples of tars whose keys lie in a folder."""
+    begin = f"{inside.strip('/')}/".encode()
+    names = (listing.names[row].partition(b"/")[2].removeprefix(b"./") for row in range(len(listing)))
+    rows = [row for row, name in enumerate(names) if name.startswith(begin)]
+    if not rows:
+        raise SourceError(
+            f"inside = {inside!r}: no sample of {listing.place} lies there; they are like "
+            f"{shown(os.fsdecode(listing.names[0]))}"
+        )
+    return listing.take(np.array(rows, np.int64))
 
 
 def _truth_files(settings: SourceSettings) -> tuple[Path, Path | None]:

@@ -81,24 +81,34 @@ def top_of(paths: Sequence[bytes], meant: InsideTar, where: str) -> bytes:
         SourceError: there is no such folder.
     """
     tree = TarTree(paths)
-    above = ""
-    while not tree.images(above) and len(below := tree.folders(above)) == 1 and tree.folders(f"{above}{below[0]}"):
-        above += f"{below[0]}/"
+    top = ""
     if meant.inside is not None:
         inside = meant.inside.strip("/")
-        for top in (f"{inside}/".encode(), f"{above}{inside}/".encode()):
-            if any(path.startswith(top) for path in paths):
-                return top
-        raise SourceError(f"inside = {meant.inside!r}: {where} has no class folders with images there")
-    if meant.split is None or meant.split == ALL:
-        return b""
-    found = matching_folder(tree.folders(above.rstrip("/")), meant.split)
-    if found is None:
-        raise SourceError(
-            f"split = {meant.split}: {where} has no folder of that split, but "
-            f"{', '.join(map(shown, tree.folders(above.rstrip('/'))[:8])) or 'no folders'}"
-        )
-    return f"{above}{found}/".encode()
+        single = _lowest_single(tree).split("/")
+        places = [inside, *("/".join([*single[: depth + 1], inside]) for depth in range(len(single)))]
+        found = [place for place in places if any(path.startswith(f"{place}/".encode()) for path in paths)]
+        if not found:
+            raise SourceError(f"inside = {meant.inside!r}: {where} has no class folders with images there")
+        top = found[0]
+    if meant.split is not None and meant.split != ALL:
+        above = top or _lowest_single(tree)
+        name = matching_folder(tree.folders(above), meant.split)
+        if name is None:
+            have = ", ".join(map(shown, tree.folders(above)[:8])) or "no folders"
+            raise SourceError(f"split = {meant.split}: {where} has no folder of that split, but {have}")
+        top = f"{above}/{name}".lstrip("/")
+    return f"{top}/".encode() if top else b""
+
+
+def _lowest_single(tree: TarTree) -> str:
+    """The folder below which images part: data/images where all lie there, and in folders of it."""
+    path = ""
+    while not tree.images(path) and len(folders := tree.folders(path)) == 1:
+        below = f"{path}/{folders[0]}".lstrip("/")
+        if not tree.folders(below):
+            break
+        path = below
+    return path
 
 
 def _refuse_foreign_members(paths: Sequence[bytes], where: str) -> None:

@@ -291,6 +291,30 @@ def test_inside_goes_with_truth_and_labels(tmp_path):
         listed(folder, inside="../data")
 
 
+def test_inside_goes_with_split_and_with_shards(tmp_path):
+    folder = split_folders(tmp_path / "repo" / "data", "train", "val").parent
+    for source in (folder, packed(folder, tmp_path / "repo.tar")):
+        assert len(listed(source, inside="data", split="val")) == 4
+    deep = tar_of(tmp_path / "deep.tar", {f"a/b/{split}/c/0.jpg": IMAGE for split in ("train", "val")})
+    assert names(listed(deep, split="val")) == names(listed(deep, inside="train")) == ["c/0.jpg"]
+    members = {f"{top}/{k}.{suffix}": IMAGE if suffix == "jpg" else b"1" for top in "ab" for k in (0, 1)
+               for suffix in ("jpg", "cls")}  # fmt: skip
+    tar = tar_of(tmp_path / "shards" / "0.tar", members)
+    for source in (tar, tar.parent / "*.tar"):
+        assert names(listed(source, inside="b")) == ["0.tar/b/0.jpg", "0.tar/b/1.jpg"]
+        with pytest.raises(SourceError, match=r"inside = 'c': no sample .* like '0\.tar/a/0\.jpg'"):
+            listed(source, inside="c")
+
+
+def test_a_folder_of_other_files_is_no_class(tmp_path, messages):
+    folder = write(tmp_path, "cat/0.jpg", "dog/0.jpg", "annotations/0.xml", "annotations/1.xml")
+    (folder / "bird").mkdir()
+    assert listed(folder).classes == ["bird", "cat", "dog"]
+    assert "left out: annotations in" in messages()
+    with pytest.raises(SourceError, match=r"no images in its 1 sub-folders, but 2 other files such as 'raw/..cr2'"):
+        listed(write(tmp_path / "raw_only", "raw/0.cr2", "raw/1.cr2"))
+
+
 # --------------------------------------------------------------------------------------- what lies beside the images
 
 

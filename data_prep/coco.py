@@ -14,6 +14,7 @@ import pyarrow as pa
 from cluster.storage import StorageError, parse_json
 from data_prep.listing import SourceError
 from data_prep.table_format import TableFile, TableRows
+from data_prep.text_tables import text_errors
 
 PATH, LABEL = "file_name", "category_id"
 _PARTS = ("images", "annotations", "categories")
@@ -34,7 +35,7 @@ def read_coco(file: TableFile) -> CocoTable | None:
     """
     if file.suffix != ".json":
         return None
-    with file.lines() as lines:
+    with text_errors(file), file.lines() as lines:
         text = lines.read()
     if not all(re.search(rf'"{part}"\s*:', text) for part in _PARTS[:2]):
         return None

@@ -42,7 +42,7 @@ def head(file: TableFile) -> list[dict[str, Any]]:
     Raises:
         SourceError: it cannot be read.
     """
-    with _text_errors(file), file.lines() as lines:
+    with text_errors(file), file.lines() as lines:
         if file.suffix == ".json":
             return [entry for _, entry in itertools.islice(json_rows(lines, str(file)), _LOOKED_AT)]
         if file.suffix not in _SEPARATORS:
@@ -57,7 +57,7 @@ def head(file: TableFile) -> list[dict[str, Any]]:
 
 def text_values(file: TableFile, column: str) -> Iterator[str]:
     """What a column says in each row. Errors: as `read_text`."""
-    with _text_errors(file), file.lines() as lines:
+    with text_errors(file), file.lines() as lines:
         if file.suffix == ".json":
             entries: Iterable[Any] = (entry for _, entry in json_rows(lines, str(file)))
         elif file.suffix not in _SEPARATORS:
@@ -77,7 +77,7 @@ def read_text(file: TableFile, columns: Columns) -> Iterator[TableRows]:
     Raises:
         SourceError: it cannot be read, or a row is wrong; the message has its line.
     """
-    with _text_errors(file):
+    with text_errors(file):
         if file.suffix in _SEPARATORS:
             yield from _read_csv(file, columns)
         else:
@@ -85,7 +85,8 @@ def read_text(file: TableFile, columns: Columns) -> Iterator[TableRows]:
 
 
 @contextmanager
-def _text_errors(file: TableFile) -> Iterator[None]:
+def text_errors(file: TableFile) -> Iterator[None]:
+    """Says of a file that cannot be read as text, or as what it is packed in, that it is a table and which."""
     try:
         yield
     except UnicodeDecodeError as error:

@@ -269,6 +269,12 @@ def _make_tables(base: Path) -> Path:
             "".join(["path\tlabel\n", *(f"{r['path']}\t['{r['label']}', \"x\", 3]\n" for r in rows)]).encode()
         )
     )
+    coco = {
+        "images": [{"id": n, "file_name": f"c{n % 2}/00{n % 3}.JPEG"} for n in range(6)],
+        "annotations": [{"image_id": n, "category_id": n % 2 + 1} for n in range(6)],
+        "categories": [{"id": 1, "name": "a"}, {"id": 2, "name": "b", "supercategory": "c"}],
+    }
+    (base / "coco.json").write_text(json.dumps(coco))
     (base / "classes.json").write_text(json.dumps({"0": ["l0", "a"], "1": ["l1", "b"]}))
     (base / "classes.txt").write_text("l0\ta\nl1\tb\n")
     return images.parent
@@ -291,7 +297,7 @@ def _odd_column(chance: random.Random, count: int) -> pa.Array:
 
 def _table(chance: random.Random, base: Path, place: Path) -> None:
     kind = chance.choice(
-        ("t.csv", "t.jsonl", "t.json", "hot.csv", "cells.csv.gz", "t.parquet", "images.parquet", "classes")
+        ("t.csv", "t.jsonl", "t.json", "coco.json", "hot.csv", "cells.csv.gz", "t.parquet", "images.parquet", "classes")
     )
     settings: dict[str, Any] = {"source": str(base / "images"), "labels": str(place / kind)}
     if kind == "classes":
@@ -311,9 +317,9 @@ def _table(chance: random.Random, base: Path, place: Path) -> None:
         lines[chance.randrange(6)] = json.dumps(mutate_json(chance, json.loads(lines[0])))
         content = "\n".join(lines).encode("utf-8", "surrogatepass")
         content = mutate_text(chance, content) if chance.random() < 0.3 else content
-    elif kind == "t.json" and chance.random() < 0.7:
+    elif kind in ("t.json", "coco.json") and chance.random() < 0.7:
         content = json.dumps(mutate_json(chance, json.loads((base / kind).read_bytes()))).encode()
-    elif kind in ("t.csv", "t.json", "hot.csv"):
+    elif kind in ("t.csv", "t.json", "coco.json", "hot.csv"):
         content = mutate_text(chance, (base / kind).read_bytes())
     elif kind == "cells.csv.gz":
         content = gzip.compress(mutate_text(chance, gzip.decompress((base / kind).read_bytes())))

@@ -204,3 +204,6 @@ def test_coco_that_cannot_be_is_refused(tmp_path, change, message):
     (tmp_path / "coco.json").write_text(json.dumps(coco(["0.jpg", "1.jpg", "2.jpg"], **change)))
     with pytest.raises(SourceError, match=message):
         listed(tmp_path, labels=tmp_path / "coco.json")
+    (tmp_path / "coco.json").write_bytes(b"\xed" + (tmp_path / "coco.json").read_bytes())
+    with pytest.raises(SourceError, match="it is not UTF-8"):
+        listed(tmp_path, labels=tmp_path / "coco.json")

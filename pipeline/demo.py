@@ -28,7 +28,7 @@ from typing import Any
 
 import numpy as np
 
-from cluster.command import absolute_path, duration, run_command
+from cluster.command import absolute_path, check_folder, duration, run_command
 from cluster.ray_runtime import REPOSITORY
 from cluster.settings import Settings, parse_command
 from cluster.stop_signals import STOPPED, hand_on_to_children
@@ -105,6 +105,7 @@ def main() -> None:
     """Run the demo."""
     settings = parse_command(DemoSettings, prog="pipeline/demo.py", description=__doc__ or "")
     home = Path(absolute_path(settings.home, "home"))
+    check_folder(home, "home")
     hand_on_to_children()
     began = time.monotonic()
     os.environ["VITFORGE_HOME"] = str(home)

@@ -11,7 +11,7 @@ import pytest
 
 from cluster.settings import iterate_keys
 from models.vit import VitConfig
-from pipeline import finetune, pretrain, stage
+from pipeline import demo, evaluate, finetune, pretrain, stage
 from pipeline.config import FinetuneSettings, PretrainSettings
 from pipeline.proportions import check_model_size
 from tests.corpora import image_folder, make_corpus
@@ -140,6 +140,14 @@ def test_a_home_that_can_be_none_is_named_by_its_variable(home, corpus, monkeypa
     assert outcome(monkeypatch, pretrain, corpus, "run.name=x").startswith(
         "VITFORGE_HOME = '/dev/null/x': /dev/null is"
     )
+
+
+@pytest.mark.parametrize(("module", "words"), [(demo, []), (evaluate, [str(PACKAGE), "CORPUS"])])
+def test_every_command_with_a_home_refuses_one_that_can_be_none(home, corpus, monkeypatch, module, words):
+    words = [word.replace("CORPUS", str(corpus.path)) for word in words]
+    monkeypatch.setattr(sys, "argv", [module.__name__, *words, "home=/dev/null/x"])
+    with pytest.raises(ValueError, match=r"home = '/dev/null/x': /dev/null is a file"):
+        module.main()
 
 
 def test_names_that_can_be_are_taken(home, corpus, monkeypatch):

@@ -143,7 +143,7 @@ def _with_parts_in_common(cells: Sequence[str], split: LabelCells, is_plural: bo
 def perhaps_delimited(cells: Sequence[str]) -> tuple[str, str] | None:
     """As `why_delimited`, by less: a label that is a whole cell and a word of others ("primary", "haze primary")."""
     cells = cells[:_LOOKED_AT]
-    for delimiter, said in ((",", "','"), (" ", "space"), ("/", "slash"), ("+", "'+'"), ("&", "'&'")):
+    for delimiter, said in ((",", "','"), ("/", "slash"), ("+", "'+'"), ("&", "'&'"), (" ", "space")):
         whole = {cell.strip() for cell in cells}
         split = LabelCells(delimiter)
         for cell in cells:

@@ -260,7 +260,7 @@ def _weights(entry: dict[str, Any], columns: Columns, count: int, where: str) ->
     value = entry.get(columns.weight or "", [1.0] * count)
     if count == 1 and isinstance(value, (str, float)) and (weight := _number(value)) is not None:
         return [weight]
-    if isinstance(value, str) and columns.cells.splits and count != 1:
+    if isinstance(value, str) and columns.cells.splits:
         value = columns.cells.split(value)
     values = value if isinstance(value, list) else [value]
     weights = [_number(item) for item in values]

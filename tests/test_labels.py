@@ -100,6 +100,9 @@ def test_weights_beside_labels_in_a_cell_are_split_as_they_are(folder):
     (folder / "table.csv").write_text("path,label,weight\na/0.jpg,a;b,0.5;1\na/1.jpg,b,0.25\n")
     listing = listed(folder / "table.csv", "label_delimiter=;")
     assert [row.tolist() for row in map(listing.labels.__getitem__, range(2))] == [[(0, 0.5), (1, 1.0)], [(1, 0.25)]]
+    (folder / "lists.csv").write_text('path,label,weight\na/0.jpg,"[""a"",""b""]","[0.5, 1]"\na/1.jpg,[b],[0.25]\n')
+    listing = listed(folder / "lists.csv", "label_delimiter=list")
+    assert [row.tolist() for row in map(listing.labels.__getitem__, range(2))] == [[(0, 0.5), (1, 1.0)], [(1, 0.25)]]
     (folder / "table.csv").write_text("path,label,weight\na/0.jpg,a;b,0.5\n")
     with pytest.raises(SourceError, match=r"line 2: not as many weights \(1\) as labels \(2\)"):
         listed(folder / "table.csv", "label_delimiter=;")

@@ -42,6 +42,7 @@ OF_COMMAND = {
     "data_prep/verify.py": {},
     "data_prep/show.py": {},
     "data_prep/copy_corpus.py": {},
+    "data_prep/card.py": {},
     "data_prep/index.py": {},
 }
 
@@ -56,6 +57,7 @@ NOT_RUN = {
     "python -m tests.image_kinds": "tests/test_image_kinds.py tests the same kinds",
     "python -m tests.image_damage": "tests/test_unusable_images.py damages some of them",
     "python -m tests.faults": "takes long; tests/test_faults.py makes some of its faults",
+    "python -m tests.other_readers": "needs timm and Energon; tests/test_other_tools.py runs those that are installed",
     "python -m tests.soak": "takes half an hour",
     ". .venv/bin/activate": "the tests run in it",
     "mlflow server": "MLflow's own, which tests/test_mlflow_server.py runs",
@@ -64,7 +66,7 @@ NOT_RUN = {
 }
 """Beginnings of commands that are not run."""
 
-OUTPUT = ("step 450/562, loss", "ViT-S/16 at 224 px: ", "$VITFORGE_HOME/", "heartbeat.json, ")
+OUTPUT = ("step 450/562, loss", "ViT-S/16 at 224 px: ", "$VITFORGE_HOME/", "first_batch.png, ")
 """Beginnings of lines that are no commands, in blocks that show what a command prints or writes."""
 
 ROOMS = ("models/ ", "data_prep/ ", "cluster/ ", "pipeline/ ")

@@ -21,7 +21,7 @@ import yaml
 from mlflow.cli import cli as mlflow_cli
 
 from cluster.settings import Settings, parse_command, parse_override
-from data_prep import copy_corpus, index, shard, show, subset, verify
+from data_prep import card, copy_corpus, index, shard, show, subset, verify
 from pipeline import evaluate, finetune, pretrain
 from pipeline.config import RECIPES, EvaluateSettings, FinetuneSettings, PretrainSettings
 from tests.corpora import encoded, make_corpus
@@ -37,6 +37,7 @@ SETTINGS: dict[str, tuple[type[Settings], tuple[str, ...], Path | None]] = {
     "data_prep/verify.py": (verify.VerifySettings, ("corpus",), None),
     "data_prep/show.py": (show.ShowSettings, ("corpus",), None),
     "data_prep/copy_corpus.py": (copy_corpus.CopySettings, ("source", "destination"), None),
+    "data_prep/card.py": (card.CardSettings, ("corpus",), None),
     "data_prep/index.py": (index.IndexSettings, ("source", "destination"), None),
 }
 """Of each command: its settings, the plain words, where its recipes are."""
@@ -49,6 +50,7 @@ MAINS = {
     "data_prep/verify.py": verify.main,
     "data_prep/show.py": show.main,
     "data_prep/copy_corpus.py": copy_corpus.main,
+    "data_prep/card.py": card.main,
     "data_prep/index.py": index.main,
 }
 

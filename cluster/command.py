@@ -284,7 +284,7 @@ class Progress:
 
     def line(self, note: str = "") -> str:
         """The progress line as it stands."""
-        share = 100 * self.done / max(self.total, 1)
+        share = 100 * self.done / self.total if self.total else 100
         text = f"{self.label} {self.done:,}/{self.total:,} {self.unit} ({share:.0f} %), {in_figures(self.rate)}/s"
         if self.done < self.total and (left := self.seconds_left) is not None:
             text += f", {duration(left)} left"

@@ -23,7 +23,7 @@ import xxhash
 from pydantic import Field
 
 from cluster import storage
-from cluster.command import Progress, absolute_path, duration, log, run_command
+from cluster.command import Progress, absolute_path, counted, duration, log, run_command
 from cluster.folders import Folder, folder_at
 from cluster.lease import FILE as LEASE
 from cluster.marked_folders import temporary_folder
@@ -128,7 +128,7 @@ def _copy_into(destination: Folder, source: Folder, version: int | None, workers
     corpus = None
     if _is_finished(manifest, destination):
         corpus = Corpus.open(destination)
-        log.info("%s is finished already (%s images): nothing to do", destination, f"{corpus.num_samples:,}")
+        log.info("%s is finished already (%s): nothing to do", destination, counted(corpus.num_samples, "image"))
     elif needs_own_shards(manifest):
         part = Corpus.open(source)
         with _marked(destination, manifest):
@@ -138,8 +138,8 @@ def _copy_into(destination: Folder, source: Folder, version: int | None, workers
     if corpus is None:
         corpus = Corpus.open(destination)
         log.info(
-            "copied %s to %s: %s images in %d shards, %s, in %s; corpus hash %s",
-            source, destination, f"{corpus.num_samples:,}", len(corpus.shard_sizes),
+            "copied %s to %s: %s in %s, %s, in %s; corpus hash %s",
+            source, destination, counted(corpus.num_samples, "image"), counted(len(corpus.shard_sizes), "shard"),
             in_megabytes(sum(shard["bytes"] for shard in corpus.manifest["shards"])),
             duration(time.monotonic() - started), corpus.corpus_hash,
         )  # fmt: skip
@@ -255,7 +255,7 @@ def _copy_all(
     tasks, megabytes = {}, {}
     for label, group in groups.items():
         wanted = {name: missing[name] for name in group if name in missing}
-        megabytes[label] = round(sum(sizes.get(name, 0) for name in group) / 1e6)
+        megabytes[label] = -(-sum(sizes.get(name, 0) for name in group) // 10**6)
         if wanted:
             known = {name: checksums[name] for name in wanted if name in checksums}
             tasks[label] = partial(_CopyTask, source, destination, wanted, known)

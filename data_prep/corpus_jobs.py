@@ -248,4 +248,6 @@ def _some(items: list[str], separator: str = ", ") -> str:
 
 def in_megabytes(size: float) -> str:
     """Bytes as people read them."""
+    if size < 1e5:
+        return f"{size / 1e3:,.1f} kB"
     return f"{size / 1e9:,.1f} GB" if size >= 1e10 else f"{size / 1e6:,.1f} MB"

@@ -202,7 +202,7 @@ def _index_into(folder: Folder, source: str, settings: IndexSettings) -> Corpus:
     plan = _make_plan(settings, source)
     finished = finished_before(folder, plan)
     if finished is not None:
-        log.info("%s is finished already (%s images): nothing to do", folder, f"{finished.num_samples:,}")
+        log.info("%s is finished already (%s): nothing to do", folder, counted(finished.num_samples, "image"))
         write_card(finished)
         return finished
     if settings.tars == "copy":

@@ -74,8 +74,9 @@ def report_classes(
     if per_image is not None:
         kind = f"{per_image.min()} to {per_image.max()} labels an image, {per_image.mean():.2g} on average"
     log.info(
-        "labels of %s: %s for %s images, %s; first %r (0), last %r (%d); fewest images: %s of %r, most: %s of %r",
-        place, _count(len(classes), "class", "classes"), f"{images:,}", kind, _name(classes[0]), _name(classes[-1]),
+        "labels of %s: %s for %s, %s; first %r (0), last %r (%d); fewest images: %s of %r, most: %s of %r",
+        place, _count(len(classes), "class", "classes"), _count(images, "image", "images"), kind,
+        _name(classes[0]), _name(classes[-1]),
         len(classes) - 1, f"{counts[least]:,}", _name(classes[least]), f"{counts[most]:,}", _name(classes[most]),
     )  # fmt: skip
     for oddity in _oddities(classes, counts, images, per_image):

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from cluster.command import counted
 from data_prep.left_out import RemovedImage, read_lines
 
 REMOVED = "removed.jsonl"
@@ -65,7 +66,8 @@ class Removed:
 def removed_in_words(counts: dict[str, int]) -> str:
     """What was removed, by `Removed.counts`."""
     return (
-        f"{counts['images']:,} duplicates are removed: {counts['of_excluded_corpora']:,} of images in excluded "
+        f"{counted(counts['images'], 'duplicate')} {'is' if counts['images'] == 1 else 'are'} removed: "
+        f"{counts['of_excluded_corpora']:,} of images in excluded "
         f"corpora, {counts['inside_the_source']:,} of earlier images of the source; {counts['exact']:,} exact, "
         f"{counts['near']:,} near ({counts['mirrored']:,} mirrored)"
     )

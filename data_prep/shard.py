@@ -170,7 +170,7 @@ def _shard_into(folder: Folder, settings: ShardSettings) -> Corpus:
         if folder.size(_STAMP) is not None and folder.read_json(_STAMP) == stamp:
             with suppress(CorpusError):
                 corpus = Corpus.open(folder, version=1)
-                log.info("%s is finished already (%s images): nothing to do", folder, f"{len(corpus):,}")
+                log.info("%s is finished already (%s): nothing to do", folder, counted(len(corpus), "image"))
                 write_card(corpus)
                 return corpus
     corpus = shard_listing(lambda: list_source(settings, settings.workers, folder, source), folder, settings)
@@ -211,7 +211,7 @@ def shard_listing(listed: Callable[[], Listing], folder: Folder, settings: Shard
         plan = Plan(listing, listing.class_descriptions, shard_bytes, settings.seed, conversion)
         finished = finished_before(folder, plan)
         if finished is not None:
-            log.info("%s is finished already (%s images): nothing to do", folder, f"{finished.num_samples:,}")
+            log.info("%s is finished already (%s): nothing to do", folder, counted(finished.num_samples, "image"))
             remove_working_folders(folder)
             return finished
     log.info(

@@ -14,11 +14,11 @@ from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from cluster.command import Progress, in_figures, log
+from cluster.command import Progress, log
 from cluster.folders import Folder
 from cluster.launch_environment import ray_address
 from cluster.storage import StorageError
-from data_prep.corpus_jobs import GO_ON
+from data_prep.corpus_jobs import GO_ON, in_megabytes
 from data_prep.decoder_process import guarded
 from data_prep.listing import SourceError
 from data_prep.task_processes import TaskProcessEndedError, TaskProcesses
@@ -266,5 +266,5 @@ def _run(
             continue
         look(records[name])
         done_bytes += sum(records[name]["sizes"].values())
-        note = f"{in_figures(done_bytes / 1e6 / max(time.monotonic() - progress.started, 1e-9))} MB/s"
+        note = f"{in_megabytes(done_bytes / max(time.monotonic() - progress.started, 1e-9))}/s"
         progress.update(units(name), note)

@@ -15,7 +15,7 @@ from cluster.paths import shown
 from data_prep.label_files import LabelFile, find_label_files, foreign_labels
 from data_prep.listing import SourceError
 from data_prep.source_tree import SourceTree
-from data_prep.split_names import are_splits, names_no_class, split_of_file, split_of_folder
+from data_prep.split_names import are_splits, differ_in_split, names_no_class, split_of_file, split_of_folder
 from data_prep.splits import in_order, matching_folder, suggested
 
 _LOOKED_AT = 16
@@ -126,6 +126,8 @@ def _refuse_splits(tree: SourceTree, place: SourcePlace, names: list[str]) -> No
         # imagenet21k_train is a split, `train station` a class: a class has its images directly in its folder
         exact = [name for name in names if split_of_file(name) is not None]
         if len({split_of_file(name) for name in exact}) < 2 or any(tree.images(name) for name in exact[:_LOOKED_AT]):
+            exact = differ_in_split(names)
+        if not exact:
             return
     splits = in_order(split for name in exact if (split := split_of_file(name)))
     exact.sort(key=lambda name: splits.index(split_of_file(name) or ""))

@@ -34,7 +34,7 @@ def split_of_folder(name: str) -> str | None:
 
 def names_no_class(name: str) -> bool:
     """Whether a folder is called as those are that hold images of all classes: images, JPEGImages, raw-img, train."""
-    words = [word.lower() for word in _words(name)] + (["jpegimages"] if name.lower() == "jpegimages" else [])
+    words = [word.lower() for word in _words(name)]
     known = all(word in _BESIDE or word in _SPLIT_OF for word in words)
     return known and any(word in _IMAGES or word in _SPLIT_OF for word in words)
 
@@ -46,6 +46,17 @@ def split_of_file(name: str) -> str | None:
     """
     stem = name.rsplit("/", 1)[-1].partition(".")[0]
     return next((_SPLIT_OF[word.lower()] for word in _words(stem) if word.lower() in _SPLIT_OF), None)
+
+
+def differ_in_split(names: Iterable[str]) -> list[str]:
+    """The names that differ from others in the word of a split alone: bounding_box_train and bounding_box_test."""
+    alike: dict[tuple[str, ...], dict[str, str]] = {}
+    for name in names:
+        split = split_of_file(name)
+        if split is not None:
+            rest = tuple(word.lower() for word in _words(name) if word.lower() not in _SPLIT_OF)
+            alike.setdefault(rest, {})[name] = split
+    return [name for splits in alike.values() if len(set(splits.values())) > 1 for name in splits]
 
 
 def canonical_split(name: str) -> str:

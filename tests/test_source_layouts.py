@@ -134,6 +134,17 @@ def test_classes_with_the_word_of_a_split_in_their_names_stay_classes(tmp_path):
     assert listed(folder).classes == ["bus", "steam train", "test tube", "train"]
 
 
+def test_folders_that_differ_in_the_word_of_a_split_are_no_classes(tmp_path):
+    """As Market-1501 has them, with the images directly in them."""
+    folder = write(
+        tmp_path, *(f"{name}/{k}.jpg" for name in ("bounding_box_train", "bounding_box_test", "query") for k in "01")
+    )
+    with pytest.raises(
+        SourceError, match="'bounding_box_train', 'bounding_box_test' are splits and no classes, beside"
+    ):
+        listed(folder)
+
+
 def test_a_split_in_a_tar_of_tars_is_no_class(tmp_path):
     inner = tar_of(tmp_path / "train.tar", {"cat/0.jpg": IMAGE}).read_bytes()
     outer = tar_of(tmp_path / "data.tar", {"train.tar": inner, "val.tar": inner})

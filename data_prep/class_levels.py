@@ -189,10 +189,11 @@ def _refuse_one_folder(
     if boxes:
         raise SourceError(f"source {place.source}: {where}; {boxes}")
     what = f"; {len(loose)} others lie directly in the source" if loose else ""
+    unpacked = f"tar -xf {shlex.quote(place.source)} -C FOLDER; " + suggested(f"FOLDER/{name}", "labels=TABLE")
     raise place.refusal(
         f"{where}{what}. An image folder has a sub-folder of images for each class; where a table says the classes, "
         f"name it",
-        place.command(name, "labels=TABLE"),
+        unpacked if place.is_tar else place.command(name, "labels=TABLE"),
     )  # fmt: skip
 
 
@@ -243,8 +244,9 @@ def _refuse_data_below(tree: SourceTree, place: SourcePlace, held: dict[str, lis
     splits = {split_of_file(file) for file in files}
     above = name.rpartition("/")[0]
     commands = [place.command(each) for each in list(held)[:3]]
-    if above and are_splits(tree.folders(above)):  # default/train/0000.parquet
-        named = in_order(split for each in tree.folders(above) if (split := split_of_folder(each)))
+    splits_above = [split for each in tree.folders(above) if (split := split_of_file(each))] if above else []
+    if len(set(splits_above)) > 1:  # default/train/0000.parquet, default/partial-train/0000.parquet
+        named = in_order(splits_above)
         commands = [place.command(above, f"split={split}") for split in named[:3]]
     elif len(splits) > 1:
         commands = [place.command(name, f"split={split}") for split in in_order(filter(None, splits))[:3]]
@@ -258,7 +260,8 @@ def _refuse_level_above(tree: SourceTree, place: SourcePlace, deeper: list[str],
     if len(deeper) > 1:
         _refuse_splits_in_classes(tree, place, deeper)
         shared = all(len(a & b) > 1 and 2 * len(a & b) >= min(len(a), len(b)) for a, b in pairwise(below))
-        if not shared or len(set().union(*below)) <= len(deeper):
+        if not shared or (len(set().union(*below)) <= len(deeper) and not any(map(names_no_class, deeper))):
+            _warn_of_levels(tree, place, deeper)
             return  # classes with folders of their own below: n01/left, n01/right
         names = ", ".join(map(shown, sorted(set.intersection(*below))[:3]))
         raise place.refusal(

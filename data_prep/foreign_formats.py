@@ -70,7 +70,14 @@ _FORMATS = (
     ),
     _format(
         "an Arrow file",
-        r"\.(arrow|feather)$",
+        r"\.feather$",
+        "write it as Parquet, which is read: pyarrow.parquet.write_table(pyarrow.feather.read_table({path}), "
+        "'train.parquet')",
+        one_file=True,
+    ),
+    _format(
+        "a stream of Arrow",
+        r"\.arrow$",
         "write it as Parquet, which is read: datasets.Dataset.from_file({path}).to_parquet('train.parquet')",
         one_file=True,
     ),
@@ -136,11 +143,12 @@ def refuse_foreign_file(folder: Folder, name: str) -> None:
     Raises:
         SourceError: it is one.
     """
-    found = foreign_format([name])
-    if found is None and (size := folder.size(name)):
+    found = None
+    if size := folder.size(name):  # the content first: .arrow may be a file or a stream
         beginning = folder.read_bytes(name, 0, min(size, 16))
         known = next((kind for magic, kind in _MAGIC if beginning.startswith(magic)), None)
         found = next((each for each in _FORMATS if each.name == known), None)
+    found = found or foreign_format([name])
     if found is not None:
         raise _refusal(f"{folder.url}/{name}", found, f"{folder.url}/{name}")
 

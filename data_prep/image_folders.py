@@ -1,6 +1,7 @@
 """Listing image folders: one sub-folder of images for each class, on a file system or an object store."""
 
 import os
+import shlex
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -89,7 +90,7 @@ def _why_empty(
     tars = [name for name in loose if name.endswith((".tar", ".tar.gz", ".tgz"))]
     hint = "; an image folder has one sub-folder of images for each class"
     if tars:
-        hint = "; it has tars: give the tar of class tars itself as the source"
+        hint = _tars_instead(root, tars)
     elif loose_images:
         hint += ", or give truth=FILE (the classes of ImageNet's validation images) or labels=TABLE"
     return (
@@ -97,6 +98,19 @@ def _why_empty(
         + (f" ({len(loose_images)} images lie directly in it)" if loose_images else "")
         + (f", but {len(others)} other files such as {shown(os.fsdecode(others[0]))}" if others else "")
         + hint
+    )
+
+
+def _tars_instead(root: str, tars: Sequence[str]) -> str:
+    """What to do with tars that hold images and no labels: of class folders, or all of one class."""
+    given = f"python data_prep/shard.py {shlex.quote(f'{root}/{tars[0]}')} DESTINATION"
+    if len(tars) == 1 or "://" in root:
+        return f"; it has tars, without labels beside their images: give the tar itself as the source:\n  {given}"
+    joined = shlex.quote(f"{root}-classes.tar")
+    return (
+        f"; it has {len(tars)} tars, without labels beside their images. A tar of class folders is a source itself; "
+        f"tars of one class each ({shown(tars[0])}, ...) are one as a tar of them. Give one of:\n  {given}\n"
+        f"  (cd {shlex.quote(root)} && tar -cf {joined} *.tar*); python data_prep/shard.py {joined} DESTINATION"
     )
 
 
@@ -127,12 +141,23 @@ def _list_local(root: Path, name: bytes) -> ClassListing:
                 if is_junk(entry.name):
                     continue
                 if storage.is_folder(entry):
+                    if entry.is_symlink() and _leads_back(base + b"/" + path):
+                        raise SourceError(
+                            f"source {root}: the link {shown(os.fsdecode(path))} leads to a folder that it lies in, "
+                            f"whose images would be listed again and again: remove it"
+                        )
                     waiting.append(path)
                 elif looks_like_image(entry.name):
                     found.append((path, _size(entry)))
                 else:
                     others.append(path)
     return _sorted(found, others)
+
+
+def _leads_back(link: bytes) -> bool:
+    """Whether a link to a folder leads to one that it lies in."""
+    target, above = os.path.realpath(link), os.path.realpath(os.path.dirname(link))  # noqa: PTH120 - bytes
+    return above == target or above.startswith(target.rstrip(b"/") + b"/")
 
 
 def _size(entry: "os.DirEntry[bytes]") -> int:

@@ -76,6 +76,7 @@ def find_label_files(tree: SourceTree, folder: str, *, certain_only: bool = Fals
                 certain.append(LabelFile(path, with_folder and not in_folder, settings))
             elif not name.endswith(_LINES):
                 possible.append(LabelFile(path, False))
+    certain = _of_split(certain, folder)
     split = split_of_file(folder)
 
     def rank(file: LabelFile) -> tuple[bool, int, str]:
@@ -83,6 +84,12 @@ def find_label_files(tree: SourceTree, folder: str, *, certain_only: bool = Fals
         return split is not None and of_split != split, _ORDER.index(table_suffix(file.path) or _LINES), file.path
 
     return sorted(certain, key=rank) or ([] if certain_only else sorted(possible, key=rank))
+
+
+def _of_split(files: list[LabelFile], folder: str) -> list[LabelFile]:
+    """Those of the split that a folder is of, where its name and theirs say it: names of images come back in others."""
+    split = split_of_file(PurePosixPath(folder).name)
+    return [file for file in files if split_of_file(file.path) == split] or files if split else files
 
 
 def foreign_labels(tree: SourceTree, folder: str) -> str | None:

@@ -18,7 +18,7 @@ from data_prep.label_files import standard_label_file, why_no_table
 from data_prep.listing import SourceError, is_junk
 from data_prep.source_tree import FolderTree, is_image_name
 from data_prep.split_names import names_no_class
-from data_prep.splits import ALL, described_splits, matching_folder, one_split
+from data_prep.splits import ALL, described_splits, matching_folder, one_split, suggested
 from data_prep.table_format import PARQUET, TABLES, TEXT_SUFFIXES, TableFile, table_suffix
 from data_prep.tar_sample_source import is_corpus, telling_tar
 
@@ -238,6 +238,7 @@ def _in_folder(folder: Folder, asked: Asked) -> Found:
         log.info("%s/%s says what is in the images (labels=)", folder, standard)
         return replace(found, kind="table", labels=f"{folder.url}/{standard}")
     if tars and telling_tar(folder, tars) is not None:
+        _refuse_both(folder, below, tars, asked.place)
         return _of_split(found, "webdataset", tars, asked)
     beside_images = tables[:1] and tables[0].endswith(".parquet") and _holds_images_only(below)
     if tables and not images and (not below or (beside_images and _has_labels(folder, tables[0]))):
@@ -247,6 +248,18 @@ def _in_folder(folder: Folder, asked: Asked) -> Found:
     else:
         refuse_loose_images(tree, SourcePlace(asked.place), _above(folder))
     return found
+
+
+def _refuse_both(folder: Folder, below: list[str], tars: list[str], place: str) -> None:
+    """Refuse tars beside folders of images: nobody has said which of them is meant."""
+    tree = FolderTree(folder)
+    images = [name for name in below if tree.images(name)]
+    if images:
+        raise SourceError(
+            f"source {place} has {len(tars)} WebDataset tars ({shown(tars[0])}) and {len(images)} folders of images "
+            f"({shown(images[0])}). Give one of:\n  {suggested(place, 'kind=webdataset')}\n  "
+            f"{suggested(place, 'kind=folder')}"
+        )
 
 
 def _of_split(found: Found, kind: Kind, names: list[str], asked: Asked) -> Found:

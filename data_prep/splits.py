@@ -3,7 +3,9 @@
 import fnmatch
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import islice
 
+import yaml
 from braceexpand import braceexpand
 
 from cluster.command import log
@@ -16,7 +18,12 @@ from data_prep.split_names import SPLITS, canonical_split, split_of_file, split_
 ALL = "all"
 """What split= says to take the files of all splits."""
 _INFO = "_info.json"
+_ENERGON = ".nv-meta/split.yaml"
 _EXAMPLES = 3
+_LARGEST = 1 << 24
+"""Bytes of a description."""
+_MOST_TARS = 1_000_000
+"""Names that one pattern of a description stands for."""
 
 
 def suggested(source: str, *settings: str, program: str = "shard") -> str:
@@ -90,9 +97,13 @@ def matching_folder(names: Sequence[str], split: str) -> str | None:
 
 
 def described_splits(folder: Folder) -> dict[str, str]:
-    """The splits of tars that timm's `_info.json` beside them names; empty where there is none that can be read."""
+    """The splits of tars that a description beside them names, timm's `_info.json` or Energon's `split.yaml`.
+
+    Returns:
+        Split of each file that it names; empty where there is no description that can be read.
+    """
     if folder.size(_INFO) is None:
-        return {}
+        return _splits_of_energon(folder)
     found: dict[str, str] = {}
     try:
         splits = folder.read_json(_INFO)["splits"]
@@ -102,6 +113,23 @@ def described_splits(folder: Folder) -> dict[str, str]:
         raise
     except (StorageError, ValueError, KeyError, TypeError, AttributeError) as error:
         log.warning("%s/%s does not say which file is of which split (%s)", folder, _INFO, shown(str(error)))
+    return found
+
+
+def _splits_of_energon(folder: Folder) -> dict[str, str]:
+    """As `described_splits`; its lists may have patterns with braces."""
+    if folder.size(_ENERGON) is None:
+        return {}
+    found: dict[str, str] = {}
+    try:
+        splits = yaml.safe_load(folder.read_bytes(_ENERGON, most=_LARGEST))["split_parts"]
+        for split, patterns in splits.items():
+            for pattern in filter(lambda each: isinstance(each, str), patterns):
+                found |= dict.fromkeys(islice(braceexpand(pattern), _MOST_TARS), canonical_split(split))
+    except OSError:
+        raise
+    except (StorageError, yaml.YAMLError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        log.warning("%s/%s does not say which file is of which split (%s)", folder, _ENERGON, shown(str(error)))
     return found
 
 

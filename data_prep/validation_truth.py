@@ -31,8 +31,13 @@ def with_truth(
             beside the truth file is found.
 
     Raises:
-        SourceError: a file cannot be read, or has not one class for each image.
+        SourceError: there is no image, a file cannot be read, or it has not one class for each image.
     """
+    if not len(names):
+        raise SourceError(
+            f"source {place} has no image directly in it, and truth= is for images without class folders: give the "
+            f"folder that they lie in as the source, or with inside="
+        )
     lines = [line.strip() for line in _text(truth, "truth").splitlines() if line.strip()]
     if not lines:
         raise SourceError(f"truth = {truth} is empty")

@@ -142,10 +142,11 @@ def _list_local(root: Path, name: bytes) -> ClassListing:
                     continue
                 if storage.is_folder(entry):
                     if entry.is_symlink() and _leads_back(base + b"/" + path):
-                        raise SourceError(
-                            f"source {root}: the link {shown(os.fsdecode(path))} leads to a folder that it lies in, "
-                            f"whose images would be listed again and again: remove it"
-                        )
+                        log.warning(
+                            "left out: the link %s in %s leads to a folder that it lies in, whose images would be "
+                            "listed again and again", shown(os.fsdecode(path)), root,
+                        )  # fmt: skip
+                        continue
                     waiting.append(path)
                 elif looks_like_image(entry.name):
                     found.append((path, _size(entry)))

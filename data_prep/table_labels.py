@@ -95,7 +95,11 @@ def read_labels(
     if not len(raw.text):
         raise SourceError(f"{place.table} gives no image a label")
     _refuse_no_classes(raw, complain)
-    if raw.are_cells and options.cells.delimiter is None and names is None:
+    cells = options.cells
+    is_whole = (
+        raw.are_cells if cells.delimiter is None else cells.splits and len(np.unique(raw.image)) == len(raw.image)
+    )
+    if is_whole and names is None:  # a delimiter that stands in no cell is not the right one
         refuse_delimited(raw.texts, place.column, f"{place.table}: column {place.column!r}")
     classes, number_of_text = _classes(raw.texts, names, place.table)
     numbers = number_of_text[raw.text]

@@ -90,6 +90,8 @@ def text_errors(file: TableFile) -> Iterator[None]:
     try:
         yield
     except UnicodeDecodeError as error:
+        if file.folder.read_bytes(file.name, 0, 2) == b"\x1f\x8b":
+            raise SourceError(f"table {file} cannot be read: it is compressed: call it {file.name}.gz") from error
         raise SourceError(f"table {file} cannot be read: it is not UTF-8 ({error}); save it as that") from error
     except SourceError:
         raise

@@ -80,6 +80,12 @@ def test_a_delimiter_splits_cells_into_labels(folder, delimiter, cells, expected
     assert [sorted(found[f"a/{number}.jpg"]) for number in range(len(cells))] == expected
 
 
+def test_a_delimiter_that_stands_in_no_cell_is_not_the_right_one(folder):
+    table = csv(folder, "a;b", "b", "a")
+    with pytest.raises(SourceError, match=r"such as 'a;b': label_delimiter=';' splits them"):
+        listed(table, "label_delimiter=|")
+
+
 def test_names_of_several_words_stay_names_and_what_is_in_doubt_is_said(folder, messages):
     names = [
         "golden retriever",

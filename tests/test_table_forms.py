@@ -59,6 +59,7 @@ def test_what_pandas_writes_as_json_is_read(folder, orient):
         ("t.json", b"[1, 2]", "is JSON, but no table"),
         ("t.json", b"{", "it is not JSON"),
         ("t.csv", b"path;label\na/0.jpg;caf\xe9\n", "is not UTF-8"),
+        ("t.csv", gzip.compress(b"path,label\na/0.jpg,cat\n"), r"it is compressed: call it t\.csv\.gz"),
         ("t.csv", b'path,label\na/0.jpg,"cat\na/1.jpg,dog\n', "line 3: a value goes over several lines"),
         ("t.csv", b"path,label,label\na/0.jpg,cat,dog\n", "two columns called 'label'"),
         ("t.csv", b"path,label\na/0.jpg,cat,dog\n", "line 2: has 3 fields where the header has 2"),

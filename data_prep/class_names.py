@@ -52,7 +52,13 @@ def read_classes(path: Path) -> tuple[list[str], list[str] | None]:
         entries = _read_class_index(path, "classes")
     else:
         entries = []
-        for number, line in enumerate(_lines(path, "classes"), 1):
+        lines = list(_lines(path, "classes"))
+        if path.suffix.lower() == ".csv" and any("," in line for line in lines[:1]):
+            raise SourceError(
+                f"classes = {path} is a table of several columns: give a text file of one class a line in the order of "
+                f'their numbers, NAME or NAME<tab>DESCRIPTION, or JSON such as {{"0": "cat", "1": "dog"}}'
+            )
+        for number, line in enumerate(lines, 1):
             name, _, description = (part.strip() for part in line.partition("\t"))
             if not name:
                 raise SourceError(f"classes = {path}, line {number}: there is no name")

@@ -255,6 +255,9 @@ def test_class_folders_that_are_some_of_the_numbers_get_their_names(tmp_path):
     (tmp_path / "three.txt").write_text("one\ntwo\nthree\n")
     with pytest.raises(SourceError, match=r"3 names for class numbers up to 10 in"):
         listed(from_one, f"classes={tmp_path / 'three.txt'}")
+    (tmp_path / "classes.csv").write_text("id,name\n0,zero\n1,one\n")
+    with pytest.raises(SourceError, match=r"classes\.csv is a table of several columns: give a text file"):
+        listed(from_one, f"classes={tmp_path / 'classes.csv'}")
 
 
 # ------------------------------------------------------------------------------------------------- weights

@@ -73,11 +73,17 @@ def report_classes(
     kind = "one label an image"
     if per_image is not None:
         kind = f"{per_image.min()} to {per_image.max()} labels an image, {per_image.mean():.2g} on average"
+    if counts[least] == counts[most]:
+        spread = f"{_count(int(counts[most]), 'image', 'images')} of each"
+    else:
+        spread = (
+            f"fewest images: {counts[least]:,} of {_name(classes[least])!r}, "
+            f"most: {counts[most]:,} of {_name(classes[most])!r}"
+        )
     log.info(
-        "labels of %s: %s for %s, %s; first %r (0), last %r (%d); fewest images: %s of %r, most: %s of %r",
+        "labels of %s: %s for %s, %s; first %r (0), last %r (%d); %s",
         place, _count(len(classes), "class", "classes"), _count(images, "image", "images"), kind,
-        _name(classes[0]), _name(classes[-1]),
-        len(classes) - 1, f"{counts[least]:,}", _name(classes[least]), f"{counts[most]:,}", _name(classes[most]),
+        _name(classes[0]), _name(classes[-1]), len(classes) - 1, spread,
     )  # fmt: skip
     for oddity in _oddities(classes, counts, images, per_image):
         log.warning("odd labels in %s: %s", place, oddity)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cluster.folders import Folder, folder_at
@@ -31,6 +31,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # ---------------------------------------------------------------------------------------------- how many of each class
 
 
+@settings(deadline=None)  # other tests run beside it
 @given(st.lists(st.integers(0, 60), min_size=1, max_size=30), st.sets(st.floats(0.001, 1)), st.integers(0, 2**64 - 1))
 def test_every_class_has_its_share_in_every_subset_and_loses_nothing_in_a_larger_one(sizes, shares, seed):
     images = np.array([*sizes, 1])
@@ -79,8 +80,8 @@ def base(tmp_path_factory) -> Corpus:
     return make_corpus(source, folder / "corpus")
 
 
-def parts_of(corpus: Corpus, destination: Path | Folder, **settings) -> dict[str, Corpus]:
-    values = settings | {"subsets": tuple(settings.get("subsets", ()))}
+def parts_of(corpus: Corpus, destination: Path | Folder, **values) -> dict[str, Corpus]:
+    values |= {"subsets": tuple(values.get("subsets", ()))}
     return make_parts(SubsetSettings(corpus=corpus.url, destination=str(destination), **values))
 
 

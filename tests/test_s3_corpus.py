@@ -119,7 +119,7 @@ def test_a_store_that_stays_broken_is_one_error(source: Path, s3: S3Server, tmp_
 def test_no_credentials_in_what_commands_leave(source: Path, s3: S3Server, tmp_path: Path, cache: Path) -> None:
     place = s3.bucket() + "/corpora/small"
     s3.faults.rates = {"slow_down": 0.3}
-    command = ("data_prep/shard.py", str(source), place, "shard_mb=0.01")
+    command = ("data_prep/shard.py", str(source), place, "shard_mb=0.01", "workers=2")  # so that Ray is started
     with tempfile.TemporaryDirectory() as ray:  # whose sockets need a short path
         done = script(tmp_path, *command, RAY_TMPDIR=ray)
         logs = {path.name: path.read_bytes() for path in Path(ray).rglob("*") if path.is_file()}

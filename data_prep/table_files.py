@@ -18,7 +18,7 @@ from data_prep.arrow_columns import is_image, label_lists, plain, text_column
 from data_prep.label_cells import LabelCells
 from data_prep.listing import SourceError
 from data_prep.table_format import BATCH, PARQUET, Columns, TableFile, TableRows, table_suffix, value_text
-from data_prep.text_tables import head, read_text, text_values
+from data_prep.text_tables import head, read_rows_of_text, text_values
 
 _LOOKED_AT = 1000
 """Rows that tell what a column holds."""
@@ -268,7 +268,7 @@ def read_rows_of(file: TableFile, columns: Columns) -> Iterator[TableRows]:
         SourceError: it cannot be read, or a row is wrong; the message has its line.
     """
     if file.suffix != PARQUET:
-        yield from read_text(file, columns)
+        yield from read_rows_of_text(file, columns)
         return
     try:
         yield from _read_parquet(file, columns)

@@ -71,7 +71,7 @@ def text_values(file: TableFile, column: str) -> Iterator[str]:
             yield (value_text(entry.get(column)) if isinstance(entry, dict) else None) or ""
 
 
-def read_text(file: TableFile, columns: Columns) -> Iterator[TableRows]:
+def read_rows_of_text(file: TableFile, columns: Columns) -> Iterator[TableRows]:
     """The rows of a table, in batches.
 
     Raises:

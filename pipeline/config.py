@@ -194,7 +194,7 @@ class OptimizerSettings(Settings):
 
     kind: Literal["adamw", "sgd"] = "adamw"
     """AdamW with decoupled weight decay, or SGD with momentum."""
-    learning_rate: Annotated[float, Field(gt=0, le=1e3)] = 1e-3
+    learning_rate: Annotated[float, Field(gt=0, le=1e30)] = 1e-3
     """Peak learning rate, reached at the end of the warm-up."""
     betas: tuple[Momentum, Momentum] = (0.9, 0.999)
     """AdamW's decay rates of the two moments."""

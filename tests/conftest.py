@@ -4,7 +4,7 @@ import gc
 import logging
 import os
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 
 import pytest
 
@@ -46,8 +46,8 @@ def ray(s3_server: server_module.S3Server, tmp_path_factory: pytest.TempPathFact
         yield
 
 
-@pytest.fixture(autouse=True)
-def own_mlflow() -> Iterator[None]:
+@contextmanager
+def _own_mlflow() -> Iterator[None]:
     """MLflow 3.17 writes the address that it is told into the environment, where the next test would find it."""
     before = {name: value for name, value in os.environ.items() if name.startswith("MLFLOW_")}
     yield
@@ -55,6 +55,20 @@ def own_mlflow() -> Iterator[None]:
         if name not in before:
             del os.environ[name]
     os.environ.update(before)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def mlflow_of_the_module() -> Iterator[None]:
+    """What the fixtures of a module tell MLflow is unsaid at the module's end."""
+    with _own_mlflow():
+        yield
+
+
+@pytest.fixture(autouse=True)
+def own_mlflow() -> Iterator[None]:
+    """What a test tells MLflow is unsaid at its end."""
+    with _own_mlflow():
+        yield
 
 
 @pytest.fixture

@@ -68,6 +68,7 @@ def set_up_logging(level: int = logging.INFO) -> None:
     log.handlers[:] = [handler]
     log.setLevel(level)
     log.propagate = False
+    logging.getLogger("matplotlib").setLevel(logging.WARNING)  # Ray's workers show INFO: "generated new fontManager"
 
 
 def run_command(main: Callable[[], None]) -> NoReturn:

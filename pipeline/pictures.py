@@ -52,8 +52,10 @@ def label_lines(targets: torch.Tensor, classes: Sequence[str]) -> list[str]:
     lines = []
     weights, numbers = targets.float().cpu().topk(min(3, targets.shape[1]), dim=1)
     for row, of in zip(weights.tolist(), numbers.tolist(), strict=True):
-        found = [(classes[number], weight) for number, weight in zip(of, row, strict=True) if weight > 0]
-        if all(abs(weight - 1) < 1e-3 for _, weight in found):
+        shares = [(classes[number], weight) for number, weight in zip(of, row, strict=True) if weight > 0]
+        # A share that would be shown as "0 %" says nothing; where all are as small, they are shown as they are.
+        found = [(name, weight) for name, weight in shares if weight >= 0.005] or shares
+        if all(abs(weight - 1) < 0.005 for _, weight in found):
             shown = [_short(name, 18) for name, _ in found[:2]]
         else:
             shown = [f"{_short(name, 12)} {100 * weight:.0f} %" for name, weight in found[:2]]

@@ -82,10 +82,10 @@ def test_no_panel_has_a_single_point(every, tmp_path):
 
 
 def test_the_first_batch_says_what_the_model_is_told_of_each_image(tmp_path):
-    targets = torch.tensor([[1, 0, 0], [0.7, 0, 0.3], [0, 1, 1], [0.5, 0.3, 0.2], [0, 0, 0.0]])
+    targets = torch.tensor([[1, 0, 0], [0.7, 0, 0.3], [0, 1, 1], [0.5, 0.3, 0.2], [0, 0, 0.0], [0.003, 0.997, 0]])
     lines = label_lines(targets, ["ant", "bee", "a very long name of a class"])
     assert lines[:2] == ["ant", "ant 70 %\na very lo... 30 %"]
-    assert lines[2:] == ["bee\na very long nam...", "ant 50 %\nbee 30 % ...", ""]
-    draw_batch(torch.zeros(5, 3, 8, 8), (0.5,) * 3, (0.5,) * 3, lines, tmp_path / "batch.png")
+    assert lines[2:] == ["bee\na very long nam...", "ant 50 %\nbee 30 % ...", "", "bee"]
+    draw_batch(torch.zeros(6, 3, 8, 8), (0.5,) * 3, (0.5,) * 3, lines, tmp_path / "batch.png")
     with Image.open(tmp_path / "batch.png") as image:
         assert image.info["Description"].startswith("ant; ant 70 %, a very lo... 30 %; ")

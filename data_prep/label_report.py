@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from cluster.command import log
+from cluster.command import counted, log
 from data_prep.columns import Labels
 from data_prep.corpus import Corpus
 from data_prep.label_cells import why_delimited
@@ -74,7 +74,7 @@ def report_classes(
     if per_image is not None:
         kind = f"{per_image.min()} to {per_image.max()} labels an image, {per_image.mean():.2g} on average"
     if counts[least] == counts[most]:
-        spread = f"{_count(int(counts[most]), 'image', 'images')} of each"
+        spread = f"{counted(int(counts[most]), 'image')} of each"
     else:
         spread = (
             f"fewest images: {counts[least]:,} of {_name(classes[least])!r}, "
@@ -82,7 +82,7 @@ def report_classes(
         )
     log.info(
         "labels of %s: %s for %s, %s; first %r (0), last %r (%d); %s",
-        place, _count(len(classes), "class", "classes"), _count(images, "image", "images"), kind,
+        place, counted(len(classes), "class", "classes"), counted(images, "image"), kind,
         _name(classes[0]), _name(classes[-1]), len(classes) - 1, spread,
     )  # fmt: skip
     for oddity in _oddities(classes, counts, images, per_image):
@@ -103,12 +103,12 @@ def _oddities(
     yield from _odd_names(used)
     empty = [name for name, count in zip(classes, counts.tolist(), strict=True) if not count]
     if empty:
-        yield f"{_count(len(empty), 'class has', 'classes have')} no image: {_some(empty)}"
+        yield f"{counted(len(empty), 'class has', 'classes have')} no image: {_some(empty)}"
     present = counts[counts > 0]
     if present.max() >= _IMBALANCE * present.min():
         yield f"the largest class has {present.max() / present.min():,.0f} times the images of the smallest"
     if per_image is not None and (without := int((per_image == 0).sum())):
-        yield f"{_count(without, 'image has', 'images have')} no label and so no class"
+        yield f"{counted(without, 'image has', 'images have')} no label and so no class"
     yield from _alike(used)
 
 
@@ -116,7 +116,7 @@ def _odd_names(names: Sequence[str]) -> Iterator[str]:
     for test, what in _NAME_TESTS:
         found = [name for name in names if test(name)]
         if found:
-            yield f"{_count(len(found), 'class is', 'classes are')} called {what}: {_some(found)}"
+            yield f"{counted(len(found), 'class is', 'classes are')} called {what}: {_some(found)}"
     several = why_delimited(names, "")
     if several is not None:
         yield f"classes look like combinations of labels, one class for each, for example {several[0]!r}"
@@ -124,7 +124,7 @@ def _odd_names(names: Sequence[str]) -> Iterator[str]:
     fractions = [name for name in numbers if not re.fullmatch(r"[0-9]+", name)]
     if fractions:
         yield (
-            f"{_count(len(fractions), 'class name looks', 'class names look')} like a number that is not whole, as "
+            f"{counted(len(fractions), 'class name looks', 'class names look')} like a number that is not whole, as "
             f"where what is measured is taken for classes: {_some(fractions)}"
         )
     if numbers and len(numbers) < len(names):
@@ -158,7 +158,7 @@ def _alike(classes: Sequence[str]) -> Iterator[str]:
     if groups:
         shown = "; ".join(" and ".join(map(repr, group[:_SHOWN])) for group in groups[:_SHOWN])
         yield (
-            f"{_count(len(groups), 'group', 'groups')} of classes differ only in case, spaces, zeros or the form of "
+            f"{counted(len(groups), 'group')} of classes differ only in case, spaces, zeros or the form of "
             f"letters: {shown} (relabel= makes them one)"
         )
 
@@ -175,10 +175,6 @@ _NAME_TESTS: tuple[tuple[Callable[[str], bool], str], ...] = (
     (lambda name: name != name.strip() or not name.isprintable(), "with white space at an end or what cannot be seen"),
     (lambda name: len(name) > _LONGEST_NAME, "by a whole sentence"),
 )
-
-
-def _count(count: int, one: str, many: str) -> str:
-    return f"{count:,} {one if count == 1 else many}"
 
 
 def _name(name: str) -> str:

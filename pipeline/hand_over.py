@@ -5,6 +5,7 @@ from typing import Any
 
 from cluster.command import log
 from cluster.folders import Folder, at_hand
+from cluster.waiting import Waiting
 from data_prep.mixture import Mixture
 from models.vit import VitConfig
 from pipeline import checkpoints, mlflow_pages, packages, pictures, tracking
@@ -57,23 +58,24 @@ def hand_over(
     with at_hand(folder, "curves.png") as path:
         run.artifact(path)
     if settings.registry.name:
-        published = packages.publish(
-            settings.registry.name,
-            checkpoints.full_weights(handed),
-            architecture,
-            preprocessing_of(settings.data),
-            corpus.names,
-            settings.loss.kind,
-            tags={
-                **lineage,
-                "vitforge.mlflow_run": run.run_id,
-                "vitforge.run": settings.run.name,
-                "vitforge.steps": str(handed.step),
-                "vitforge.checkpoint": settings.registry.checkpoint,
-            },
-            run_id=run.run_id,
-            alias=settings.registry.alias,
-        )
+        with Waiting(f"the registry to take {settings.registry.name}"):
+            published = packages.publish(
+                settings.registry.name,
+                checkpoints.full_weights(handed),
+                architecture,
+                preprocessing_of(settings.data),
+                corpus.names,
+                settings.loss.kind,
+                tags={
+                    **lineage,
+                    "vitforge.mlflow_run": run.run_id,
+                    "vitforge.run": settings.run.name,
+                    "vitforge.steps": str(handed.step),
+                    "vitforge.checkpoint": settings.registry.checkpoint,
+                },
+                run_id=run.run_id,
+                alias=settings.registry.alias,
+            )
         result["model"] = published.uri
         total = duration_in_steps(settings.training.duration, settings.training.global_batch, corpus.num_samples)
         facts = mlflow_pages.Facts(

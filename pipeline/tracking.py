@@ -22,6 +22,7 @@ from cluster.folders import Folder, LocalFolder, at_hand
 from cluster.marked_folders import MarkedFolder
 from cluster.redact import without_credentials
 from cluster.storage import StorageError, write_bytes
+from cluster.waiting import Waiting
 from pipeline import mlflow_environment
 from pipeline.run_files import METRICS, Lines, metrics_of
 
@@ -74,28 +75,31 @@ def connect(home: Path, uri: str | None = None) -> str:
     if uri is None or (named and without_credentials(named) == uri):
         uri = named or database_uri(home)
     said = without_credentials(uri)
-    try:
-        home.mkdir(parents=True, exist_ok=True)
-        lock = (home / ".mlflow.lock").open("wb")
-        # Two processes that make the tables of one new file at once leave it broken.
-        fcntl.flock(lock, fcntl.LOCK_EX)
-    except OSError as error:
-        raise ValueError(
-            f"{home} cannot be used ({error.strerror}): set run.home or VITFORGE_HOME to another"
-        ) from error
-    try:
-        with lock:
-            mlflow.set_tracking_uri(uri)
-            if named is None:
-                # MLflow writes it there itself; what the user said must stay apart from what we chose.
-                os.environ.pop("MLFLOW_TRACKING_URI", None)
-            place = (home / "mlartifacts").as_uri() if uri.startswith("sqlite") else None
-            mlflow_environment.use_experiment(mlflow_environment.experiment(mlflow.MlflowClient(), place))
-    except mlflow_environment.MlflowEnvironmentError:
-        raise
-    except Exception as error:  # MLflow lets those of SQLAlchemy, alembic and requests through
-        cure = _cure(uri, "check MLFLOW_TRACKING_URI")
-        raise TrackingError(f"MLflow at {said} does not answer as it should ({_first_line(error)}): {cure}") from error
+    with Waiting(f"MLflow at {said} to answer"):
+        try:
+            home.mkdir(parents=True, exist_ok=True)
+            lock = (home / ".mlflow.lock").open("wb")
+            # Two processes that make the tables of one new file at once leave it broken.
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        except OSError as error:
+            raise ValueError(
+                f"{home} cannot be used ({error.strerror}): set run.home or VITFORGE_HOME to another"
+            ) from error
+        try:
+            with lock:
+                mlflow.set_tracking_uri(uri)
+                if named is None:
+                    # MLflow writes it there itself; what the user said must stay apart from what we chose.
+                    os.environ.pop("MLFLOW_TRACKING_URI", None)
+                place = (home / "mlartifacts").as_uri() if uri.startswith("sqlite") else None
+                mlflow_environment.use_experiment(mlflow_environment.experiment(mlflow.MlflowClient(), place))
+        except mlflow_environment.MlflowEnvironmentError:
+            raise
+        except Exception as error:  # MLflow lets those of SQLAlchemy, alembic and requests through
+            cure = _cure(uri, "check MLFLOW_TRACKING_URI")
+            raise TrackingError(
+                f"MLflow at {said} does not answer as it should ({_first_line(error)}): {cure}"
+            ) from error
     return said
 
 

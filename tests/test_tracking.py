@@ -1,6 +1,8 @@
 """What MLflow has of a run after restarts: every point once, none lost."""
 
+import fcntl
 import os
+import re
 import threading
 import traceback
 from functools import partial
@@ -11,6 +13,7 @@ import pytest
 
 from cluster.folders import LocalFolder, folder_at
 from cluster.storage import StorageError
+from cluster.waiting import EVERY_S
 from pipeline import mlflow_environment, tracking
 from pipeline.stage import home_folder
 
@@ -381,3 +384,11 @@ def test_a_run_that_somebody_made_for_us_is_used_and_never_deleted(home, monkeyp
     monkeypatch.setenv("MLFLOW_RUN_ID", "0" * 32)
     with pytest.raises(ValueError, match="MLflow has no run of that number"):
         tracking.Run("another", None)
+
+
+def test_a_wait_for_mlflow_is_said(tmp_path, messages):
+    held = (tmp_path / ".mlflow.lock").open("wb")
+    fcntl.flock(held, fcntl.LOCK_EX)  # another process makes the tables, for longer than a person likes to wonder
+    threading.Timer(EVERY_S + 0.5, held.close).start()
+    tracking.connect(tmp_path)
+    assert re.search("waiting for MLflow at sqlite:.* to answer \\(5 s\\)", messages())

@@ -3,6 +3,7 @@
 import dataclasses
 import sys
 
+import mlflow
 import numpy as np
 import pytest
 import torch
@@ -22,7 +23,9 @@ from data_prep.source_settings import SourceSettings
 from data_prep.sources import list_source
 from data_prep.target_weights import LabelWeightError, check_batch_weights, check_weights
 from models.losses import dense_targets, sigmoid_cross_entropy
-from pipeline import finetune, pretrain, stage
+from models.preprocess import Preprocessing
+from models.vit import VisionTransformer, VitConfig
+from pipeline import evaluate, finetune, packages, pretrain, stage, tracking
 from pipeline.data_config import DataSettings
 from pipeline.loader import EvalLoader, TrainLoader
 from pipeline.workers import Worker
@@ -109,6 +112,19 @@ def test_a_corpus_with_weights_in_per_cent_is_refused_at_the_start(home, usual, 
     for part in (f"{per_cent.path}: sample ", ".JPEG)", "with weight 25", "'c0'", f"shard.py {per_cent.path} NEW"):
         assert part in said
     assert "weight_scale=0.01" in said
+
+
+def test_nothing_is_scored_on_weights_in_per_cent(home, per_cent, monkeypatch):
+    tracking.connect(stage.home_folder(""))
+    architecture = VitConfig(16, 4, width=8, depth=1, mlp_dim=8, heads=1, num_classes=2)
+    run = mlflow.MlflowClient().create_run("0").info.run_id
+    weights = VisionTransformer(architecture).state_dict()
+    version = packages.publish(
+        "tags", weights, architecture, Preprocessing(16), per_cent.names, "sigmoid", tags={}, run_id=run
+    )
+    said = error_of(monkeypatch, evaluate, version.uri, str(per_cent.path))
+    assert f"{per_cent.path}: sample " in said
+    assert "with weight 25" in said
 
 
 def test_weights_below_zero_are_refused_too(home, negative, monkeypatch):
